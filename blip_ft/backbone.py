@@ -1,0 +1,267 @@
+"""The protocol that every adapter fulfils, and the registry that finds adapters.
+
+A :class:`Backbone` wraps one vendor model. It knows how to turn an ``ase.Atoms`` into that
+vendor's graph, how to batch graphs, and how to evaluate them. It knows nothing of Bayes.
+Everything above it (training, prediction, calculators) speaks only this protocol, in
+
+========================  ==================  ===========================================
+quantity                  shape               unit, sign
+========================  ==================  ===========================================
+``energy``                (B,)                eV, total energy of a structure
+``forces``                (n, 3)              eV/Å
+``stress``                (B, 6)              eV/Å^3, ASE sign (positive = tensile) and
+                                              Voigt order xx yy zz yz xz xy; NaN where the
+                                              structure is not periodic in all directions
+``node_energy``           (n,)                eV, sums to ``energy`` per structure
+``node_features``         (n, f)              invariant features of the atoms (optional)
+========================  ==================  ===========================================
+
+with B structures and n atoms in all of them together.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from ase import Atoms
+from torch import Tensor, nn
+
+from blip_ft.errors import BlipError, DataError, nearest
+
+ENTRY_POINT_GROUP = "blip_ft.adapters"
+
+
+@dataclass
+class Batch:
+    """Several structures, ready for a backbone.
+
+    Attributes:
+        graph: what the vendor's model takes; opaque to everyone but the adapter.
+        n_atoms: (B,) atoms per structure.
+        numbers: (n,) atomic numbers.
+        rows: for every kind of row that a converted layer can see (``atom``, ``edge``, ...),
+            the structure that each row belongs to, (number of rows,). Rows of one structure
+            are contiguous and structures ascend.
+        keys: (B,) stable integer identity of each structure; noise is keyed by it.
+        labels: optional ``energy`` (B,), ``forces`` (n, 3), ``stress`` (B, 6) with NaN where a
+            label is missing; float64, units as in the module's table. Added by the data module.
+    """
+
+    graph: Any
+    n_atoms: Tensor
+    numbers: Tensor
+    rows: dict[str, Tensor]
+    keys: list[int] = field(default_factory=list)
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_structures(self) -> int:
+        """Number of structures in the batch."""
+        return int(self.n_atoms.numel())
+
+    @property
+    def structure(self) -> Tensor:
+        """(n,) structure that each atom belongs to."""
+        return self.rows["atom"]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            graph=_to(self.graph, device),
+            n_atoms=self.n_atoms.to(device),
+            numbers=self.numbers.to(device),
+            rows={k: v.to(device) for k, v in self.rows.items()},
+            keys=self.keys,
+            labels={k: v.to(device) for k, v in self.labels.items()},
+        )
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    """Move tensors in nested dicts, lists and objects with a ``to`` method."""
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to(v, device) for v in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+@dataclass
+class Prediction:
+    """What a backbone returns; shapes, units and signs in the module's table."""
+
+    energy: Tensor
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+    node_energy: Tensor | None = None
+    node_features: Tensor | None = None
+
+
+class Backbone(nn.Module, ABC):
+    """One vendor model behind one interface.
+
+    A subclass sets the class attributes, builds its vendor model as ``self.model`` and fulfils
+    the abstract methods. It must not change the vendor model's numbers: the adapter contract
+    (``tests/adapters/contract.py``) compares it with the vendor's own calculator.
+    """
+
+    #: name of the adapter, as in the entry point
+    name: ClassVar[str]
+    #: Python packages whose versions belong in a receipt
+    packages: ClassVar[tuple[str, ...]] = ()
+    #: ``{preset: regular expressions on module names}``; ``all`` and ``scalar`` must exist
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": (".*",), "scalar": (".*",)}
+    #: regular expressions on module names that must stay as they are: ``{pattern: reason}``
+    keep: ClassVar[Mapping[str, str]] = {}
+
+    model: nn.Module
+    #: radius of the neighbour list, Å
+    cutoff: float
+    #: atomic numbers the model knows
+    elements: frozenset[int]
+    #: what to say about where the weights came from: ``{"checkpoint": ..., "sha256": ...}``
+    origin: dict[str, str]
+
+    # ---- loading -------------------------------------------------------------------------
+    @classmethod
+    @abstractmethod
+    def load(cls, checkpoint: str, *, trust: bool = False, **options: Any) -> Backbone:
+        """Load a vendor's model by name, or from a file in the vendor's format.
+
+        Raises:
+            CheckpointError: missing, damaged or untrusted file, or unknown model name.
+        """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-serialisable constructor arguments from which :meth:`from_config` rebuilds the
+        architecture (without weights)."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> Backbone:
+        """The same architecture with weights yet to be loaded into its state dict."""
+
+    # ---- graphs --------------------------------------------------------------------------
+    @abstractmethod
+    def graph(self, atoms: Atoms) -> Any:
+        """The vendor's graph of one structure, on the CPU. Must not change ``atoms``."""
+
+    @abstractmethod
+    def collate(self, atoms: Sequence[Atoms], graphs: Sequence[Any]) -> Batch:
+        """Batch graphs made by :meth:`graph`; leaves them unchanged so they can be cached."""
+
+    # ---- evaluation ----------------------------------------------------------------------
+    @abstractmethod
+    def forward(
+        self, batch: Batch, *, forces: bool = True, stress: bool = True, create_graph: bool = False
+    ) -> Prediction:
+        """Evaluate a batch.
+
+        Args:
+            batch: from :meth:`collate`.
+            forces: compute forces (as the gradient of the energy where the model is
+                conservative).
+            stress: compute stress; implies the cost of forces.
+            create_graph: keep the graph of the gradients, to differentiate forces again. When
+                ``False`` energies still carry a graph to the parameters if grad is enabled.
+        """
+
+    @abstractmethod
+    def row_kind(self, module_name: str) -> str:
+        """Which of ``Batch.rows`` a linear module's input rows are: ``atom``, ``edge``, ..."""
+
+    @abstractmethod
+    def stock_calculator(self) -> Any:
+        """The vendor's own ASE calculator around an untouched copy of the model.
+
+        Call before conversion. Used by the step-0 gate only.
+        """
+
+    # ---- shared --------------------------------------------------------------------------
+    def check(self, atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
+        """Raise a :class:`DataError` if the model cannot describe ``atoms``."""
+        unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
+        if unknown:
+            from ase.data import chemical_symbols
+
+            symbols = ", ".join(chemical_symbols[z] for z in unknown)
+            raise DataError(
+                f"element {symbols} is unknown to the {self.name} model",
+                remedy="choose a model that was trained on this element, or remove the frame",
+                file=file,
+                frame=frame,
+                field="numbers",
+            )
+
+    def batch(self, atoms: Sequence[Atoms]) -> Batch:
+        """Graphs and batch of several structures in one call."""
+        return self.collate(atoms, [self.graph(a) for a in atoms])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages this adapter stands on."""
+        return {p: importlib.metadata.version(p) for p in self.packages}
+
+
+# ---- registry --------------------------------------------------------------------------------
+
+
+def adapter_names() -> list[str]:
+    """Names of all installed adapters; imports none of them."""
+    return sorted(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+
+
+def get_adapter(name: str) -> type[Backbone]:
+    """The backbone class of an adapter.
+
+    Raises:
+        BlipError: no adapter of this name is installed.
+        ImportError: its backend is not installed; the message names the extra and what it
+            clashes with. Other import errors pass through.
+    """
+    points = {e.name: e for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in points:
+        raise BlipError(f"there is no adapter '{name}'", remedy=nearest(name, points), field="model.adapter")
+    adapter: type[Backbone] = points[name].load()
+    return adapter
+
+
+#: which extras cannot share an environment (mace-torch pins e3nn 0.4.4, the others need >= 0.5)
+FAMILIES = {
+    "mace": "a",
+    "fairchem": "b",
+    "sevennet": "b",
+    "orb": "b",
+    "chgnet": "either",
+}
+
+
+def missing_backend(adapter: str, package: str) -> ImportError:
+    """The error to raise when a backend's package is absent."""
+    family = FAMILIES.get(adapter, "either")
+    clash = ", ".join(n for n, f in FAMILIES.items() if {f, family} == {"a", "b"})
+    note = f" It cannot share an environment with {clash} (different e3nn)." if clash else ""
+    return ImportError(
+        f"adapter '{adapter}' needs the package '{package}': pip install 'blip-ft[{adapter}]'.{note}",
+        name=package,
+    )
+
+
+def matches(patterns: Sequence[str], name: str) -> bool:
+    """True if any regular expression matches the whole ``name``."""
+    return any(re.fullmatch(p, name) for p in patterns)

@@ -1,0 +1,289 @@
+"""Every option of a recipe: type, default, meaning. One definition gives validation and docs.
+
+A recipe is a YAML file with the keys of :class:`Recipe`. Unknown keys are refused at every
+depth with the nearest valid name; ``trainer.*`` is checked against Lightning's own ``Trainer``.
+Loading this module imports neither a backend nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blip_ft.errors import RecipeError, nearest
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: a source: path, glob, ``path@selector``, hub id, name of an embedded set, or a list of these
+Source = str | list[str]
+
+
+class Strict(BaseModel):
+    """Base of all sections: unknown keys are errors, values are checked when they are set."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class SplitConfig(Strict):
+    """How a single source is divided when no files are given for the other roles."""
+
+    by: Literal["auto", "given", "group", "random"] = "auto"
+    """``given``: the source's own ``split`` column; ``group``: whole trajectories (or phases,
+    compositions) stay together; ``random``: frame by frame; ``auto``: the first of these that
+    the source can serve."""
+    validation: Fraction = 0.15
+    """share of the frames for choosing the checkpoint"""
+    calibration: Fraction = 0.15
+    """share of the frames for the scale of the error bars"""
+    test: Fraction = 0.2
+    """share of the frames that nothing is chosen on"""
+    seed: int = 0
+    """seed of the division; independent of the training seed"""
+
+
+class DataConfig(Strict):
+    """Where the frames come from."""
+
+    train: Source
+    """frames to learn from; a single source is also divided into the roles not given below"""
+    validation: Source | None = None
+    """frames that choose the checkpoint and the temperature"""
+    calibration: Source | None = None
+    """frames that choose the scale of the error bars"""
+    test: Source | dict[str, Source] | None = None
+    """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
+    split: SplitConfig = SplitConfig()
+    fields: dict[str, str] = {}
+    """names of the labels in the source, where they are not found by themselves:
+    ``{energy: my_energy, forces: my_forces, stress: my_stress, group: run}``"""
+    units: dict[Literal["energy", "length", "forces", "stress"], str] = {}
+    """units of the source where they are not eV, Å, eV/Å, eV/Å^3 (names of ``ase.units``)"""
+    references: Literal["shift", "keep"] = "shift"
+    """``shift``: add the minimum-norm energy per element that fits the training residual"""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """structures per rank and step"""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """processes that build graphs"""
+
+
+class ModelConfig(Strict):
+    """Which potential, and which of its weights are trained and which carry noise."""
+
+    adapter: str
+    """name of the adapter, see ``blip-finetune doctor``"""
+    checkpoint: str
+    """the vendor's model name, or a file in the vendor's format"""
+    options: dict[str, Any] = {}
+    """further arguments of the adapter's ``load`` (head, task, modality)"""
+    dtype: Literal["float32", "float64"] = "float32"
+    train: str | list[str] = "all"
+    """converted modules whose mean is trained: a preset of the adapter or regular expressions"""
+    noise: str | list[str] = "all"
+    """converted modules that carry noise, likewise; ``none`` for none"""
+    rest: bool = False
+    """also train the parameters outside linear blocks (norms, biases), held by the same penalty"""
+    trust: bool = False
+    """open pickled files that are not on the list of published releases"""
+
+
+class PosteriorConfig(Strict):
+    """The distribution over the weights."""
+
+    family: Literal["channel", "weight", "subspace"] = "weight"
+    """``channel``: one std per output channel; ``weight``: one per weight; ``subspace``: a
+    correlated Gaussian along the strongest directions of the data"""
+    mode: Literal["local", "structure"] = "structure"
+    """noise in training: independent per row (scalars only), or one weight sample per structure"""
+    prior_scale: Positive = 0.1
+    """std of the prior around the pretrained weights, in units of each matrix's rms"""
+    init_std: Positive = 0.01
+    """std of the posterior at the start, in the same units"""
+
+
+class ObjectiveConfig(Strict):
+    """The negative ELBO."""
+
+    energy_std: Positive = 2e-3
+    """noise of the energy label, eV/atom"""
+    forces_std: Positive = 2e-2
+    """noise of a force component, eV/Å"""
+    stress_std: Positive = 3e-3
+    """noise of a stress component, eV/Å^3"""
+    learn_noise: bool = False
+    """learn these three from the values above instead of keeping them"""
+    use_stress: bool = False
+    """train on stress labels where they exist"""
+    temperature: Positive = 1.0
+    """weight of the KL term; below 1 the posterior is colder than Bayes"""
+    kl_warmup: Annotated[int, Field(ge=0)] = 0
+    """epochs over which the KL term grows from 0 to its full weight"""
+
+
+class OptimizerConfig(Strict):
+    """Adam and its schedule."""
+
+    learning_rate: Positive = 1e-3
+    """of the mean; cosine decay to zero over the run"""
+    std_learning_rate: Positive = 1e-2
+    """of the posterior's log std"""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """share of the steps over which the learning rate rises"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decay towards the pretrained weights (0 under the ELBO, whose KL already does it)"""
+
+
+class PlainConfig(Strict):
+    """Plain fine-tuning with the same optimiser, steps and early stop, for comparison."""
+
+    enabled: bool = True
+    learning_rate: Positive | None = None
+    """its own learning rate, where the best on validation differs from ``optimizer``'s"""
+
+
+class UncertaintyConfig(Strict):
+    """Prediction and calibration after training."""
+
+    n_draws: Annotated[int, Field(ge=2)] = 16
+    """fixed posterior draws that the trained model predicts with"""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """structures per call in evaluation"""
+
+
+class Recipe(Strict):
+    """A whole run. ``blip-finetune fit`` takes the name of a shipped recipe or a YAML path."""
+
+    name: str
+    """the run's folder is ``<output>/<name>``"""
+    seed: int = 0
+    output: str = "runs"
+    overwrite: bool = False
+    """replace an existing run of this name instead of refusing"""
+    data: DataConfig
+    model: ModelConfig
+    posterior: PosteriorConfig = PosteriorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    plain: PlainConfig = PlainConfig()
+    uncertainty: UncertaintyConfig = UncertaintyConfig()
+    trainer: dict[str, Any] = {}
+    """keyword arguments of ``lightning.Trainer`` (``max_epochs``, ``accelerator``, ``devices``)"""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output) / self.name
+
+
+# ---- loading -------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """Shipped recipes: name -> file."""
+    folder = Path(str(files("blip_ft.recipes")))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply ``key.subkey=value`` overrides (values are YAML).
+
+    Raises:
+        RecipeError: no such recipe, not YAML, unknown key (with the nearest valid name), or a
+            value of the wrong type or range.
+    """
+    path = shipped().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no recipe '{name_or_path}'",
+            remedy=f"give a YAML file or a shipped name: {', '.join(shipped())}",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not a YAML file: {error}", file=path, remedy="mend the syntax") from error
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping of keys", file=path, remedy="see docs/recipes.md")
+    tree.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_recipe(tree, file=path)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            f"cannot read the override '{override}'", remedy="write key=value, for instance seed=1"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of '{key}' is not YAML: {error}", field=key) from error
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"'{parent}' has no keys below it", field=key, remedy="check the key")
+    tree[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads ``1e-3`` as a string; take it as the number that everyone means."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
+    """Validate a nested mapping; all errors are collected into one message."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems, keys = [], []
+        for item in error.errors():
+            location = [str(x) for x in item["loc"]]
+            key = ".".join(location)
+            keys.append(key)
+            if item["type"] == "extra_forbidden":
+                problems.append(f"unknown key '{key}': {nearest(location[-1], _siblings(location))}")
+            else:
+                problems.append(f"'{key}': {item['msg'].lower()} (got {item['input']!r})")
+        raise RecipeError(
+            "; ".join(problems), file=file, field=", ".join(keys), remedy="all keys: docs/recipes.md"
+        ) from error
+    _check_trainer(recipe.trainer, file)
+    return recipe
+
+
+def _siblings(location: list[str]) -> list[str]:
+    """Valid keys at the depth of an unknown key."""
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type):
+            break
+        if issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)
+
+
+def _check_trainer(options: dict[str, Any], file: Path | None) -> None:
+    import inspect
+
+    from lightning import Trainer
+
+    valid = [p for p in inspect.signature(Trainer.__init__).parameters if p != "self"]
+    for key in options:
+        if key not in valid:
+            raise RecipeError(
+                f"unknown key 'trainer.{key}': {nearest(key, valid)}",
+                file=file,
+                field=f"trainer.{key}",
+                remedy="trainer.* are the keyword arguments of lightning.Trainer",
+            )
