@@ -1,0 +1,214 @@
+"""The vendor's side of the SevenNet adapter: names, checkpoints, its model and its calculator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from blip_ft.adapters._vendor import import_backend, quiet
+from torch import Tensor, nn
+
+from blip_ft.errors import CheckpointError, RecipeError, nearest
+
+#: keys of the vendor's configuration from which its model is built
+ARCHITECTURE = (
+    "version",
+    "_number_of_species",
+    "_type_map",
+    "_number_of_modalities",
+    "_modal_map",
+    "act_gate",
+    "act_radial",
+    "act_scalar",
+    "_normalize_sph",
+    "channel",
+    "conv_denominator",
+    "cutoff",
+    "cutoff_function",
+    "interaction_type",
+    "irreps_manual",
+    "is_parity",
+    "lmax",
+    "lmax_edge",
+    "lmax_node",
+    "num_convolution_layer",
+    "radial_basis",
+    "readout_as_fcn",
+    "readout_fcn_activation",
+    "readout_fcn_hidden_neurons",
+    "scale",
+    "self_connection_type",
+    "shift",
+    "train_denominator",
+    "train_shift_scale",
+    "use_bias_in_linear",
+    "use_modal_node_embedding",
+    "use_modal_output_block",
+    "use_modal_self_inter_intro",
+    "use_modal_self_inter_outro",
+    "use_modal_wise_scale",
+    "use_modal_wise_shift",
+    "use_modality",
+    "weight_nn_hidden_neurons",
+)
+
+
+def find(checkpoint: str) -> Path:
+    """Path of a file or of a model known by name; the vendor's loader downloads it if need be."""
+    from sevenn._const import CHECKPOINT_DOWNLOAD_LINKS
+    from sevenn.util import get_available_pretrained_models, pretrained_name_to_path
+
+    path = Path(checkpoint).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == ".pth" or len(path.parts) > 1:
+        raise CheckpointError("there is no such file", remedy="check the path", file=checkpoint)
+    try:
+        return Path(pretrained_name_to_path(checkpoint))
+    except ValueError as error:
+        names = get_available_pretrained_models()
+        raise CheckpointError(
+            f"there is no SevenNet model '{checkpoint}'",
+            remedy=f"{nearest(checkpoint, names)}; or give the path of a .pth file",
+            field="model.checkpoint",
+        ) from error
+    except OSError as error:
+        links = "; ".join(CHECKPOINT_DOWNLOAD_LINKS.values())
+        raise CheckpointError(
+            f"the weights of '{checkpoint}' could not be downloaded ({type(error).__name__})",
+            remedy=f"fetch the file by hand and give its path; the vendor's files are: {links}",
+            field="model.checkpoint",
+        ) from error
+
+
+def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module]:
+    """Reduced configuration and model from a checkpoint that has been read already."""
+    import sevenn.checkpoint
+
+    module: Any = sevenn.checkpoint
+    foreign = CheckpointError(
+        "is not a SevenNet checkpoint that this version of sevenn can read",
+        remedy="check the path; sevenn's own training writes such files",
+        file=path,
+    )
+    if not isinstance(content, dict) or not content.get("config") or not content.get("model_state_dict"):
+        raise foreign
+    # Filled in by hand, so that the vendor does not open the file a second time as a pickle.
+    checkpoint = module.SevenNetCheckpoint(path)
+    try:
+        with quiet():
+            checkpoint._config = module._config_cp_routine(dict(content["config"]))
+            checkpoint._model_state_dict = content["model_state_dict"]
+            checkpoint._loaded = True
+            model = checkpoint.build_model()
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise foreign from error
+    config = checkpoint.config
+    return {key: _plain(config[key]) for key in ARCHITECTURE if key in config}, model
+
+
+def build(architecture: dict[str, Any]) -> nn.Module:
+    """The vendor's model of an architecture, with random weights and e3nn kernels."""
+    import_backend("sevennet", "sevenn")
+    with quiet():
+        from sevenn.model_build import build_E3_equivariant_model
+
+        kernels = {"use_flash_tp": False, "use_oeq": False, "cuequivariance_config": {}}
+        model: nn.Module = build_E3_equivariant_model({**copy.deepcopy(architecture), **kernels})
+    return model
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and e3nn objects as numbers, lists and strings; keys are kept."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if type(value) in (list, tuple):  # not its subclasses, such as e3nn's Irreps
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def check_modal(modal: str | None, modal_map: Mapping[str, int]) -> str | None:
+    """The modality to use, or an error that lists the valid ones."""
+    if modal is None and not modal_map:
+        return None
+    if modal in modal_map:
+        return modal
+    if not modal_map:
+        problem, remedy = "this model has no modalities", "leave model.options.modal out"
+    elif modal is None:
+        problem, remedy = "this model needs a modality", f"valid names: {', '.join(modal_map)}"
+    else:
+        problem = f"unknown modality '{modal}'"
+        remedy = f"{nearest(modal, modal_map)} (valid names: {', '.join(modal_map)})"
+    raise RecipeError(problem, remedy=remedy, field="model.options.modal")
+
+
+def register_coefficients(model: nn.Module) -> None:
+    """Fixed Bessel frequencies are a plain attribute at the vendor's; as a buffer they follow the
+    model to another device or type.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "BesselBasis" and "coeffs" in vars(module):
+            module.register_buffer("coeffs", vars(module).pop("coeffs"), persistent=False)
+
+
+def scalar_columns(readout: Any, device: torch.device) -> Tensor:
+    """Columns of a readout's input that are even scalars."""
+    irreps = readout._irreps_in_wo_modal if hasattr(readout, "_irreps_in_wo_modal") else readout.irreps_in
+    parts = [
+        torch.arange(part.start, part.stop, device=device)
+        for part, (_, ir) in zip(irreps.slices(), irreps, strict=True)
+        if ir.l == 0 and ir.p == 1
+    ]
+    return torch.cat(parts) if parts else torch.arange(0, device=device)
+
+
+def calculator(model: nn.Module, modal: str | None, device: torch.device) -> Any:
+    """``SevenNetCalculator``; for float64 weights a subclass that feeds it float64 graphs."""
+    from ase.calculators.calculator import Calculator, all_changes
+    from sevenn.atom_graph_data import AtomGraphData
+    from sevenn.calculator import SevenNetCalculator
+    from sevenn.nn.node_embedding import OnehotEmbedding
+    from sevenn.train.dataload import unlabeled_atoms_to_graph
+    from sevenn.util import dtype_correct
+
+    base: Any = Calculator
+    dtype = next(p.dtype for p in model.parameters())
+    arguments: dict[str, Any] = {
+        "model": model,
+        "file_type": "model_instance",
+        "device": device,
+        "modal": modal,
+    }
+    if dtype == torch.float32:
+        return SevenNetCalculator(**arguments)
+
+    def cast(_module: nn.Module, _inputs: Any, data: Any) -> Any:
+        for key in ("x", "node_attr"):
+            if key in data and data[key].is_floating_point():
+                data[key] = data[key].to(dtype)
+        return data
+
+    for module in model.modules():
+        if isinstance(module, OnehotEmbedding):
+            module.register_forward_hook(cast)
+
+    class _DoubleCalculator(SevenNetCalculator):  # type: ignore[misc]
+        """The vendor's calculator with its graph in the type of the weights."""
+
+        def calculate(
+            self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes
+        ) -> None:
+            base.calculate(self, atoms, properties, system_changes)
+            graph = unlabeled_atoms_to_graph(atoms.copy(), self.cutoff)
+            data = AtomGraphData(**{key: dtype_correct(value, dtype) for key, value in graph.items()})
+            if self.modal:
+                data["data_modality"] = self.modal
+            self.results = self.output_to_results(self.model(data.to(self.device)))
+
+    return _DoubleCalculator(**arguments)

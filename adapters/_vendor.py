@@ -1,0 +1,54 @@
+"""What adapters share in dealing with a vendor's package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from blip_ft.backbone import missing_backend
+from blip_ft.errors import RecipeError, nearest
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what a vendor's package prints, and its warnings."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def import_backend(adapter: str, package: str) -> None:
+    """Import a vendor's package.
+
+    Raises:
+        ImportError: the package is absent; names the extra to install. Other import errors, such as
+            a broken dependency of the package, pass through as they are.
+    """
+    try:
+        with quiet():
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise missing_backend(adapter, package) from error
+        raise
+
+
+def refuse_options(options: Mapping[str, Any], adapter: str, known: Sequence[str] = ()) -> None:
+    """Raise a :class:`RecipeError` for loading options that an adapter does not know."""
+    for name in options:
+        raise RecipeError(
+            f"the {adapter} adapter has no option '{name}'",
+            remedy=nearest(name, known) if known else "it takes no options",
+            field="model.options",
+        )
+
+
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of all parameters; they change when modules are converted."""
+    return tuple(name for name, _ in model.named_parameters())

@@ -1,0 +1,220 @@
+"""SevenNet (package ``sevenn``): NequIP-style equivariant potentials.
+
+The vendor's modules are run one after the other on a plain dictionary of tensors; only its last
+module, which differentiates the energy, is replaced, because it ties ``create_graph`` to the
+module's train mode. :meth:`SevenNetBackbone._assemble` does the same arithmetic
+(``sevenn.nn.force_output.ForceStressOutputFromEdge``).
+
+Edges: ``edge_index[0]`` is the atom that gathers messages, ``edge_index[1]`` the one that sends
+them, and ``edge_vec = r[edge_index[1]] - r[edge_index[0]]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from ase import Atoms
+from blip_ft.adapters import _sevennet as vendor
+from blip_ft.adapters._files import open_file
+from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
+from torch import Tensor, nn
+
+from blip_ft.backbone import Batch
+from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
+
+_RADIAL = r"\d+_convolution\.weight_nn\.layer\d+"
+_READOUT = r"reduce_\w+\.linear|readout_FCN\.fcn\.layer\d+"
+_BODY = r"onehot_to_feature_x\.linear|\d+_self_(connection_intro|interaction_[12])\.linear"
+
+
+class SevenNetBackbone(ConservativeBackbone):
+    """A SevenNet model.
+
+    Args:
+        architecture: the vendor's configuration, reduced to what its model is built from.
+        modal: modality (level of theory) of a multi-fidelity model; ``None`` for the others.
+        model: the vendor's model; built with random weights if not given.
+        origin: where the weights came from.
+    """
+
+    name: ClassVar[str] = "sevennet"
+    packages: ClassVar[tuple[str, ...]] = ("sevenn", "e3nn", "torch")
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "all": (rf"({_BODY}|{_RADIAL}|{_READOUT})",),
+        "scalar": (rf"({_RADIAL}|{_READOUT})",),
+        "readout": (rf"({_READOUT})",),
+        "radial": (rf"({_RADIAL})",),
+    }
+    keep: ClassVar[Mapping[str, str]] = {
+        r"rescale_atomic_energy": "energy reference of each element: the reference shift handles it",
+        r"\d+_convolution": "mean number of neighbours: a fixed divisor, not a weight",
+    }
+
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        *,
+        modal: str | None = None,
+        model: nn.Module | None = None,
+        origin: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.modal = modal
+        self.origin = dict(origin or {})
+        self.model = vendor.build(architecture) if model is None else model
+        vendor.register_coefficients(self.model)
+        self.cutoff = float(architecture["cutoff"])
+        self.elements = frozenset(architecture["_type_map"])
+        modal_map = architecture.get("_modal_map") or {}
+        self._modal_index = modal_map[modal] if modal_map else None
+        self._stock_names = parameter_names(self.model)
+
+    # ---- loading -------------------------------------------------------------------------
+    @classmethod
+    def load(
+        cls, checkpoint: str, *, trust: bool = False, modal: str | None = None, **options: Any
+    ) -> SevenNetBackbone:
+        """Load a SevenNet model.
+
+        Args:
+            checkpoint: a name such as ``7net-0``, ``7net-0_22may2024``, ``7net-l3i5`` or ``7net-mf-0``
+                (shipped in the vendor's wheel) or of a release that the vendor's loader downloads, or
+                the path of a ``.pth`` file.
+            trust: open a file even if that can run code that it contains.
+            modal: modality of a multi-fidelity model.
+            options: none are known.
+
+        Raises:
+            CheckpointError: missing, damaged or untrusted file, or unknown name.
+            RecipeError: unknown option; modality missing or unknown.
+        """
+        refuse_options(options, cls.name, known=("modal",))
+        import_backend(cls.name, "sevenn")
+        path = vendor.find(checkpoint)
+        content, digest = open_file(path, trust=trust)
+        architecture, model = vendor.open_checkpoint(path, content)
+        return cls(
+            architecture,
+            modal=vendor.check_modal(modal, architecture.get("_modal_map") or {}),
+            model=model,
+            origin={"checkpoint": checkpoint, "sha256": digest},
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Architecture, modality and origin, all JSON-serialisable."""
+        architecture = copy.deepcopy(self.architecture)
+        architecture["_type_map"] = {str(z): i for z, i in architecture["_type_map"].items()}
+        return {"architecture": architecture, "modal": self.modal, "origin": dict(self.origin)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SevenNetBackbone:
+        """The same architecture with random weights; see :meth:`config`."""
+        architecture = copy.deepcopy(config["architecture"])
+        architecture["_type_map"] = {int(z): i for z, i in architecture["_type_map"].items()}
+        return cls(architecture, modal=config.get("modal"), origin=config.get("origin"))
+
+    # ---- graphs --------------------------------------------------------------------------
+    def graph(self, atoms: Atoms) -> dict[str, Tensor]:
+        """The vendor's edges of one structure in float64: ``edge_index`` (2, e), ``edge_vec`` (e, 3),
+        ``volume`` () and ``periodic`` ().
+        """
+        from sevenn.train.dataload import unlabeled_atoms_to_graph
+
+        self.check(atoms)
+        # A bare copy: the vendor writes box vectors into the cell of structures that are not periodic.
+        bare = Atoms(
+            numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array.copy(), pbc=atoms.pbc
+        )
+        data = unlabeled_atoms_to_graph(bare, self.cutoff)
+        return {
+            "edge_index": torch.as_tensor(data["edge_index"], dtype=torch.int64),
+            "edge_vec": torch.as_tensor(data["edge_vec"], dtype=torch.float64).reshape(-1, 3),
+            "volume": torch.tensor(atoms.cell.volume if atoms.pbc.all() else 1.0, dtype=torch.float64),
+            "periodic": torch.tensor(bool(atoms.pbc.all())),
+        }
+
+    def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
+        """Batch graphs: atoms and edges are concatenated, structure after structure."""
+        n_atoms = torch.tensor([len(a) for a in atoms])
+        n_edges = torch.tensor([g["edge_vec"].shape[0] for g in graphs])
+        index = torch.arange(len(atoms))
+        first = torch.cumsum(n_atoms, 0) - n_atoms
+        pairs = zip(graphs, first.tolist(), strict=True)
+        return Batch(
+            graph={
+                "edge_index": torch.cat([g["edge_index"] + offset for g, offset in pairs], dim=1),
+                "edge_vec": torch.cat([g["edge_vec"] for g in graphs]),
+                "volume": torch.stack([g["volume"] for g in graphs]),
+                "periodic": torch.stack([g["periodic"] for g in graphs]),
+            },
+            n_atoms=n_atoms,
+            numbers=torch.cat([torch.as_tensor(a.numbers, dtype=torch.int64) for a in atoms]),
+            rows={
+                "atom": torch.repeat_interleave(index, n_atoms),
+                "edge": torch.repeat_interleave(index, n_edges),
+            },
+        )
+
+    # ---- evaluation ----------------------------------------------------------------------
+    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+        """Energies; the leaf is ``edge_vec`` (e, 3)."""
+        dtype = self.dtype
+        edge_vec = batch.graph["edge_vec"].to(dtype).detach().clone().requires_grad_(leaves)
+        model: Any = self.model
+        data: dict[str, Tensor] = {
+            "edge_vec": edge_vec,
+            "edge_index": batch.graph["edge_index"],
+            "batch": batch.structure,
+            "num_atoms": batch.n_atoms,
+            "atomic_numbers": batch.numbers,
+            "x": model._atomic_numbers_to_onehot(batch.numbers),
+        }
+        if self._modal_index is not None:
+            data["modal_type"] = torch.full_like(batch.n_atoms, self._modal_index)
+        features = None
+        for key, module in model.named_children():
+            if key in ("reduce_input_to_hidden", "readout_FCN"):
+                features = data["x"][:, vendor.scalar_columns(module, data["x"].device)]
+            elif key == "rescale_atomic_energy":
+                node_energy = module(data)["atomic_energy"].squeeze(1)
+                break
+            data = module(data)
+            if key == "onehot_idx_to_onehot":
+                # The vendor makes this embedding float32 whatever the type of the weights.
+                data["x"], data["node_attr"] = data["x"].to(dtype), data["node_attr"].to(dtype)
+        energy = sum_rows(node_energy, batch.structure, batch.n_structures)
+        return Evaluation(node_energy, energy, (edge_vec,) if leaves else (), features)
+
+    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Forces and stress from ``dE/d(edge_vec)`` (e, 3), in the vendor's arithmetic."""
+        (pull,) = grads
+        edge_vec = batch.graph["edge_vec"].to(pull.dtype)
+        receiver, sender = batch.graph["edge_index"]
+        n = batch.numbers.numel()
+        forces = sum_rows(pull, receiver, n) - sum_rows(pull, sender, n)
+        x, y, z = edge_vec.unbind(1)
+        px, py, pz = pull.unbind(1)
+        virial = torch.stack((x * px, y * py, z * pz, y * pz, z * px, x * py), dim=1)
+        total = sum_rows(virial, batch.rows["edge"], batch.n_structures)
+        stress = total / batch.graph["volume"].to(pull.dtype).unsqueeze(1)
+        return forces, stress.masked_fill(~batch.graph["periodic"].unsqueeze(1), torch.nan)
+
+    def row_kind(self, module_name: str) -> str:
+        """``edge`` inside the radial networks, ``atom`` everywhere else."""
+        return "edge" if re.search(r"_convolution\.weight_nn(\.|$)", module_name) else "atom"
+
+    def stock_calculator(self) -> Any:
+        """The vendor's calculator around a copy of the model; in float64 the same on float64 graphs.
+
+        Raises:
+            RuntimeError: the model has been converted already.
+        """
+        if parameter_names(self.model) != self._stock_names:
+            raise RuntimeError("the stock calculator must be made before the model is converted")
+        with quiet():
+            return vendor.calculator(copy.deepcopy(self.model), self.modal, self.device)
