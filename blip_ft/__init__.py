@@ -1,1 +1,51 @@
-"""TODO."""
+"""Turn a pretrained interatomic potential into a Bayesian one and fine-tune it on few frames.
+
+The command line is ``blip-finetune``. From Python::
+
+    from blip_ft import load
+
+    atoms.calc = load("runs/demo").calculator()
+
+Everything here is loaded when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip_ft.checkpoint import load_model as load
+    from blip_ft.config import Recipe, load_recipe
+    from blip_ft.errors import BlipError
+    from blip_ft.training.fit import fit
+
+    __version__: str
+
+#: public name -> (module, name in it)
+_PUBLIC = {
+    "BlipError": ("blip_ft.errors", "BlipError"),
+    "Recipe": ("blip_ft.config", "Recipe"),
+    "fit": ("blip_ft.training.fit", "fit"),
+    "load": ("blip_ft.checkpoint", "load_model"),
+    "load_recipe": ("blip_ft.config", "load_recipe"),
+}
+
+__all__ = ["BlipError", "Recipe", "__version__", "fit", "load", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("blip-ft")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'blip_ft' has no attribute '{name}'")
+    module, attribute = _PUBLIC[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
