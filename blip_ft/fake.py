@@ -1,0 +1,240 @@
+"""A tiny backbone for tests: a potential in pure torch that fulfils the whole protocol in milliseconds.
+
+It is not trained on anything. It has what makes real backbones awkward: rows that are atoms and
+rows that are edges, one linear layer that is used under two names, energy references that must
+stay, and forces and stress that are derivatives of the energy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.neighborlist import primitive_neighbor_list
+from torch import Tensor, nn
+
+from blip_ft.backbone import Batch
+from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
+from blip_ft.errors import CheckpointError, RecipeError, nearest
+
+#: width of the atoms' features, hidden width, number of radial functions
+_SIZES = {"tiny": (8, 16, 6)}
+_ELEMENTS = (1, 6, 7, 8, 14)
+_CUTOFF = 4.0  # Å
+
+
+class FakeModel(nn.Module):
+    """One round of message passing on scalar features.
+
+    Args:
+        width: number of features per atom.
+        hidden: width of the hidden layers.
+        n_radial: number of radial functions.
+        seed: of the weights.
+    """
+
+    references: Tensor
+
+    def __init__(self, width: int, hidden: int, n_radial: int, seed: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(len(_ELEMENTS), width, bias=False)
+        self.radial = nn.Sequential(nn.Linear(n_radial, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.update = nn.Linear(width, width)
+        self.update_again = self.update  # tied on purpose
+        self.readout = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.register_buffer("references", torch.zeros(len(_ELEMENTS)))
+        self.register_buffer(
+            "frequencies", math.pi / _CUTOFF * torch.arange(1, n_radial + 1), persistent=False
+        )
+        self.double()
+        self._draw(seed)
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        """Weights from N(0, 1/fan-in) and references around -5 eV, a pure function of the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 100
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise / math.sqrt(fan_in))
+        self.references.copy_(torch.randn(len(_ELEMENTS), generator=generator, dtype=torch.float64) - 5.0)
+
+    def forward(self, species: Tensor, edge_index: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies and features of the atoms.
+
+        Args:
+            species: (n,) index into the known elements.
+            edge_index: (2, e) receiving and sending atom of every edge.
+            distance: (e,) Å.
+
+        Returns:
+            (n,) eV, and (n, width).
+        """
+        one_hot = nn.functional.one_hot(species, len(_ELEMENTS)).to(distance.dtype)
+        features = self.embedding(one_hot)
+        r = distance.unsqueeze(1)
+        basis = torch.sin(self.frequencies.to(r.dtype) * r) / r  # type: ignore[operator]
+        u = (r / _CUTOFF).clamp(max=1.0)
+        envelope = (1 - u) ** 3 * (1 + 3 * u + 6 * u**2)  # two continuous derivatives at the cutoff
+        messages = self.radial(basis) * envelope * features[edge_index[1]]
+        features = features + sum_rows(messages, edge_index[0], species.numel())
+        features = nn.functional.silu(self.update(features))
+        features = features + nn.functional.silu(self.update_again(features))
+        energy = self.readout(features).squeeze(1) + self.references[species]
+        return energy, features
+
+
+class FakeBackbone(ConservativeBackbone):
+    """The tiny test backbone; float64 by default.
+
+    Args:
+        size: name of a size; only ``tiny`` exists.
+        seed: of the weights.
+    """
+
+    name: ClassVar[str] = "fake"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "ase")
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "all": (r"embedding|update(_again)?|radial\.\d+|readout\.\d+",),
+        "scalar": (r"radial\.\d+|readout\.\d+",),
+        "readout": (r"readout\.\d+",),
+        "radial": (r"radial\.\d+",),
+    }
+
+    def __init__(self, size: str = "tiny", seed: int = 0) -> None:
+        super().__init__()
+        self.size, self.seed = size, seed
+        self.model = FakeModel(*_SIZES[size], seed=seed)
+        self.cutoff = _CUTOFF
+        self.elements = frozenset(_ELEMENTS)
+        self.origin = {"checkpoint": f"{size}, seed {seed}", "sha256": ""}
+
+    # ---- loading -------------------------------------------------------------------------
+    @classmethod
+    def load(
+        cls, checkpoint: str = "tiny", *, trust: bool = False, seed: int = 0, **options: Any
+    ) -> FakeBackbone:
+        """Make the backbone; it reads no file.
+
+        Raises:
+            CheckpointError: unknown size.
+            RecipeError: unknown option.
+        """
+        if options:
+            raise RecipeError(
+                f"the fake adapter has no option '{next(iter(options))}'",
+                remedy="valid names: seed",
+                field="model.options",
+            )
+        if checkpoint not in _SIZES:
+            raise CheckpointError(
+                f"there is no fake model '{checkpoint}'",
+                remedy=nearest(checkpoint, _SIZES),
+                field="model.checkpoint",
+            )
+        return cls(checkpoint, seed)
+
+    def config(self) -> dict[str, Any]:
+        """Size and seed."""
+        return {"size": self.size, "seed": self.seed}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FakeBackbone:
+        """The same architecture; see :meth:`config`."""
+        return cls(config["size"], config["seed"])
+
+    # ---- graphs --------------------------------------------------------------------------
+    def graph(self, atoms: Atoms) -> dict[str, Tensor]:
+        """Positions (n, 3), edges (2, e) and the lattice vector that each edge crosses (e, 3)."""
+        self.check(atoms)
+        i, j, shift = primitive_neighbor_list(  # type: ignore[no-untyped-call]
+            "ijS", atoms.pbc, atoms.cell.array, atoms.positions, self.cutoff, self_interaction=False
+        )
+        periodic = bool(atoms.pbc.all())
+        return {
+            "positions": torch.tensor(atoms.positions, dtype=torch.float64),
+            "edge_index": torch.stack((torch.as_tensor(i), torch.as_tensor(j))).to(torch.int64),
+            "offset": torch.as_tensor(shift @ atoms.cell.array, dtype=torch.float64).reshape(-1, 3),
+            "volume": torch.tensor(atoms.cell.volume if periodic else 1.0, dtype=torch.float64),
+            "periodic": torch.tensor(periodic),
+        }
+
+    def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
+        """Batch graphs: atoms and edges are concatenated, structure after structure."""
+        n_atoms = torch.tensor([len(a) for a in atoms])
+        n_edges = torch.tensor([g["offset"].shape[0] for g in graphs])
+        index = torch.arange(len(atoms))
+        first = (torch.cumsum(n_atoms, 0) - n_atoms).tolist()
+        edges = [g["edge_index"] + start for g, start in zip(graphs, first, strict=True)]
+        return Batch(
+            graph={
+                "positions": torch.cat([g["positions"] for g in graphs]),
+                "edge_index": torch.cat(edges, dim=1),
+                "offset": torch.cat([g["offset"] for g in graphs]),
+                "volume": torch.stack([g["volume"] for g in graphs]),
+                "periodic": torch.stack([g["periodic"] for g in graphs]),
+            },
+            n_atoms=n_atoms,
+            numbers=torch.cat([torch.as_tensor(a.numbers, dtype=torch.int64) for a in atoms]),
+            rows={
+                "atom": torch.repeat_interleave(index, n_atoms),
+                "edge": torch.repeat_interleave(index, n_edges),
+            },
+        )
+
+    # ---- evaluation ----------------------------------------------------------------------
+    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+        """Energies; the leaves are positions (n, 3) and a strain (B, 3, 3) of every structure."""
+        dtype = self.dtype
+        positions = batch.graph["positions"].to(dtype).detach().clone().requires_grad_(leaves)
+        strain = positions.new_zeros((batch.n_structures, 3, 3)).requires_grad_(leaves)
+        receiver, sender = batch.graph["edge_index"]
+        edge_vec = positions[sender] - positions[receiver] + batch.graph["offset"].to(dtype)
+        edge_vec = edge_vec + torch.einsum("ei,eij->ej", edge_vec, strain[batch.rows["edge"]])
+        known = torch.tensor(_ELEMENTS, device=batch.numbers.device)
+        species = torch.searchsorted(known, batch.numbers)
+        node_energy, features = self.model(species, batch.graph["edge_index"], edge_vec.norm(dim=1))
+        energy = sum_rows(node_energy, batch.structure, batch.n_structures)
+        return Evaluation(node_energy, energy, (positions, strain) if leaves else (), features)
+
+    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Forces and stress from ``dE/d(positions)`` and ``dE/d(strain)``."""
+        pull, virial = grads
+        symmetric = (virial + virial.transpose(1, 2)) / 2
+        rows, columns = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)
+        stress = symmetric[:, rows, columns] / batch.graph["volume"].to(pull.dtype).unsqueeze(1)
+        return -pull, stress.masked_fill(~batch.graph["periodic"].unsqueeze(1), torch.nan)
+
+    def row_kind(self, module_name: str) -> str:
+        """``edge`` inside the radial network, ``atom`` everywhere else."""
+        return "edge" if module_name.split(".")[0] == "radial" else "atom"
+
+    def stock_calculator(self) -> Calculator:
+        """A calculator around a copy, one structure at a time."""
+        return _FakeCalculator(copy.deepcopy(self))
+
+
+class _FakeCalculator(Calculator):
+    """Energy, forces and stress (where periodic) of one structure."""
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(self, backbone: FakeBackbone) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.backbone = backbone
+
+    def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+        """Evaluate ``atoms``."""
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
+        prediction = self.backbone(self.backbone.batch([atoms]))
+        self.results = {
+            "energy": prediction.energy.item(),
+            "free_energy": prediction.energy.item(),
+            "forces": prediction.forces.detach().numpy(),
+            "stress": prediction.stress[0].detach().numpy(),
+        }
