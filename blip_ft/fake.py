@@ -222,7 +222,7 @@ class FakeBackbone(ConservativeBackbone):
 class _FakeCalculator(Calculator):
     """Energy, forces and stress (where periodic) of one structure."""
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(self, backbone: FakeBackbone) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
