@@ -1,0 +1,387 @@
+r"""Fit the width of the error bars on calibration frames.
+
+For each property (energy per atom, force components, stress components) the label is taken as
+Gaussian around the prediction with
+
+.. math:: \mathrm{var}_i = a^2 + (c\,s_i)^2
+
+where s is the **epistemic** std from the posterior, c its one ``scale`` and a the constant
+**aleatoric** std (noise of the labels and whatever the model cannot express). sqrt(var) is
+the **total** std. a and c minimise the Gaussian negative log-likelihood of the residuals e.
+
+How: with w in [0, 1] write var = t v(w), v(w) = (1 - w) + w s^2/<s^2>. For a fixed w the
+best t is <e^2/v>, so only a function of the one number w is left, and the mean squared
+z-score of the calibration residuals is exactly 1 whatever w is. w is searched on a grid in
+logit(w) with both ends included (w = 0: a alone, w = 1: c alone), every local minimum of the
+grid is refined by ``scipy.optimize.minimize_scalar``, and the best is taken.
+
+Two things keep the fit sane on few frames:
+
+* How the width is divided between a and c, that is w, is chosen with a weak Gaussian prior of
+  ln c around 0 (std ``SCALE_PRIOR`` = ln 10). It counts as one unit beside F frames: components
+  of one frame are not independent, so frames are what is counted. Without it a spread that
+  happens not to correlate with the few residuals at hand would be switched off (c = 0), and
+  the error bars far from the data with it; where the spread is constant or zero, a and c cannot
+  be told apart and the prior decides for the c closest to 1.
+* With fewer than ``MIN_RESIDUALS`` residuals (energy: one per frame) c = 1 and only a is fitted.
+
+Residuals with zero error *and* zero spread (forces that vanish by symmetry) say nothing about
+either and are left out.
+
+Beside the Gaussian factors, split-conformal factors are stored (:func:`conformal_quantile`).
+Coverage in the metrics uses the Gaussian total std (90 %: 1.645 std); the conformal factor is
+the one to use for intervals when ``excess_kurtosis`` says that the tails are heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize_scalar
+from scipy.stats import kurtosis, norm
+
+from blip_ft.uncertainty.results import FloatArray, IntArray, SetPrediction
+
+#: properties that are calibrated; energy means energy per atom
+PROPERTIES = ("energy", "forces", "stress")
+#: std of the prior of ln(scale)
+SCALE_PRIOR = math.log(10.0)
+#: with fewer residuals than this the scale stays 1
+MIN_RESIDUALS = 5
+#: levels for which conformal factors are stored
+LEVELS = (0.5, 0.6827, 0.8, 0.9, 0.95, 0.9545, 0.99)
+#: residuals and spreads below this share of their rms count as zero
+_ZERO = 1e-6
+_LOGITS = np.linspace(-16.0, 16.0, 65)
+
+
+@dataclass(frozen=True)
+class PropertyCalibration:
+    """Error bars of one property: total std = sqrt(aleatoric^2 + (scale * epistemic)^2).
+
+    Attributes:
+        aleatoric: a, in the unit of the property (eV/atom, eV/Å, eV/Å^3).
+        scale: c, a number.
+        n_residuals: residuals the fit stands on.
+        n_frames: frames they come from.
+        nll_before: mean Gaussian NLL with the epistemic std alone; ``None`` where it is
+            infinite (no spread).
+        nll_after: mean Gaussian NLL with the total std.
+        zms_before: mean of (residual / epistemic std)^2; 1 is right, below 1 the model's own
+            error bars are too wide, above 1 too narrow; ``None`` without spread.
+        excess_kurtosis: of the z-scores after calibration; 0 for a Gaussian, above about 2 the
+            tails are heavy and Gaussian intervals at high levels are too short. ``None`` for
+            fewer than four residuals.
+        conformal: split-conformal factor of the total std per level in ``LEVELS``; ``inf``
+            where the frames are too few for that level.
+    """
+
+    aleatoric: float = 0.0
+    scale: float = 1.0
+    n_residuals: int = 0
+    n_frames: int = 0
+    nll_before: float | None = None
+    nll_after: float | None = None
+    zms_before: float | None = None
+    excess_kurtosis: float | None = None
+    conformal: dict[float, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("aleatoric", "scale"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{key} must be finite and not negative, got {value}")
+
+    def total(self, epistemic: ArrayLike | None) -> FloatArray:
+        """Total std for an epistemic std of the same unit; ``None`` counts as no spread."""
+        spread = np.asarray(0.0 if epistemic is None else epistemic, dtype=np.float64)
+        return np.sqrt(self.aleatoric**2 + (self.scale * spread) ** 2)
+
+    def conformal_quantile(self, level: float) -> float:
+        """Factor f such that prediction ± f * total std holds a share ``level`` of new labels.
+
+        Raises:
+            KeyError: no factor was stored for this level.
+        """
+        for known, factor in self.conformal.items():
+            if math.isclose(known, level):
+                return factor
+        raise KeyError(f"no conformal factor at level {level}; stored: {sorted(self.conformal)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form; infinite conformal factors become ``None``."""
+        tree = asdict(self)
+        tree["conformal"] = {str(k): v if math.isfinite(v) else None for k, v in self.conformal.items()}
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> PropertyCalibration:
+        """Inverse of :meth:`to_dict`."""
+        factors = {float(k): math.inf if v is None else v for k, v in tree.get("conformal", {}).items()}
+        return cls(**{**tree, "conformal": factors})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibrated error bars of energy (per atom), forces and stress.
+
+    A property without calibration labels keeps the identity: no aleatoric noise, scale 1,
+    ``n_residuals`` 0.
+    """
+
+    energy: PropertyCalibration = PropertyCalibration()
+    forces: PropertyCalibration = PropertyCalibration()
+    stress: PropertyCalibration = PropertyCalibration()
+
+    @classmethod
+    def identity(cls) -> Calibration:
+        """The posterior's own error bars, unchanged."""
+        return cls()
+
+    @classmethod
+    def constant(cls, *, energy: float = 0.0, forces: float = 0.0, stress: float = 0.0) -> Calibration:
+        """One std for all (eV/atom, eV/Å, eV/Å^3) and no spread; 0 means no error bar."""
+        values = {"energy": energy, "forces": forces, "stress": stress}
+        return cls(**{k: PropertyCalibration(v, 0.0) for k, v in values.items()})
+
+    @classmethod
+    def rmse(cls, prediction: SetPrediction) -> Calibration:
+        """:meth:`constant` with the RMSE of ``prediction`` in each labelled property: the error
+        bars of a model that has none, from its validation frames.
+        """
+        errors = {name: residuals(prediction, name)[0] for name in PROPERTIES}
+        return cls.constant(**{name: _rms(e) for name, e in errors.items() if e.size})
+
+    def total_std(self, prediction: SetPrediction) -> dict[str, FloatArray]:
+        """Total std of every property that has an error bar, in the units of ``prediction``.
+
+        ``energy`` (F,) is that of the **total** energy: n_atoms times that per atom. A property
+        for which the model states no spread and the calibration no noise is left out.
+        """
+        total: dict[str, FloatArray] = {}
+        for name in PROPERTIES:
+            item: PropertyCalibration = getattr(self, name)
+            mean, std = _per_atom(prediction, name)
+            if std is not None or item.aleatoric > 0:
+                total[name] = np.broadcast_to(item.total(std), mean.shape).copy()
+        if "energy" in total:
+            total["energy"] *= prediction.n_atoms
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return {name: getattr(self, name).to_dict() for name in PROPERTIES}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Calibration:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{n: PropertyCalibration.from_dict(tree[n]) for n in PROPERTIES if n in tree})
+
+
+def _per_atom(prediction: SetPrediction, name: str) -> tuple[FloatArray, FloatArray | None]:
+    """Prediction and epistemic std of a property, energies per atom."""
+    mean: FloatArray = getattr(prediction, name)
+    std: FloatArray | None = getattr(prediction, f"{name}_std")
+    if name == "energy":
+        mean = mean / prediction.n_atoms
+        std = None if std is None else std / prediction.n_atoms
+    return mean, std
+
+
+def residuals(prediction: SetPrediction, name: str) -> tuple[FloatArray, FloatArray | None, IntArray]:
+    """Residuals of one property with a label, their epistemic stds, and their frames.
+
+    Args:
+        prediction: predictions with labels.
+        name: ``energy`` (per atom), ``forces`` or ``stress`` (components, flattened).
+
+    Returns:
+        error (N,) label minus prediction, std (N,) or ``None``, frame index (N,).
+    """
+    error: FloatArray = getattr(prediction, f"{name}_error")
+    _, std = _per_atom(prediction, name)
+    owner = prediction.structure if name == "forces" else np.arange(prediction.n_structures)
+    frame = np.broadcast_to(owner.reshape(-1, *[1] * (error.ndim - 1)), error.shape)
+    known = np.isfinite(error) & (True if std is None else np.isfinite(std))
+    return error[known], None if std is None else std[known], frame[known]
+
+
+def calibrate(prediction: SetPrediction, *, scale_prior: float = SCALE_PRIOR) -> Calibration:
+    """Fit aleatoric noise and scale of every labelled property on calibration frames.
+
+    Args:
+        prediction: of the calibration frames; nothing else may have been chosen on them.
+        scale_prior: std of the prior of ln(scale); ``math.inf`` for plain maximum likelihood.
+    """
+    fitted = {}
+    for name in PROPERTIES:
+        error, std, frame = residuals(prediction, name)
+        if error.size:
+            fitted[name] = fit(error, std, frame, scale_prior=scale_prior)
+    return Calibration(**fitted)
+
+
+def fit(
+    error: ArrayLike,
+    std: ArrayLike | None,
+    frame: ArrayLike | None = None,
+    *,
+    scale_prior: float = SCALE_PRIOR,
+) -> PropertyCalibration:
+    """Fit one property.
+
+    Args:
+        error: (N,) residuals, finite.
+        std: (N,) epistemic stds, or ``None`` for a model without (then a = rms of ``error``).
+        frame: (N,) frame that each residual belongs to; by default each is its own.
+        scale_prior: std of the prior of ln(scale); ``math.inf`` for plain maximum likelihood.
+
+    Raises:
+        ValueError: no residuals, lengths that differ, negative or non-finite values.
+    """
+    e = np.asarray(error, dtype=np.float64).reshape(-1)
+    s = np.zeros_like(e) if std is None else np.asarray(std, dtype=np.float64).reshape(-1)
+    owner = np.arange(e.size) if frame is None else np.asarray(frame).reshape(-1)
+    if e.size == 0 or not e.size == s.size == owner.size:
+        raise ValueError(f"{e.size} residuals, {s.size} stds, {owner.size} frames")
+    if not (np.isfinite(e).all() and np.isfinite(s).all() and (s >= 0).all()):
+        raise ValueError("residuals and stds must be finite, stds not negative")
+    n_frames = int(np.unique(owner).size)
+    rms, spread = _rms(e), _rms(s)
+    telling = (np.abs(e) > _ZERO * rms) | (s > _ZERO * spread)
+    if rms == 0.0:
+        aleatoric, scale = 0.0, 1.0
+    elif spread == 0.0:
+        aleatoric, scale = rms, 0.0 if std is None else 1.0
+    elif e.size < MIN_RESIDUALS:
+        aleatoric, scale = _noise_only(e[telling], s[telling]), 1.0
+    else:
+        aleatoric, scale = _noise_and_scale(e[telling], s[telling], 1.0 / (n_frames * scale_prior**2))
+    calibrated = PropertyCalibration(aleatoric, scale)
+    total = calibrated.total(s)
+    z = np.divide(e, total, out=np.zeros_like(e), where=total > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        before = _nll(e[telling], s[telling] ** 2)
+        zms = float(np.mean((e[telling] / s[telling]) ** 2)) if telling.any() else math.inf
+    return PropertyCalibration(
+        aleatoric=aleatoric,
+        scale=scale,
+        n_residuals=int(e.size),
+        n_frames=n_frames,
+        nll_before=_finite(before),
+        nll_after=_finite(_nll(e[telling], total[telling] ** 2)),
+        zms_before=_finite(zms),
+        excess_kurtosis=_finite(float(kurtosis(z))) if e.size >= 4 and np.ptp(z) > 0 else None,
+        conformal={level: conformal_quantile(np.abs(z), level, owner) for level in LEVELS},
+    )
+
+
+def conformal_quantile(scores: ArrayLike, level: float, groups: ArrayLike | None = None) -> float:
+    r"""Split-conformal quantile of scores \|e\|/std, with the finite-sample correction.
+
+    With one score per frame it is the ceil((n+1) level)-th smallest of n scores (Vovk et al.
+    2005; Lei et al. 2018). Scores of one frame are not exchangeable with those of another one
+    by one, only frames are: with ``groups`` every one of K frames has weight 1/(K+1), shared
+    evenly among its scores, and a new frame has the rest at infinity (hierarchical conformal
+    prediction, Lee, Barber and Willett 2023, arXiv 2306.06342). Then a random component of a
+    new, exchangeable frame lies inside with probability at least ``level``. Frames far from
+    the calibration data are not exchangeable with it, and no interval made here holds there.
+
+    Args:
+        scores: (N,) not negative.
+        level: wanted coverage, in (0, 1).
+        groups: (N,) frame of each score; by default each is its own.
+
+    Returns:
+        The quantile; ``inf`` where there are too few frames for the level.
+    """
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    owner = np.arange(values.size) if groups is None else np.asarray(groups).reshape(-1)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    if values.size == 0:
+        return math.inf
+    _, index, counts = np.unique(owner, return_inverse=True, return_counts=True)
+    weight = 1.0 / (counts[index] * (counts.size + 1.0))
+    order = np.argsort(values, kind="stable")
+    # 1e-12: the sum of the weights is rounded, the level may sit exactly on a step
+    reached = np.flatnonzero(np.cumsum(weight[order]) >= level - 1e-12)
+    return float(values[order][reached[0]]) if reached.size else math.inf
+
+
+def gaussian_nll(error: ArrayLike, std: ArrayLike) -> FloatArray:
+    """Negative log density of N(0, std^2) at ``error``, elementwise."""
+    return -np.asarray(norm.logpdf(error, scale=std), dtype=np.float64)
+
+
+# ---- the fits --------------------------------------------------------------------------------
+
+
+def _rms(x: FloatArray) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _nll(e: FloatArray, variance: FloatArray) -> float:
+    """Mean Gaussian NLL; ``inf`` where a variance is zero."""
+    if e.size == 0 or (variance <= 0).any():
+        return math.inf
+    return float(np.mean(0.5 * (np.log(2 * np.pi * variance) + e**2 / variance)))
+
+
+def _noise_only(e: FloatArray, s: FloatArray) -> float:
+    """Best a for c = 1. The optimum lies below max|e|: above it the NLL only grows."""
+    top = float(np.abs(e).max())
+    return _refined_minimum(lambda a: _nll(e, a**2 + s**2), top * np.logspace(-5, 0, 51), [0.0])
+
+
+def _noise_and_scale(e: FloatArray, s: FloatArray, prior: float) -> tuple[float, float]:
+    """Best (a, c) by the profile over w; ``prior`` = 1/(frames * variance of ln c)."""
+    s2 = s**2 / np.mean(s**2)
+
+    def factors(logit: float) -> tuple[float, float]:
+        """(a^2, c^2 <s^2>) with the most likely common factor t for a given logit(w)."""
+        noise, scale = _sigmoid(-logit), _sigmoid(logit)
+        t = float(np.mean(e**2 / (noise + scale * s2)))
+        return t * noise, t * scale
+
+    def loss(logit: float) -> float:
+        a2, c2 = factors(logit)
+        if prior == 0.0:
+            return _nll(e, a2 + c2 * s2)
+        if c2 == 0.0:
+            return math.inf
+        return _nll(e, a2 + c2 * s2) + 0.5 * prior * (0.5 * math.log(c2 / np.mean(s**2))) ** 2
+
+    ends = [-math.inf, math.inf] if s.min() > 0 else [-math.inf]
+    best = _refined_minimum(loss, _LOGITS, ends)
+    a2, c2 = factors(best)
+    return math.sqrt(a2), math.sqrt(c2 / np.mean(s**2))
+
+
+def _refined_minimum(f: Callable[[float], float], grid: FloatArray, ends: Sequence[float]) -> float:
+    """Where ``f`` is smallest: every local minimum on the ascending ``grid``, refined between
+    its neighbours, and the exact ``ends``.
+    """
+    values = np.array([f(float(x)) for x in grid])
+    padded = np.concatenate([[math.inf], values, [math.inf]])
+    valleys: IntArray = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
+    candidates: list[tuple[float, float]] = [(f(x), x) for x in [*ends, *grid[valleys].tolist()]]
+    for i in valleys:
+        bounds = (float(grid[max(i - 1, 0)]), float(grid[min(i + 1, grid.size - 1)]))
+        found = minimize_scalar(f, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+        candidates.append((float(found.fun), float(found.x)))
+    return min(candidates)[1]
+
+
+def _sigmoid(x: float) -> float:
+    """Logistic function, exactly 0 and 1 at -inf and inf."""
+    return 0.0 if x == -math.inf else float(1.0 / (1.0 + np.exp(-x)))
