@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration, PropertyCalibration
 
+#: name of the posterior's std in the log
+RELATIVE_STD = "posterior/relative_std"
 #: calibrated scale below which the model's own spread was shrunk beyond reason
 SMALL_SCALE = 1 / 3
 #: mean squared z-score on calibration frames, before calibration, below which bars are too wide
@@ -53,7 +55,7 @@ class Signature:
         return asdict(self)
 
 
-def find_signatures(
+def detect(
     *,
     metrics: Mapping[str, Mapping[str, Any]],
     calibration: Calibration,
@@ -64,8 +66,9 @@ def find_signatures(
     Args:
         metrics: of the Bayesian model by test set, as from ``metrics_table``.
         calibration: as fitted on the calibration frames.
-        history: one mapping per epoch, in order. Read here: ``epoch``, ``train_loss``,
-            ``posterior_std_mean`` (mean posterior std in units of the prior's).
+        history: one mapping per epoch, in order, of what was logged. Read here: ``epoch``,
+            ``train/loss``, and ``posterior/relative_std``, the geometric mean over weights of
+            posterior std / prior std.
     """
     found: list[Signature] = []
     for name in PROPERTIES:
@@ -144,18 +147,18 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
         "objective.kl_warmup, objective.temperature nearer 1, and a smaller posterior.init_std"
     )
     for row in history:
-        for key in ("posterior_std_mean", "train_loss"):
+        for key in (RELATIVE_STD, "train/loss"):
             value = row.get(key)
             if value is not None and not math.isfinite(value):
                 return [
                     Signature(
                         "exploding_variance",
                         "error",
-                        f"{key.replace('_', ' ')} is {value} at epoch {row.get('epoch', '?')}",
+                        f"{key} is {value} at epoch {_epoch(row)}",
                         f"{remedy}; also a smaller optimizer.learning_rate and trainer.gradient_clip_val",
                     )
                 ]
-    stds = _series(history, "posterior_std_mean")
+    stds = _series(history, RELATIVE_STD)
     if not stds:
         return []
     if stds[-1] > EXPLODED_STD:
@@ -183,7 +186,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
 
 def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
     """A posterior std that did not move: the error bars are then the recipe's, not the data's."""
-    stds = _series(history, "posterior_std_mean")
+    stds = _series(history, RELATIVE_STD)
     if len(stds) < 2 or min(stds) <= 0:
         return []
     change = max(abs(math.log(s / stds[0])) for s in stds)
@@ -203,6 +206,10 @@ def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
 
 def _ratio(zms: float) -> str:
     return f"{1 / math.sqrt(zms):.2g}" if zms > 0 else "infinitely many"
+
+
+def _epoch(row: Mapping[str, Any]) -> str:
+    return f"{row['epoch']:.0f}" if "epoch" in row else "?"
 
 
 def _number(row: Mapping[str, Any], key: str) -> float | None:
