@@ -68,6 +68,7 @@ venv-a venv-b: venv-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip install -q --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints/$*.txt)"
 	.venv-$*/bin/python -m pip install -q --disable-pip-version-check -c constraints/$*.txt -e ".[$(EXTRAS_$*)]"
+	@rm -rf blip_ft.egg-info # left over from the build; it would hide later changes of the entry points
 	@touch $@
 
 clean:

@@ -1,0 +1,333 @@
+"""The command line, ``blip-finetune``.
+
+Commands import what they need when they run, so that ``--help`` is instant. An error that the
+input caused (:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one message
+on standard error and exit code 2; anything else is a defect and keeps its trace-back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip_ft.errors import BlipError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from blip_ft.variational.convert import ConversionReport
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+#: failures of the machine rather than of the program: full disk, quota, no permission
+_USERS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`); the interpreter must not flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BlipError, ImportError, OSError) as error:
+        if not _is_users(error):
+            raise
+        _complain(str(error))
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """True for an error that the user can mend."""
+    if isinstance(error, OSError):
+        return error.errno in _USERS_ERRNO
+    # of all ImportErrors only backbone.missing_backend names an extra to install
+    return isinstance(error, BlipError) or "pip install 'blip-ft[" in str(error)
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}")
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from blip_ft.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # a wrong key is told before the long imports
+    from blip_ft.training.fit import fit
+
+    fit(recipe)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from blip_ft.checkpoint import load_model
+    from blip_ft.data import FrameDataset, load_source
+    from blip_ft.files import check_target, whole_file
+    from blip_ft.uncertainty.metrics import set_metrics
+    from blip_ft.uncertainty.predict import predict_set
+
+    output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
+    potential = load_model(args.model, device=args.device)
+    frames = FrameDataset(load_source(args.source), potential.backbone)
+    prediction = predict_set(potential, frames, args.source, batch_size=args.batch_size)
+    metrics = set_metrics(prediction, potential.calibration)
+    if output is not None:
+        with whole_file(output) as file:
+            json.dump(metrics, file, indent=1)
+    _show(_metrics_table(args.source, metrics))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from blip_ft.checkpoint import load_model
+    from blip_ft.predict_file import predict_file
+
+    potential = load_model(args.model, device=args.device)
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.completed} structures"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        done = predict_file(
+            potential,
+            args.source,
+            args.output,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            progress=lambda n: bar.update(task, completed=n),
+        )
+    print(f"{args.output}: {done} structures")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    adapter, checkpoint, report = _conversion(args.spec, args.overrides)
+    if args.json:
+        tree = {"adapter": adapter, "checkpoint": checkpoint, "counts": report.counts}
+        _show_json(tree | {"modules": report.rows})
+        return
+    _show(_module_table(f"{adapter}:{checkpoint}", report.rows))
+    print("weights: " + ", ".join(f"{n:,} {what}" for what, n in report.counts.items()))
+
+
+def _conversion(spec: str, overrides: list[str]) -> tuple[str, str, ConversionReport]:
+    """Adapter, checkpoint and table of modules of a run, a recipe or a bare model."""
+    from blip_ft.backbone import get_adapter
+    from blip_ft.checkpoint import load_model
+    from blip_ft.config import _apply, load_recipe, parse_recipe, shipped
+    from blip_ft.variational.convert import plan
+
+    if Path(spec).is_dir():
+        potential = load_model(spec)
+        backbone = potential.backbone
+        return backbone.name, backbone.origin.get("checkpoint", ""), potential.converted.report
+    adapter, colon, checkpoint = spec.partition(":")
+    if colon and not Path(spec).exists():
+        tree = {"name": "-", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
+        for override in overrides:
+            _apply(tree, override)
+        model = parse_recipe(tree).model
+    elif spec in shipped() or Path(spec).exists():
+        model = load_recipe(spec, overrides).model
+    else:
+        raise BlipError(
+            f"'{spec}' is neither a recipe nor a run nor a model",
+            remedy="give a shipped recipe, a YAML file, a run's folder, or a model such as sevennet:7net-0",
+        )
+    fresh = get_adapter(model.adapter).load(model.checkpoint, trust=model.trust, **model.options)
+    return model.adapter, model.checkpoint, plan(fresh, train=model.train, noise=model.noise)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from blip_ft import doctor
+
+    report = doctor.examine()
+    if args.json:
+        _show_json(report)
+    else:
+        _show(doctor.render(report))
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    del args
+    import yaml
+
+    from blip_ft.config import shipped
+
+    table = _table("recipe", "model", "about", title="shipped recipes")
+    for name, path in shipped().items():
+        text = path.read_text(encoding="utf-8")
+        model = yaml.safe_load(text)["model"]
+        about = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
+        table.add_row(name, f"{model['adapter']}:{model['checkpoint']}", about)
+    _show(table)
+    print("A run starts with: blip-finetune fit NAME. Every key: docs/recipes.md")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from blip_ft.report import write_report
+
+    print(write_report(Path(args.run_folder)))
+
+
+# ---- output ----------------------------------------------------------------------------------
+
+
+def _table(*columns: str, title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _module_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("module", "type", "weights", "what happens", title=title)
+    for row in rows:
+        if row["action"] == "converted":
+            roles = [word for word, on in (("trained", row["trained"]), ("noisy", row["noisy"])) if on]
+            what = ", ".join(["converted", *roles])
+        else:
+            what = "left, trained" if row["trained"] else "left"
+        shape = " x ".join(str(n) for n in row["shape"])
+        note = f"{what}: {row['reason']}" if row["reason"] else what
+        table.add_row(row["name"], row["type"], shape, note)
+    return table
+
+
+def _metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
+    table = _table("metric", "value", title=title)
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _show(table: Table) -> None:
+    """Print a table; one line per row where the output is a file or a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def _show_json(tree: Mapping[str, Any]) -> None:
+    print(json.dumps(tree, indent=1))
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip-finetune",
+        description="Turn a pretrained interatomic potential into a Bayesian one and fine-tune it on few frames.",
+        epilog="Start with: blip-finetune fit sio2_sevennet name=demo",
+    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(run=run)
+        return sub
+
+    fit = command("fit", _fit, "fine-tune by a recipe and write the run's folder")
+    fit.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    _add_overrides(fit)
+
+    evaluate = command("evaluate", _evaluate, "compare a trained model with labelled structures")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "source", metavar="IN", help="labelled structures: a file, glob, hub id or data set name"
+    )
+    evaluate.add_argument("-o", "--output", metavar="FILE", help="also write the metrics as JSON")
+    _add_prediction(evaluate)
+
+    predict = command("predict", _predict, "predict structures with error bars into an extended XYZ file")
+    _add_model(predict)
+    predict.add_argument("source", metavar="IN", help="a file that ASE reads; labels are not needed")
+    predict.add_argument("-o", "--output", metavar="OUT", required=True, help="the .extxyz file to write")
+    _add_prediction(predict)
+
+    inspect = command("inspect", _inspect, "list which modules are converted, and which are left and why")
+    inspect.add_argument("spec", metavar="SPEC", help="a recipe, a run's folder, or ADAPTER:CHECKPOINT")
+    _add_overrides(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    doctor = command("doctor", _doctor, "show which backends this environment has, and how to get the others")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    command("recipes", _recipes, "list the shipped recipes")
+
+    report = command("report", _report, "write the report of a run again")
+    report.add_argument("run_folder", metavar="RUN", help="a run's folder")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, or a model folder")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="replace a value of the recipe: trainer.max_epochs=5",
+    )
+
+
+def _add_prediction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="structures per call (16)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not '{text}'")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    """``--version``, read from the installed metadata only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and exit."""
+        import blip_ft
+
+        print(f"{parser.prog} {blip_ft.__version__}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
