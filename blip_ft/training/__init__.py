@@ -1,1 +1,1 @@
-"""TODO."""
+"""Fine-tuning: Lightning module and data module, safety gates, and the whole run."""

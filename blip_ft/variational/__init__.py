@@ -1,1 +1,22 @@
-"""TODO."""
+"""The mathematics of variational layers; knows no chemistry and imports no backend."""
+
+from blip_ft.variational.convert import ConversionReport, Converted, convert, plan, unload
+from blip_ft.variational.noise import MODES, Mode, NoiseState, Rows, normal
+from blip_ft.variational.prior import PretrainedPrior
+from blip_ft.variational.sites import Block, Site
+
+__all__ = [
+    "MODES",
+    "Block",
+    "ConversionReport",
+    "Converted",
+    "Mode",
+    "NoiseState",
+    "PretrainedPrior",
+    "Rows",
+    "Site",
+    "convert",
+    "normal",
+    "plan",
+    "unload",
+]

@@ -1,1 +1,21 @@
-"""TODO."""
+"""Posterior families, one file each, all with the same functions in the same order.
+
+===============  =============================================================================
+``init``         (``__init__``) from the sites, the prior and the starting std
+``fit``          set what has a closed form from the data; factorised families have nothing
+``latent``       keyed standard normal numbers, one row per key
+``sample``       latent numbers -> perturbation of every site
+``kl``           KL of the spread from the prior, nats
+``std``          marginal std of every weight
+===============  =============================================================================
+"""
+
+from __future__ import annotations
+
+from blip_ft.variational.posteriors.base import Posterior
+from blip_ft.variational.posteriors.channel import ChannelPosterior
+from blip_ft.variational.posteriors.weight import WeightPosterior
+
+FAMILIES: dict[str, type[Posterior]] = {"channel": ChannelPosterior, "weight": WeightPosterior}
+
+__all__ = ["FAMILIES", "ChannelPosterior", "Posterior", "WeightPosterior"]

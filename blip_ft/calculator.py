@@ -1,0 +1,75 @@
+"""An ASE calculator that also says how sure it is."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.predict import predict_atoms
+
+#: standard ASE properties; the others in ``results`` are ours
+STANDARD = ["energy", "free_energy", "energies", "forces", "stress"]
+#: what ``results`` holds beside them; units as the property's, ASE's ``stress`` sign and order
+UNCERTAIN = [
+    "energy_std",
+    "forces_std",
+    "forces_std_norm",
+    "forces_cov",
+    "stress_std",
+    "energy_std_total",
+    "forces_std_total",
+    "stress_std_total",
+]
+
+
+class BlipCalculator(Calculator):
+    """Energy, forces and stress as the mean over posterior draws, with standard deviations.
+
+    Mean forces are the gradient of the mean energy: every draw is conservative. ``*_std`` are
+    epistemic (from the posterior, times the calibrated scale), ``*_std_total`` include the
+    aleatoric noise fitted on the calibration frames.
+
+    =====================  =========  ==================================================
+    ``results`` key        shape      unit
+    =====================  =========  ==================================================
+    ``energy_std``         scalar     eV, of the total energy
+    ``forces_std``         (n, 3)     eV/Å, each component in the lab frame
+    ``forces_std_norm``    (n,)       eV/Å, root of the trace of the covariance; invariant
+    ``forces_cov``         (n, 3, 3)  (eV/Å)^2
+    ``stress_std``         (6,)       eV/Å^3
+    =====================  =========  ==================================================
+
+    Args:
+        potential: from ``blip_ft.load``.
+        n_draws: fewer draws than the model has are faster; 0 gives the mean weights without
+            uncertainties. By default all.
+
+    Structures that are not periodic in all directions have no stress: asking for it raises
+    ``PropertyNotImplementedError``.
+    """
+
+    implemented_properties: ClassVar[list[str]] = [*STANDARD, *UNCERTAIN]
+
+    def __init__(self, potential: BayesianPotential, *, n_draws: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.potential, self.n_draws = potential, n_draws
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Evaluate all draws on ``atoms``."""
+        super().calculate(atoms, properties, system_changes)
+        (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws)
+        self.results = {k: v for k, v in item.items() if v is not None}
+        self.results["free_energy"] = self.results["energy"]
+        missing = [p for p in properties or [] if p not in self.results]
+        if missing:
+            raise PropertyNotImplementedError(
+                f"{', '.join(missing)}: no stress without periodicity in all directions, no std without draws"
+            )

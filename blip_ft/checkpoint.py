@@ -1,0 +1,194 @@
+"""Our own model format: a folder with ``model.safetensors`` and ``model.json``.
+
+The JSON holds everything needed to rebuild the architecture (adapter, its configuration, what was
+converted, the posterior family), the file's own SHA-256, where the base model came from, and a
+format version. The tensors hold pretrained weights, mean, posterior. Nothing is ever unpickled,
+and the base model's file is not needed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import blip_ft
+from blip_ft.backbone import get_adapter
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.errors import CheckpointError
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.calibration import Calibration
+
+FORMAT_VERSION = 1
+TENSORS, META = "model.safetensors", "model.json"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_model(potential: BayesianPotential, folder: str | Path) -> None:
+    """Write a model folder; the name appears only once both files are complete.
+
+    Raises:
+        CheckpointError: no space or no permission; nothing is left behind.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            new = Path(temporary) / "model"
+            new.mkdir()
+            # clone: tied weights share memory, which safetensors refuses
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in potential.state_dict().items()}
+            save_file(tensors, new / TENSORS)
+            meta = _meta(potential) | {"tensors_sha256": sha256(new / TENSORS)}
+            (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            new.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the model: {error}",
+            file=folder,
+            remedy="free disk space or choose another 'output'",
+        ) from error
+
+
+def _meta(potential: BayesianPotential) -> dict[str, Any]:
+    backbone = potential.backbone
+    return {
+        "format": "blip_ft model",
+        "format_version": FORMAT_VERSION,
+        "blip_ft": blip_ft.__version__,
+        "adapter": backbone.name,
+        "backbone": backbone.config(),
+        "base": backbone.origin,
+        "versions": backbone.versions() | {"torch": torch.__version__},
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "model": potential.model_config.model_dump(),
+        "posterior": potential.posterior_config.model_dump(),
+        "seed": potential.seed,
+        "n_draws": potential.n_draws,
+        "references": {str(z): e for z, e in potential.references.items()},
+        "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
+    }
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder of a run, or the folder itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / META).is_file():
+            return folder
+    raise CheckpointError(
+        "no trained model here",
+        file=path,
+        remedy="give the folder of a finished run (runs/<name>) or its model/ folder",
+    )
+
+
+def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu") -> BayesianPotential:
+    """Rebuild a trained potential.
+
+    Args:
+        path: a run's folder or a model folder.
+        dtype: ``float32`` or ``float64``; by default what it was trained in.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: missing, damaged or newer file.
+        ImportError: the adapter's backend is not installed.
+    """
+    folder = find_model(path)
+    meta = read_meta(folder)
+    tensors_file = folder / TENSORS
+    if not tensors_file.is_file() or sha256(tensors_file) != meta.get("tensors_sha256"):
+        raise CheckpointError(
+            "the tensors are missing or not the ones that were saved (cut short or changed)",
+            file=tensors_file,
+            remedy="copy the whole folder again, or train again",
+        )
+    backbone = get_adapter(meta["adapter"]).from_config(meta["backbone"])
+    backbone.origin = meta["base"]
+    potential = BayesianPotential(
+        backbone,
+        ModelConfig(**meta["model"]),
+        PosteriorConfig(**meta["posterior"]),
+        seed=meta["seed"],
+        n_draws=meta["n_draws"],
+    )
+    potential.to_dtype(meta["dtype"])
+    try:
+        potential.load_state_dict(load_file(tensors_file))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the tensors do not fit the model: {error}", file=tensors_file, remedy="train again"
+        ) from error
+    potential.prior.refresh(potential.converted.pretrained)
+    potential.references = {int(z): float(e) for z, e in meta["references"].items()}
+    if meta["calibration"] is not None:
+        potential.calibration = Calibration.from_dict(meta["calibration"])
+    if dtype is not None and dtype != meta["dtype"]:
+        potential.to_dtype("float64" if dtype == "float64" else "float32")
+    return potential.to(device).eval()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON part of a model folder, upgraded to the present format version."""
+    file = folder / META
+    try:
+        meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = int(meta["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"not readable: {error}", file=file, remedy="train again") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"format version {version} is newer than this program knows ({FORMAT_VERSION})",
+            file=file,
+            remedy="pip install --upgrade blip-ft",
+        )
+    return meta
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise unless ``needed`` bytes can be written below ``folder``.
+
+    Raises:
+        CheckpointError: no permission, or not enough space.
+    """
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write here: {error}",
+            file=parent,
+            remedy="choose another 'output' or change its permissions",
+        ) from error
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed",
+            file=parent,
+            remedy="free disk space or choose another 'output'",
+        )

@@ -1,0 +1,194 @@
+"""A backbone with a posterior over its weights and energies on the user's reference.
+
+:class:`BayesianPotential` is what is trained, saved and predicted with. It owns
+
+- the converted backbone, the prior around its pretrained weights and the posterior,
+- ``references``: one energy per element (eV), added in float64 outside the network, as DFT totals
+  of hundreds of eV per atom would eat the digits of a float32 sum,
+- ``n_draws`` fixed posterior draws, numbered and reproducible,
+- the calibration of its error bars, once fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from blip_ft.backbone import Backbone, Batch, Prediction
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.errors import ConversionError
+from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.variational import Mode, PretrainedPrior, Rows, convert
+from blip_ft.variational.noise import keyed_row_normal
+from blip_ft.variational.posteriors import FAMILIES
+
+if TYPE_CHECKING:
+    from blip_ft.calculator import BlipCalculator
+
+MAX_ATOMIC_NUMBER = 119
+
+
+class BayesianPotential(nn.Module):
+    """A pretrained potential with variational weights.
+
+    Args:
+        backbone: a freshly loaded backbone; converted in place.
+        model: which weights are trained and which carry noise.
+        posterior: family and scales.
+        seed: of all noise.
+        n_draws: fixed draws to predict with.
+
+    Raises:
+        ConversionError: a pattern matches nothing, or the noise mode does not suit the family.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        model: ModelConfig,
+        posterior: PosteriorConfig,
+        *,
+        seed: int = 0,
+        n_draws: int = 16,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model_config, self.posterior_config = model, posterior
+        self.seed, self.n_draws = seed, n_draws
+        self.converted = convert(backbone, train=model.train, noise=model.noise)
+        self.prior = PretrainedPrior(
+            self.converted.sites,
+            self.converted.pretrained,
+            posterior.prior_scale,
+            self.converted.rest,
+        )
+        family = FAMILIES[posterior.family]
+        if posterior.mode == "local" and not family.factorised:
+            raise ConversionError(
+                f"posterior.mode 'local' needs independent weights, '{posterior.family}' correlates them",
+                remedy="use posterior.mode=structure",
+                field="posterior.mode",
+            )
+        noisy = [self.converted.sites[name] for name in self.converted.noisy]
+        self.posterior = family(noisy, self.prior, posterior.init_std)
+        self.references: dict[int, float] = {}
+        self.calibration: Calibration | None = None
+        self._draws: Tensor | None = None
+
+    # ---- parts ---------------------------------------------------------------------------
+    @property
+    def mean_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the mean: differences from w0, and ``rest``."""
+        deltas = [d for d in self.converted.deltas.values() if d.requires_grad]
+        return [*deltas, *self.converted.rest.values()]
+
+    def kl(self) -> Tensor:
+        """KL(q || p) of mean and spread, nats, a scalar."""
+        deltas: dict[str, Tensor] = dict(self.converted.deltas)
+        mean = self.prior.kl_mean(deltas)
+        return mean + self.posterior.kl().to(mean)
+
+    def reference_energy(self, batch: Batch) -> Tensor:
+        """(B,) sum of the per-element references of each structure, eV, float64."""
+        table = torch.zeros(MAX_ATOMIC_NUMBER, dtype=torch.float64, device=batch.numbers.device)
+        for number, energy in self.references.items():
+            table[number] = energy
+        out = table.new_zeros(batch.n_structures)
+        return out.index_add(0, batch.structure, table[batch.numbers])
+
+    # ---- noise ---------------------------------------------------------------------------
+    @contextmanager
+    def noise(self, mode: Mode, batch: Batch, *, epoch: int = 0, draw: int | None = None) -> Iterator[None]:
+        """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes."""
+        state = self.converted.noise
+        state.clear()
+        if mode != "off" and self.posterior.sites:
+            dtype, device = self.backbone.dtype, self.backbone.device
+            if mode == "draw":
+                latent = self.draw_latents(self.n_draws)[[0 if draw is None else draw]]
+                sampled = self.posterior.sample(latent.to(device, dtype))
+                state.weights = {name: w[0] for name, w in sampled.items()}
+            elif mode == "structure":
+                keys = [("structure", self.seed, epoch, key) for key in batch.keys]
+                latent = self.posterior.latent(keys, dtype)
+                state.weights = self.posterior.sample(latent.to(device, dtype))
+            else:
+                state.variances = {n: s.square() for n, s in self.posterior.std().items()}
+                state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys)
+            if mode != "draw":
+                n = batch.n_structures
+                state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
+            state.mode = mode
+        try:
+            yield
+        finally:
+            state.clear()
+
+    def draw_latents(self, n: int) -> Tensor:
+        """(n, latent_numel) latent numbers of the fixed draws, centred.
+
+        Each row is exactly standard normal, but the rows sum to zero: they are independent
+        normals minus their mean, times sqrt(n/(n-1)). As samples are linear in the latent
+        numbers, the mean over the n draws of any output that is linear in the weights is then the
+        output of the mean weights, without the 1/sqrt(n) sampling noise; the population variance
+        over the n draws (divisor n) is unbiased.
+        """
+        if self._draws is None or len(self._draws) != n or self._draws.dtype != self.backbone.dtype:
+            keys = [("draw", self.seed, k) for k in range(n)]
+            latent = self.posterior.latent(keys, self.backbone.dtype)
+            self._draws = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
+        return self._draws
+
+    # ---- evaluation ----------------------------------------------------------------------
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        mode: Mode = "off",
+        epoch: int = 0,
+        draw: int | None = None,
+        forces: bool = True,
+        stress: bool = False,
+        create_graph: bool = False,
+    ) -> Prediction:
+        """Evaluate a batch with the mean weights or with noise.
+
+        Args:
+            batch: from ``backbone.collate``.
+            mode: noise mode; ``draw`` takes the fixed draw number ``draw``.
+            epoch: part of the noise's key in ``structure`` and ``local`` mode.
+            draw: number of the draw, 0 to ``n_draws - 1``.
+            forces: compute forces.
+            stress: compute stress.
+            create_graph: keep the graph, to train on forces.
+
+        Returns:
+            Energies in float64 on the user's reference; other quantities as the backbone gives
+            them (``blip_ft.backbone``).
+        """
+        with self.noise(mode, batch, epoch=epoch, draw=draw):
+            out = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
+        out.energy = out.energy.double() + self.reference_energy(batch)
+        return out
+
+    def train(self, mode: bool = True) -> BayesianPotential:  # noqa: ARG002
+        """Vendors' dropout and batch statistics stay off: noise comes from the posterior alone."""
+        super().train(False)
+        return self
+
+    def to_dtype(self, dtype: Literal["float32", "float64"]) -> BayesianPotential:
+        """The same potential in another precision."""
+        self._draws = None
+        self.to(getattr(torch, dtype))
+        return self
+
+    def calculator(self, *, n_draws: int | None = None) -> BlipCalculator:
+        """An ASE calculator; see :class:`blip_ft.calculator.BlipCalculator`."""
+        from blip_ft.calculator import BlipCalculator
+
+        return BlipCalculator(self, n_draws=n_draws)

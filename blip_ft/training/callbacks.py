@@ -1,0 +1,106 @@
+"""Callbacks of a fine-tune: epoch-keyed batches, the best state, the history."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from blip_ft.training.module import FineTuneModule
+
+
+class SetEpoch(Callback):
+    """Tell the batch sampler which epoch it is."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Before the first batch of an epoch."""
+        del pl_module
+        loader: Any = trainer.train_dataloader
+        loader.batch_sampler.set_epoch(trainer.current_epoch)
+
+
+class KeepBest(Callback):
+    """Remember the trained state of the epoch with the lowest held-out score.
+
+    Args:
+        monitor: logged value to minimise.
+
+    The state is kept in memory (mean, posterior, noise; not the frozen pretrained weights) and
+    put back by :meth:`restore`.
+    """
+
+    def __init__(self, monitor: str = "val/crps") -> None:
+        self.monitor = monitor
+        self.best = float("inf")
+        self.epoch = -1
+        self.state: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """After each validation pass."""
+        if trainer.sanity_checking:
+            return
+        score = float(trainer.callback_metrics[self.monitor])
+        if score < self.best:
+            self.best, self.epoch = score, trainer.current_epoch
+            trained = {n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad}
+            self.state = copy.deepcopy(trained)
+
+    def restore(self, module: FineTuneModule) -> None:
+        """Load the best state back into the module."""
+        parameters = dict(module.named_parameters())
+        for name, value in self.state.items():
+            parameters[name].data.copy_(value)
+
+
+class History(Callback):
+    """One row per epoch, for the report: means of the training losses, held-out scores.
+
+    Keys: ``epoch``, ``seconds`` (since the start), ``train_loss``, ``train_nll``, ``train_kl``,
+    ``val_crps`` and ``val_force_mae`` (meV/Å), ``val_energy_mae`` (meV/atom),
+    ``posterior_std_mean`` (geometric mean of posterior over prior std).
+    """
+
+    _VALIDATION = {
+        "val/crps": "val_crps",
+        "val/force_mae": "val_force_mae",
+        "val/energy_mae": "val_energy_mae",
+        "posterior/relative_std": "posterior_std_mean",
+    }
+
+    def __init__(self, echo: Callable[[str], object] | None = None) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._echo = echo
+        self._steps: list[dict[str, float]] = []
+        self._start = time.monotonic()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Collect what the step logged."""
+        del args, kwargs
+        logged = trainer.callback_metrics
+        self._steps.append({k: float(logged[f"train/{k}"]) for k in ("loss", "nll", "kl")})
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Close the epoch's row; say how long the rest will take."""
+        del pl_module
+        if trainer.sanity_checking:
+            return
+        row = {"epoch": float(trainer.current_epoch), "seconds": time.monotonic() - self._start}
+        for key in ("loss", "nll", "kl"):
+            values = [s[key] for s in self._steps]
+            row[f"train_{key}"] = sum(values) / len(values) if values else float("nan")
+        self._steps.clear()
+        logged = trainer.callback_metrics
+        row |= {new: float(logged[old]) for old, new in self._VALIDATION.items() if old in logged}
+        self.rows.append(row)
+        if self._echo is not None and trainer.is_global_zero:
+            done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+            left = row["seconds"] / done * max(0, total - done)
+            self._echo(
+                f"epoch {done}/{total}  loss {row['train_loss']:.4g}  held out: force MAE "
+                f"{row['val_force_mae']:.1f}, CRPS {row['val_crps']:.1f} meV/Å  {left:.0f} s left"
+            )

@@ -1,0 +1,73 @@
+"""Loaders whose batches depend on (seed, epoch) alone, for one rank or many."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning
+from torch.utils.data import DataLoader
+
+from blip_ft.backbone import Backbone, Batch
+from blip_ft.data.dataset import FrameDataset, Item, collate
+from blip_ft.data.sampler import EpochBatchSampler
+
+
+class FrameDataModule(lightning.LightningDataModule):
+    """Training and validation frames.
+
+    Args:
+        backbone: makes the batches.
+        train: training frames.
+        validation: held-out frames, split evenly over ranks.
+        batch_size: structures per rank and step.
+        seed: of the order of the frames.
+        num_workers: processes that build batches.
+
+    The sampler divides by ranks itself: give the Trainer ``use_distributed_sampler=False``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        train: FrameDataset,
+        validation: FrameDataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.train, self.validation = backbone, train, validation
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def sampler(self, world: int = 1, rank: int = 0) -> EpochBatchSampler:
+        """Batch sampler of one rank."""
+        return EpochBatchSampler(len(self.train), self.batch_size, self.seed, world=world, rank=rank)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of this rank; the epoch is set by ``SetEpoch``."""
+        return self._loader(self.train, batch_sampler=self.sampler(*self._ranks()))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every ``world``-th batch of the validation frames."""
+        world, rank = self._ranks()
+        frames = list(range(len(self.validation)))[rank::world] or [0]
+        size = max(self.batch_size, 8)
+        batches = [frames[i : i + size] for i in range(0, len(frames), size)]
+        return self._loader(self.validation, batch_sampler=batches)
+
+    def _loader(self, dataset: FrameDataset, batch_sampler: object) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=batch_sampler,  # type: ignore[arg-type]
+            collate_fn=partial(_collate, self.backbone),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _collate(backbone: Backbone, items: list[Item]) -> Batch:
+    return collate(backbone, items)

@@ -1,0 +1,72 @@
+"""Judge a potential: predictions on every set, calibration, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset
+from blip_ft.potential import BayesianPotential
+from blip_ft.training.loop import device_of
+from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.metrics import metrics_table
+from blip_ft.uncertainty.predict import predict_set
+from blip_ft.uncertainty.results import SetPrediction
+
+#: sets that are not judged on
+ROLES = ("train", "validation", "calibration")
+
+
+@dataclass
+class Judgement:
+    """Predictions by set, the error bars fitted for them, and metrics by test set."""
+
+    predictions: dict[str, SetPrediction]
+    calibration: Calibration
+    metrics: dict[str, dict[str, Any]]
+
+
+def judge(
+    recipe: Recipe,
+    potential: BayesianPotential,
+    sets: dict[str, FrameDataset],
+    *,
+    draws: int,
+    console: Console,
+    what: str,
+) -> Judgement:
+    """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames.
+
+    Args:
+        recipe: options.
+        potential: the model as it is now.
+        sets: all sets of the run.
+        draws: posterior draws; with 0 the error bar is one constant, the model's RMSE on the
+            validation frames (what a user of plain fine-tuning would quote).
+        console: for progress.
+        what: name of the model, for progress.
+    """
+    potential.to(device_of(recipe))
+    wanted = {n: d for n, d in sets.items() if n != "train" and len(d)}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    predictions: dict[str, SetPrediction] = {}
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"predicting ({what})", total=sum(len(d) for d in wanted.values()))
+        for name, dataset in wanted.items():
+            predictions[name] = predict_set(
+                potential,
+                dataset,
+                name,
+                n_draws=draws,
+                batch_size=recipe.uncertainty.batch_size,
+                progress=lambda n: bar.advance(task, n),
+            )
+    calibration = (
+        calibrate(predictions["calibration"]) if draws else Calibration.rmse(predictions["validation"])
+    )
+    tests = {n: p for n, p in predictions.items() if n not in ROLES}
+    return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))

@@ -1,0 +1,300 @@
+"""``blip-finetune fit``: from a recipe to a trained, calibrated and judged potential.
+
+Stages, each of which must succeed before the next starts; nothing is written before the last
+check has passed:
+
+1. load the pretrained model and the frames; check every frame;
+2. compare labels with the pretrained model (units, signs);
+3. convert, prove that step 0 is the pretrained model, fit the energy references;
+4. plain fine-tuning, for comparison; then the ELBO from the pretrained weights again;
+5. fit the error bars on the calibration frames, judge on the test frames, write the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from ase import Atoms
+from rich.console import Console
+
+from blip_ft.backbone import get_adapter
+from blip_ft.checkpoint import require_space, save_model
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
+from blip_ft.data.checks import Finding
+from blip_ft.data.references import References, fit_references
+from blip_ft.errors import BlipError, RecipeError
+from blip_ft.objectives import ElboScale
+from blip_ft.potential import BayesianPotential
+from blip_ft.training import gates
+from blip_ft.training.evaluate import Judgement, judge
+from blip_ft.training.loop import train
+from blip_ft.training.receipt import make_receipt
+
+#: frames compared with the vendor's calculator in the step-0 gate
+GATE_FRAMES = 48
+#: disk space that a run may take, bytes
+RUN_BYTES = 300_000_000
+
+
+@dataclass
+class Prepared:
+    """Everything that exists once all checks have passed."""
+
+    potential: BayesianPotential
+    splits: Splits
+    sets: dict[str, FrameDataset]
+    findings: list[Finding]
+    step_zero: gates.StepZero
+    references: References | None
+    references_check: dict[str, float] = field(default_factory=dict)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its run (the launcher sets the environment)."""
+    return all(
+        os.environ.get(k, "0") in ("", "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    )
+
+
+def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+    """Run a recipe.
+
+    Args:
+        recipe: a validated recipe (``blip_ft.config.load_recipe``).
+        console: where progress is printed; by default standard error.
+
+    Returns:
+        What ``metrics.json`` holds: ``pretrained``, ``plain`` and ``blip``, each by test set.
+        Empty on ranks other than 0.
+
+    Raises:
+        BlipError: bad input; nothing has been written. An error while writing names the file.
+    """
+    console = console or Console(stderr=True, quiet=not is_rank_zero())
+    folder = recipe.folder
+    if is_rank_zero():
+        check_folder(folder, overwrite=recipe.overwrite)
+    lightning.seed_everything(recipe.seed, verbose=False)
+    prepared = prepare(recipe, console)
+    if is_rank_zero():
+        try:
+            if folder.exists():
+                console.print(f"replacing the earlier run in {folder}")
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise BlipError(
+                f"cannot write the run: {error}", file=folder, remedy="choose another 'output'"
+            ) from error
+    try:
+        return _run(recipe, prepared, folder, console)
+    except OSError as error:
+        raise BlipError(
+            f"writing failed: {error}", file=folder, remedy="free disk space; what was written so far is kept"
+        ) from error
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise if a run exists already and may not be replaced, or if it cannot be written.
+
+    Raises:
+        RecipeError: it exists.
+        CheckpointError: no permission or no space.
+    """
+    if folder.exists() and not overwrite:
+        raise RecipeError(
+            "a run of this name exists already",
+            file=folder,
+            field="name",
+            remedy="choose another name=..., or give overwrite=true to replace it",
+        )
+    require_space(folder, RUN_BYTES)
+
+
+# ---- checks --------------------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, console: Console) -> Prepared:
+    """Stages 1 to 3: load, check, convert, prove.
+
+    Raises:
+        BlipError: anything that would make training meaningless.
+    """
+    options = recipe.model
+    splits = load_splits(recipe.data)
+    backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
+    if options.dtype == "float64":
+        backbone.double()
+    findings = check_frames(splits, backbone)
+    roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
+    sets = {name: FrameDataset(d, backbone) for name, d in {**roles, **splits.test}.items()}
+    console.print(
+        "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})"
+    )
+
+    calculator = backbone.stock_calculator()
+    probe = _spread(sets, GATE_FRAMES)
+    stock = gates.stock_predictions(calculator, probe)
+    by_identity = {id(a): p for a, p in zip(probe, stock, strict=True)}
+    findings += check_units(splits.train, lambda atoms: gates.stock_predictions(calculator, atoms))
+    for finding in findings:
+        console.print(
+            f"{finding.severity}: {finding.message}", style="yellow" if finding.severity != "info" else None
+        )
+
+    potential = BayesianPotential(
+        backbone,
+        options,
+        recipe.posterior,
+        seed=recipe.seed,
+        n_draws=recipe.uncertainty.n_draws,
+    )
+    counts = potential.converted.report.counts
+    console.print(
+        f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
+        f"{counts['left']:,} left as they are"
+    )
+    step_zero = gates.check_step_zero(potential, probe, [by_identity[id(a)] for a in probe])
+    console.print(
+        f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "
+        f"{step_zero.energy_ev_per_atom:.1e} eV/atom, {step_zero.forces_ev_per_ang:.1e} eV/Å"
+    )
+    references, check = None, {}
+    if recipe.data.references == "shift":
+        references, check = _shift(potential, sets["train"], console)
+    return Prepared(potential, splits, sets, findings, step_zero, references, check)
+
+
+def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
+    """About ``n`` frames spread evenly over all sets, at least one of each."""
+    total = sum(len(d) for d in sets.values())
+    out: list[Atoms] = []
+    for dataset in sets.values():
+        share = min(len(dataset), max(1, round(n * len(dataset) / total)))
+        out += [dataset[int(i)].atoms for i in torch.linspace(0, len(dataset) - 1, share).round()]
+    return out
+
+
+def _shift(
+    potential: BayesianPotential, train: FrameDataset, console: Console
+) -> tuple[References | None, dict[str, float]]:
+    """Fit the energy references on the training residual and verify them in the assembled model."""
+    items = [train[i] for i in range(len(train))]
+    items = [item for item in items if not bool(torch.isnan(item.labels["energy"]))]
+    if not items:
+        console.print("no energies to fit references on: kept as they are", style="yellow")
+        return None, {}
+    from blip_ft.uncertainty.predict import predict_atoms
+
+    atoms = [item.atoms for item in items]
+    labels = [float(item.labels["energy"]) for item in items]
+    model = [p["energy"] for p in predict_atoms(potential, atoms, n_draws=0)]
+    residual = torch.tensor(labels, dtype=torch.float64) - torch.tensor(model, dtype=torch.float64)
+    references = fit_references([a.numbers for a in atoms], residual.numpy())
+    potential.references = dict(references.shift)
+    check = gates.check_references(potential, atoms, labels, references)
+    console.print(references.summary())
+    return references, check
+
+
+# ---- training and judgement ----------------------------------------------------------------
+
+
+def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> dict[str, Any]:
+    """Stages 4 and 5."""
+    started = time.monotonic()
+    potential, sets = prepared.potential, prepared.sets
+    results: dict[str, Judgement] = {}
+    if is_rank_zero():
+        results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
+    history: dict[str, list[dict[str, float]]] = {}
+    if recipe.plain.enabled:
+        history["plain"] = train(recipe, potential, sets, folder / "plain", console, plain=True)
+        if is_rank_zero():
+            results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
+        reset_mean(potential)
+    history["blip"] = train(recipe, potential, sets, folder, console, plain=False)
+    if not is_rank_zero():
+        return {}
+    results["blip"] = judge(
+        recipe, potential, sets, draws=recipe.uncertainty.n_draws, console=console, what="BLIP"
+    )
+    potential.calibration = results["blip"].calibration
+    save_model(potential, folder / "model")
+    receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
+    return write_run(recipe, prepared, results, history, receipt, folder, console)
+
+
+def reset_mean(potential: BayesianPotential) -> None:
+    """Put the mean back to the pretrained weights."""
+    with torch.no_grad():
+        for delta in potential.converted.deltas.values():
+            delta.zero_()
+        potential.prior.restore_rest()
+
+
+def write_run(
+    recipe: Recipe,
+    prepared: Prepared,
+    results: dict[str, Judgement],
+    history: dict[str, list[dict[str, float]]],
+    receipt: dict[str, Any],
+    folder: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Write ``metrics.json``, ``receipt.json``, ``recipe.yaml``, predictions and the report."""
+    import yaml
+
+    from blip_ft.report import demo_table, write_report
+    from blip_ft.uncertainty.signatures import find_signatures
+
+    metrics = {name: r.metrics for name, r in results.items()}
+    calibration = results["blip"].calibration
+    signatures = find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"])
+    files = {
+        "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        "receipt.json": json.dumps(receipt, indent=1),
+        "calibration.json": json.dumps(calibration.to_dict(), indent=1),
+        "history.json": json.dumps(history, indent=1),
+        "metrics.json": json.dumps(metrics, indent=1),
+    }
+    for name, text in files.items():
+        write_text(folder / name, text)
+    (folder / "predictions").mkdir(exist_ok=True)
+    for model, result in results.items():
+        for name, prediction in result.predictions.items():
+            prediction.save(folder / "predictions" / f"{model}-{name}.npz")
+    write_report(
+        folder,
+        recipe=recipe.model_dump(mode="json"),
+        metrics=metrics,
+        predictions={name: r.predictions for name, r in results.items()},
+        calibration=calibration,
+        history=history,
+        receipt=receipt,
+        findings=prepared.findings,
+        signatures=signatures,
+    )
+    for signature in signatures:
+        console.print(
+            f"{signature.severity}: {signature.message}\n  What to do: {signature.remedy}", style="yellow"
+        )
+    Console().print(demo_table(metrics))
+    console.print(f"report: {folder / 'report.html'}   model: {folder / 'model'}")
+    return metrics
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whose name appears only when it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,113 @@
+"""Checks that must pass before the first training step.
+
+Step 0: the converted potential with noise off must be the pretrained one, frame by frame, as the
+vendor's own calculator gives it. References: after the shift, the assembled model (not the
+fit on paper) must have the residual that the fit promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from blip_ft.data.references import References
+from blip_ft.errors import GateError
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.predict import predict_atoms
+
+#: largest differences allowed: (eV/atom, eV/Å), by precision of the weights
+TOLERANCE = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """Largest differences between converted and stock model over all compared frames."""
+
+    n_frames: int
+    energy_ev_per_atom: float
+    forces_ev_per_ang: float
+    stress_ev_per_ang3: float
+    frame_errors: list[tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the receipt."""
+        return asdict(self)
+
+
+def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str, Any]]:
+    """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator."""
+    out = []
+    for a in atoms:
+        copy = a.copy()
+        copy.calc = calculator
+        item: dict[str, Any] = {
+            "energy": copy.get_potential_energy(),
+            "forces": copy.get_forces(),
+            "stress": None,
+        }
+        if copy.pbc.all():
+            item["stress"] = copy.get_stress()
+        out.append(item)
+    return out
+
+
+def check_step_zero(
+    potential: BayesianPotential, atoms: Sequence[Atoms], stock: Sequence[dict[str, Any]]
+) -> StepZero:
+    """Compare the converted potential, noise off, with stored predictions of the stock model.
+
+    Raises:
+        GateError: a frame differs by more than ``TOLERANCE``.
+    """
+    ours = predict_atoms(potential, atoms, n_draws=0)
+    e_limit, f_limit = TOLERANCE[str(potential.backbone.dtype).removeprefix("torch.")]
+    errors, stress = [], 0.0
+    for a, mine, theirs in zip(atoms, ours, stock, strict=True):
+        shift = sum(potential.references.get(int(z), 0.0) for z in a.numbers)
+        e = abs(mine["energy"] - shift - theirs["energy"]) / len(a)
+        f = float(np.abs(mine["forces"] - theirs["forces"]).max(initial=0.0))
+        errors.append((float(e), f))
+        if mine["stress"] is not None and theirs["stress"] is not None:
+            stress = max(stress, float(np.abs(mine["stress"] - theirs["stress"]).max()))
+    result = StepZero(
+        len(errors),
+        max((e for e, _ in errors), default=0.0),
+        max((f for _, f in errors), default=0.0),
+        stress,
+        errors,
+    )
+    bad = [i for i, (e, f) in enumerate(errors) if not (e <= e_limit and f <= f_limit)]
+    if bad:
+        raise GateError(
+            f"step 0 is not the pretrained model: {len(bad)} of {len(errors)} frames differ, by up to "
+            f"{result.energy_ev_per_atom:.2e} eV/atom and {result.forces_ev_per_ang:.2e} eV/Å "
+            f"(allowed {e_limit:g}, {f_limit:g})",
+            frame=bad[0],
+            remedy="this is a defect of the adapter or an untested version of its backend: see "
+            "'blip-finetune doctor', and try model.dtype=float64",
+        )
+    return result
+
+
+def check_references(
+    potential: BayesianPotential, atoms: Sequence[Atoms], labels: Sequence[float], references: References
+) -> dict[str, float]:
+    """Residual of the assembled potential on the frames the shift was fitted on, eV/atom.
+
+    Raises:
+        GateError: it is not the residual that the fit promised.
+    """
+    n = np.array([len(a) for a in atoms])
+    energies = np.array([p["energy"] for p in predict_atoms(potential, atoms, n_draws=0)])
+    rms = float(np.sqrt(np.mean(((np.asarray(labels) - energies) / n) ** 2)))
+    if abs(rms - references.rms_after) > 1e-5 + 1e-3 * references.rms_after:
+        raise GateError(
+            f"the energy references do not act in the assembled model: residual {rms:.6f} eV/atom, "
+            f"the fit promised {references.rms_after:.6f}",
+            remedy="set data.references=keep and report this, with the adapter's version",
+        )
+    return {"rms_before": references.rms_before, "rms_after": rms}

@@ -1,0 +1,134 @@
+"""One Lightning training of a potential, plain or by the ELBO."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset
+from blip_ft.errors import BlipError, RecipeError
+from blip_ft.objectives import ElboScale
+from blip_ft.potential import BayesianPotential
+from blip_ft.training.callbacks import History, KeepBest, SetEpoch
+from blip_ft.training.datamodule import FrameDataModule
+from blip_ft.training.module import FineTuneModule
+
+
+def train(
+    recipe: Recipe,
+    potential: BayesianPotential,
+    sets: dict[str, FrameDataset],
+    folder: Path,
+    console: Console,
+    *,
+    plain: bool,
+) -> list[dict[str, float]]:
+    """Train, and leave the potential in the state of its best epoch on the validation frames.
+
+    Args:
+        recipe: options.
+        potential: changed in place.
+        sets: needs ``train`` and ``validation``.
+        folder: for ``metrics.csv`` and the TensorBoard log.
+        console: for progress where there is no terminal.
+        plain: without noise and KL.
+
+    Returns:
+        One row per epoch (``callbacks.History``).
+
+    Raises:
+        BlipError: training broke down.
+    """
+    console.print(
+        "plain fine-tuning" if plain else f"training by the ELBO ({recipe.posterior.family} posterior)"
+    )
+    data = FrameDataModule(
+        potential.backbone,
+        sets["train"],
+        sets["validation"],
+        batch_size=recipe.data.batch_size,
+        seed=recipe.seed,
+        num_workers=recipe.data.num_workers,
+    )
+    terminal = console.is_terminal
+    best, history = KeepBest(), History(None if terminal else console.print)
+    trainer = make_trainer(recipe, folder, [SetEpoch(), best, history], terminal=terminal)
+    objective = recipe.objective
+    steps = len(data.sampler(trainer.world_size))
+    scale = ElboScale(len(sets["train"]), steps, objective.temperature, objective.kl_warmup)
+    module = FineTuneModule(potential, recipe, scale, plain=plain)
+    try:
+        with warnings.catch_warnings():
+            # few steps per epoch, few workers: right for data sets of this size
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*litmodels.*|.*LeafSpec.*")
+            trainer.fit(module, datamodule=data)
+    except FloatingPointError as error:
+        raise BlipError(
+            f"training broke down: {error}", remedy="start again with the change named above"
+        ) from error
+    best.restore(module)
+    console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
+    return history.rows
+
+
+def make_trainer(
+    recipe: Recipe, folder: Path, callbacks: list[Callback], *, terminal: bool = False
+) -> lightning.Trainer:
+    """A Trainer with the recipe's options over defaults that fit interatomic potentials.
+
+    Raises:
+        RecipeError: an option that cannot work, or that Lightning refuses.
+    """
+    fixed = {"inference_mode": False, "use_distributed_sampler": False}
+    for key, value in fixed.items():
+        if recipe.trainer.get(key, value) != value:
+            raise RecipeError(
+                f"trainer.{key} must be {value}: forces are gradients, and the sampler divides by ranks itself",
+                field=f"trainer.{key}",
+                remedy="remove the key",
+            )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    loggers = [
+        CSVLogger(folder, name="", version=""),
+        TensorBoardLogger(folder, name="", version="tensorboard"),
+    ]
+    options: dict[str, Any] = {
+        "max_epochs": 24,
+        "devices": 1,
+        "accelerator": "auto",
+        "logger": loggers,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": terminal,
+        "precision": "64-true" if recipe.model.dtype == "float64" else "32-true",
+        **recipe.trainer,
+        **fixed,
+    }
+    extra = [RichProgressBar()] if options["enable_progress_bar"] is True and terminal else []
+    try:
+        return lightning.Trainer(**options, callbacks=[*callbacks, *extra])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"Lightning refuses these trainer options: {error}",
+            field="trainer",
+            remedy="see lightning.Trainer",
+        ) from error
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Device that predictions after training run on."""
+    accelerator = recipe.trainer.get("accelerator", "auto")
+    use = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if use else "cpu")

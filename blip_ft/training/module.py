@@ -1,0 +1,152 @@
+"""The Lightning module: one training step of the ELBO, one validation pass of the CRPS."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import scoringrules
+import torch
+from torch import Tensor
+
+from blip_ft.backbone import Batch
+from blip_ft.config import Recipe
+from blip_ft.objectives import ElboScale, GaussianLikelihood
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.predict import predict_batch
+
+#: draws per validation pass; few, as they only rank epochs against each other
+VALIDATION_DRAWS = 4
+
+
+class FineTuneModule(lightning.LightningModule):
+    """Fine-tunes a :class:`BayesianPotential` by the ELBO, or its mean alone.
+
+    Args:
+        potential: the model; its posterior and mean are changed.
+        recipe: options.
+        scale: constants of the loss.
+        plain: plain fine-tuning: no noise, no KL; the same likelihood, optimiser and steps.
+
+    Logged per step: ``train/loss``, ``train/nll``, ``train/kl``; per epoch: ``val/crps`` (force
+    CRPS in meV/Å of the mean with the draws' spread and the label noise), ``val/force_mae``
+    (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
+    """
+
+    def __init__(
+        self, potential: BayesianPotential, recipe: Recipe, scale: ElboScale, *, plain: bool = False
+    ) -> None:
+        super().__init__()
+        self.potential = potential
+        self.recipe, self.scale, self.plain = recipe, scale, plain
+        self.likelihood = GaussianLikelihood(recipe.objective)
+        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Batches move themselves; the vendor's graph inside is opaque to Lightning."""
+        del dataloader_idx
+        return batch.to(device)
+
+    # ---- training ------------------------------------------------------------------------
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of this rank's share of a step (``ElboScale.loss``)."""
+        prediction = self.potential(
+            batch,
+            mode="off" if self.plain else self.recipe.posterior.mode,
+            epoch=self.current_epoch,
+            stress=self.recipe.objective.use_stress,
+            create_graph=True,
+        )
+        nll = self.likelihood(prediction, batch).total
+        kl = nll.new_zeros(()) if self.plain else self.potential.kl().double()
+        epoch = self.current_epoch + batch_idx / self.scale.steps_per_epoch
+        world = self.trainer.world_size
+        loss = self.scale.loss(nll, kl, epoch=epoch, world=world)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.global_step}: lower optimizer.learning_rate or "
+                "posterior.init_std, and look at the data report for outliers"
+            )
+        data = nll.detach().sum() * (world / self.scale.divisor)
+        self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
+        self._log("train/nll", data, batch=batch)
+        self._log("train/kl", kl.detach(), batch=batch)
+        return loss
+
+    def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
+        self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)
+
+    # ---- validation ----------------------------------------------------------------------
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect errors and spreads; autograd forces need gradients also here."""
+        del batch_idx
+        draws = 0 if self.plain else VALIDATION_DRAWS
+        moments = predict_batch(self.potential, batch, n_draws=draws, stress=False)
+        assert moments.mean.forces is not None
+        error = moments.mean.forces - batch.labels["forces"]
+        spread = torch.zeros_like(error) if moments.forces_std is None else moments.forces_std
+        energy = (moments.mean.energy - batch.labels["energy"]) / batch.n_atoms
+        self._validation.append((error.flatten().cpu(), spread.flatten().cpu(), energy.cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out scores, pooled over ranks."""
+        error, spread, energy = (torch.cat(x) for x in zip(*self._validation, strict=True))
+        self._validation.clear()
+        known = ~torch.isnan(error)
+        error, spread = error[known], spread[known]
+        noise = self.likelihood.std["forces"]
+        crps = scoringrules.crps_normal(
+            0.0, error.numpy(), torch.hypot(spread, torch.tensor(noise).double()).numpy()
+        )
+        # sums, not means: ranks may hold different numbers of components
+        energy = energy[~torch.isnan(energy)]
+        sums = torch.tensor(
+            [
+                float(crps.sum()),
+                float(error.abs().sum()),
+                error.numel(),
+                float(energy.abs().sum()),
+                energy.numel(),
+            ],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        total = self.all_gather(sums).reshape(-1, 5).sum(dim=0)
+        scores = {
+            "val/crps": 1e3 * total[0] / total[2].clamp_min(1),
+            "val/force_mae": 1e3 * total[1] / total[2].clamp_min(1),
+            "val/energy_mae": 1e3 * total[3] / total[4].clamp_min(1),
+        }
+        for name, value in scores.items():
+            self.log(name, value, prog_bar=name == "val/crps", rank_zero_only=False)
+        if not self.plain and self.potential.posterior.sites:
+            self.log("posterior/relative_std", self.potential.posterior.relative_std().detach())
+
+    # ---- optimiser -----------------------------------------------------------------------
+    def configure_optimizers(self) -> Any:
+        """AdamW on delta (so decay points at the pretrained weights); cosine after a warm-up."""
+        options = self.recipe.optimizer
+        rate = options.learning_rate
+        if self.plain and self.recipe.plain.learning_rate is not None:
+            rate = self.recipe.plain.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": self.potential.mean_parameters, "lr": rate, "weight_decay": options.weight_decay}
+        ]
+        spread = [p for p in self.potential.posterior.parameters() if p.requires_grad]
+        if spread and not self.plain:
+            groups.append({"params": spread, "lr": options.std_learning_rate, "weight_decay": 0.0})
+        noise = [p for p in self.likelihood.parameters() if p.requires_grad]
+        if noise:
+            groups.append({"params": noise, "lr": options.std_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        warm = options.warmup_fraction * steps
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

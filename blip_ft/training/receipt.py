@@ -1,0 +1,50 @@
+"""The conversion receipt: what was done to which model, with which data and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import blip_ft
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset
+
+if TYPE_CHECKING:
+    from blip_ft.training.fit import Prepared
+
+
+def fingerprint(dataset: FrameDataset) -> str:
+    """SHA-256 over structures and labels, independent of file format and frame order."""
+    rows = []
+    for i in range(len(dataset)):
+        item = dataset[i]
+        labels = {k: v.double().numpy().round(10).tobytes() for k, v in sorted(item.labels.items())}
+        rows.append(repr((item.key, labels)))
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[str, Any]:
+    """JSON-serialisable record of a run."""
+    potential, references = prepared.potential, prepared.references
+    report = potential.converted.report
+    return {
+        "blip_ft": blip_ft.__version__,
+        "base": potential.backbone.origin | {"adapter": potential.backbone.name},
+        "versions": potential.backbone.versions()
+        | {"torch": torch.__version__, "python": platform.python_version()},
+        "seed": recipe.seed,
+        "conversion": {"counts": report.counts, "modules": report.rows},
+        "step_zero": prepared.step_zero.to_dict(),
+        "references": None if references is None else references.to_dict() | prepared.references_check,
+        "data": {
+            "rule": prepared.splits.rule,
+            "sets": {
+                name: {"n_frames": len(d), "fingerprint": fingerprint(d)} for name, d in prepared.sets.items()
+            },
+            "findings": [vars(f) for f in prepared.findings],
+        },
+        "seconds": round(seconds, 1),
+    }

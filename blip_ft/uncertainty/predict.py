@@ -1,0 +1,231 @@
+"""Means and standard deviations from the fixed posterior draws.
+
+Every draw is an ordinary potential; energy, forces and stress of one draw belong together. The
+mean over draws is reported, so mean forces are the gradient of the mean energy. Draws are
+centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from blip_ft.backbone import Batch, Prediction
+from blip_ft.data.dataset import FrameDataset, collate
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.results import SetPrediction
+
+
+@dataclass
+class BatchMoments:
+    """Mean and epistemic covariance of a batch over draws; float64, units of ``Prediction``.
+
+    Attributes:
+        mean: mean prediction.
+        energy_std: (B,) eV; None without draws, like all that follow.
+        forces_cov: (n, 3, 3) (eV/Å)^2 covariance of each atom's force.
+        stress_std: (B, 6) eV/Å^3.
+        node_energy_std: (n,) eV.
+    """
+
+    mean: Prediction
+    energy_std: Tensor | None = None
+    forces_cov: Tensor | None = None
+    stress_std: Tensor | None = None
+    node_energy_std: Tensor | None = None
+
+    @property
+    def forces_std(self) -> Tensor | None:
+        """(n, 3) std of each force component in the lab frame, eV/Å."""
+        return (
+            None if self.forces_cov is None else self.forces_cov.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        )
+
+    @property
+    def forces_std_norm(self) -> Tensor | None:
+        """(n,) square root of the trace of each force covariance, eV/Å; rotation invariant."""
+        if self.forces_cov is None:
+            return None
+        return self.forces_cov.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).sqrt()
+
+
+def predict_batch(
+    potential: BayesianPotential, batch: Batch, *, n_draws: int | None = None, stress: bool = True
+) -> BatchMoments:
+    """Moments over the fixed draws; ``n_draws=0`` evaluates the mean weights only."""
+    n = potential.n_draws if n_draws is None else n_draws
+    if n == 0 or not potential.posterior.sites:
+        with torch.no_grad():  # the backbone switches autograd on for its own forces
+            return BatchMoments(_double(potential(batch, mode="off", stress=stress)))
+    previous, potential.n_draws = potential.n_draws, n
+    try:
+        with torch.no_grad():
+            draws = [_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
+    finally:
+        potential.n_draws = previous
+    energy = torch.stack([d.energy for d in draws])
+    forces = torch.stack([d.forces for d in draws if d.forces is not None])
+    off = forces - forces.mean(dim=0)
+    out = BatchMoments(
+        mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)),
+        energy_std=energy.std(dim=0, correction=0),
+        forces_cov=torch.einsum("kni,knj->nij", off, off) / n,
+    )
+    stresses = [d.stress for d in draws if d.stress is not None]
+    if stresses:
+        stacked = torch.stack(stresses)
+        out.mean.stress, out.stress_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+    nodes = [d.node_energy for d in draws if d.node_energy is not None]
+    if nodes:
+        stacked = torch.stack(nodes)
+        out.mean.node_energy, out.node_energy_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+    return out
+
+
+def _double(prediction: Prediction) -> Prediction:
+    parts = {k: v.detach().double() for k, v in vars(prediction).items() if v is not None}
+    return Prediction(**parts)
+
+
+def predict_set(
+    potential: BayesianPotential,
+    dataset: FrameDataset,
+    name: str,
+    *,
+    n_draws: int | None = None,
+    batch_size: int = 16,
+    stress: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> SetPrediction:
+    """Predictions, stds and labels of a whole set.
+
+    Args:
+        potential: the model.
+        dataset: frames with or without labels.
+        name: of the set.
+        n_draws: draws to use; 0 for the mean weights alone (no stds).
+        batch_size: structures per call.
+        stress: also predict stress.
+        progress: called with the number of frames done after each batch.
+    """
+    parts: list[SetPrediction] = []
+    for start in range(0, len(dataset), batch_size):
+        index = range(start, min(start + batch_size, len(dataset)))
+        batch = collate(potential.backbone, [dataset[i] for i in index]).to(potential.backbone.device)
+        moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress)
+        parts.append(_to_arrays(moments, batch, name, [dataset.frame_name(i) for i in index]))
+        if progress is not None:
+            progress(len(index))
+    return SetPrediction.concatenate(parts, name)
+
+
+def _to_arrays(moments: BatchMoments, batch: Batch, name: str, frames: list[str]) -> SetPrediction:
+    B, n = batch.n_structures, int(batch.n_atoms.sum())
+    nan6, nan3 = np.full((B, 6), np.nan), np.full((n, 3), np.nan)
+    get = _numpy
+    labels = {k: get(v) for k, v in batch.labels.items()}
+    forces, stress = get(moments.mean.forces), get(moments.mean.stress)
+    return SetPrediction(
+        name=name,
+        n_atoms=batch.n_atoms.cpu().numpy(),
+        numbers=batch.numbers.cpu().numpy(),
+        frames=frames,
+        energy=moments.mean.energy.cpu().numpy(),
+        forces=nan3 if forces is None else forces,
+        stress=nan6 if stress is None else stress,
+        energy_label=_or(labels.get("energy"), np.full(B, np.nan)),
+        forces_label=_or(labels.get("forces"), nan3),
+        stress_label=_or(labels.get("stress"), nan6),
+        energy_std=get(moments.energy_std),
+        forces_std=get(moments.forces_std),
+        stress_std=(nan6 if moments.stress_std is None else get(moments.stress_std))
+        if moments.energy_std is not None
+        else None,
+        forces_std_norm=get(moments.forces_std_norm),
+    )
+
+
+def _numpy(value: Tensor | None) -> Any:
+    return None if value is None else value.detach().cpu().numpy()
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def predict_atoms(
+    potential: BayesianPotential,
+    atoms: Sequence[Atoms],
+    *,
+    batch_size: int = 16,
+    n_draws: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Predict structures; one dict each.
+
+    Keys: ``energy`` (eV), ``forces`` (n, 3) eV/Å, ``stress`` (6,) eV/Å^3 or None where the
+    structure is not periodic; epistemic stds, multiplied by the calibration's scale if there is
+    one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
+    total stds, which add the aleatoric noise of the calibration: ``energy_std_total``,
+    ``forces_std_total``, ``stress_std_total``; ``energies`` (n,) eV per atom.
+    """
+    out: list[dict[str, Any]] = []
+    for group in _chunks(atoms, batch_size):
+        for a in group:
+            potential.backbone.check(a)
+        batch = potential.backbone.batch(group).to(potential.backbone.device)
+        moments = predict_batch(potential, batch, n_draws=n_draws)
+        out += _split(moments, batch, potential.calibration or Calibration())
+        if progress is not None:
+            progress(len(group))
+    return out
+
+
+def _chunks(items: Sequence[Atoms], size: int) -> Iterable[Sequence[Atoms]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> list[dict[str, Any]]:
+    """One dict of numpy arrays per structure."""
+    sizes = batch.n_atoms.tolist()
+    forces = moments.mean.forces
+    assert forces is not None
+    out: list[dict[str, Any]] = []
+    start = 0
+    for i, n in enumerate(sizes):
+        atoms = slice(start, start + n)
+        start += n
+        stress = None if moments.mean.stress is None else moments.mean.stress[i]
+        periodic = stress is not None and bool(torch.isfinite(stress).all())
+        item: dict[str, Any] = {
+            "energy": float(moments.mean.energy[i]),
+            "forces": _numpy(forces[atoms]),
+            "stress": _numpy(stress) if periodic else None,
+            "energies": _numpy(moments.mean.node_energy[atoms])
+            if moments.mean.node_energy is not None
+            else None,
+        }
+        if moments.energy_std is not None:
+            assert moments.forces_std is not None
+            assert moments.forces_std_norm is not None
+            raw = PropertyCalibration(aleatoric=0.0)  # where nothing was calibrated
+            e, f, s = calibration.energy or raw, calibration.forces or raw, calibration.stress or raw
+            item["energy_std"] = e.scale * float(moments.energy_std[i])
+            item["forces_std"] = f.scale * _numpy(moments.forces_std[atoms])
+            item["forces_std_norm"] = f.scale * _numpy(moments.forces_std_norm[atoms])
+            item["forces_cov"] = f.scale**2 * _numpy(moments.forces_cov[atoms])  # type: ignore[index]
+            # the energy's calibration is per atom, as its labels are compared per atom
+            item["energy_std_total"] = float(np.hypot(e.aleatoric * n, item["energy_std"]))
+            item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
+            if periodic and moments.stress_std is not None:
+                item["stress_std"] = s.scale * _numpy(moments.stress_std[i])
+                item["stress_std_total"] = np.hypot(s.aleatoric, item["stress_std"])
+        out.append(item)
+    return out

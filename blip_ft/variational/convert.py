@@ -1,0 +1,250 @@
+"""Replace a backbone's linear modules by variational ones, say what was done, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip_ft.backbone import Backbone, matches
+from blip_ft.errors import ConversionError, nearest
+from blip_ft.variational.layers import VariationalLayer, layer_type
+from blip_ft.variational.noise import NoiseState
+from blip_ft.variational.sites import Site
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happens to one module that has parameters of its own."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_weights: int
+    action: str  # "converted" or "left"
+    trained: bool
+    noisy: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every module with parameters: converted, or left and why."""
+
+    table: tuple[Row, ...]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as plain dicts, for JSON and for printing."""
+        return [asdict(r) | {"shape": list(r.shape)} for r in self.table]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of weights: converted, trained, noisy, left."""
+        done = [r for r in self.table if r.action == "converted"]
+        return {
+            "converted": sum(r.n_weights for r in done),
+            "trained": sum(r.n_weights for r in self.table if r.trained),
+            "noisy": sum(r.n_weights for r in done if r.noisy),
+            "left": sum(r.n_weights for r in self.table if r.action == "left"),
+        }
+
+
+class Converted:
+    """The result of :func:`convert`: sites, layers and the shared noise state."""
+
+    def __init__(
+        self,
+        sites: dict[str, Site],
+        layers: dict[str, VariationalLayer],
+        noisy: tuple[str, ...],
+        rest: dict[str, nn.Parameter],
+        noise: NoiseState,
+        report: ConversionReport,
+    ) -> None:
+        self.sites, self.layers, self.noisy = sites, layers, noisy
+        self.rest, self.noise, self.report = rest, noise, report
+
+    @property
+    def pretrained(self) -> dict[str, Tensor]:
+        """{site: pretrained weight}."""
+        return {name: self.layers[name].pretrained for name in self.sites}
+
+    @property
+    def deltas(self) -> dict[str, nn.Parameter]:
+        """{site: the mean's difference from it}."""
+        return {name: self.layers[name].delta for name in self.sites}
+
+
+def _patterns(spec: str | Sequence[str], backbone: Backbone) -> tuple[list[str], bool]:
+    """Presets and patterns -> (regular expressions, whether ``rest`` is in)."""
+    out: list[str] = []
+    rest = False
+    for item in [spec] if isinstance(spec, str) else spec:
+        if item == "rest":  # everything: all linear blocks and what is left beside them
+            rest = True
+            out += [".*"]
+        elif item in backbone.presets:
+            out += list(backbone.presets[item])
+        elif item != "none":
+            out.append(item)
+    return out, rest
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id(parameter) -> modules that hold it; a module in two places appears once per place."""
+    out: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                out.setdefault(id(parameter), []).append((name, module))
+    return out
+
+
+def plan(
+    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+) -> ConversionReport:
+    """What :func:`convert` would do; changes nothing.
+
+    Raises:
+        ConversionError: a pattern matches no convertible module.
+    """
+    model = backbone.model
+    owners = _owners(model)
+    trained, rest = _patterns(train, backbone)
+    noisy, _ = _patterns(noise, backbone)
+    rows: list[Row] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if not own:
+            continue
+        reason = _reason(name, module, backbone, owners)
+        weight = getattr(module, "weight", None)
+        twin = isinstance(weight, nn.Parameter) and id(weight) in seen
+        seen.update(id(p) for p in own)
+        is_trained = matches(trained, name)
+        converted = not reason
+        rows.append(
+            Row(
+                name=name,
+                type=type(module).__name__,
+                shape=tuple(own[0].shape),
+                n_weights=0 if twin else (own[0].numel() if converted else sum(p.numel() for p in own)),
+                action="converted" if converted else "left",
+                trained=is_trained if converted else rest and not matches(list(backbone.keep), name),
+                noisy=converted and matches(noisy, name),
+                reason=reason or ("shares its weight with an earlier module" if twin else ""),
+            )
+        )
+    convertible = [r.name for r in rows if r.action == "converted"]
+    for pattern in [*trained, *noisy]:
+        if not any(matches([pattern], n) for n in convertible):
+            raise ConversionError(
+                f"the pattern '{pattern}' matches no convertible module of this {backbone.name} model",
+                remedy=f"{nearest(pattern, [*backbone.presets, *convertible])} "
+                "List all modules with: blip-finetune inspect",
+                field="model.train / model.noise",
+            )
+    return ConversionReport(tuple(rows))
+
+
+def _reason(
+    name: str, module: nn.Module, backbone: Backbone, owners: dict[int, list[tuple[str, nn.Module]]]
+) -> str:
+    """Why a module stays as it is; empty if it can be converted."""
+    for pattern, why in backbone.keep.items():
+        if matches([pattern], name):
+            return why
+    kind = layer_type(module)
+    if isinstance(kind, str):
+        return kind
+    for other, holder in owners[id(module.weight)]:
+        if holder is not module and isinstance(layer_type(holder), str):
+            return f"its weight is shared with {other}, which cannot be converted"
+    return ""
+
+
+def convert(
+    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+) -> Converted:
+    """Replace linear modules in place.
+
+    Args:
+        backbone: its ``model`` is changed; tied weights stay tied.
+        train: modules whose mean is trained: a preset of the adapter (``all``, ``scalar``, ...),
+            regular expressions on module names, ``none``; ``rest`` adds every other parameter.
+        noise: modules that carry noise, likewise.
+
+    Raises:
+        ConversionError: a pattern matches no convertible module, or the model is already converted.
+    """
+    model = backbone.model
+    if any(isinstance(m, VariationalLayer) for m in model.modules()):
+        raise ConversionError("the model is already converted", remedy="unload() it first")
+    report = plan(backbone, train=train, noise=noise)
+    rest_wanted = _patterns(train, backbone)[1]
+    state = NoiseState()
+    sites: dict[str, Site] = {}
+    layers: dict[str, VariationalLayer] = {}
+    by_weight: dict[int, str] = {}
+    replaced: dict[int, VariationalLayer] = {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for row in report.table:
+        if row.action != "converted":
+            continue
+        module = model.get_submodule(row.name)
+        kind = layer_type(module)
+        assert not isinstance(kind, str)
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        first = by_weight.setdefault(id(weight), row.name)
+        if first == row.name:
+            sites[first] = Site(first, tuple(weight.shape), kind.blocks(module))
+            delta = nn.Parameter(torch.zeros_like(weight), requires_grad=row.trained)
+        else:
+            delta = layers[first].delta
+        layer = kind(module, sites[first], delta, state, backbone.row_kind(row.name))
+        replaced[id(module)] = layer
+        layers.setdefault(row.name, layer)
+    _swap(model, lambda m: replaced.get(id(m)))
+    noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
+    rest: dict[str, nn.Parameter] = {}
+    if rest_wanted:
+        weights = {id(layer.pretrained) for layer in layers.values()} | {id(x.delta) for x in layers.values()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
+                parameter.requires_grad_(True)
+                rest[name] = parameter
+    return Converted(sites, layers, noisy, rest, state, report)
+
+
+def unload(backbone: Backbone, *, merge: bool) -> None:
+    """Put the vendor's modules back in place.
+
+    Args:
+        backbone: a converted backbone.
+        merge: write the trained mean into the weights; ``False`` restores the pretrained ones,
+            bit for bit.
+    """
+    if merge:
+        done: set[int] = set()
+        for layer in [m for m in backbone.model.modules() if isinstance(m, VariationalLayer)]:
+            if id(layer.pretrained) not in done:
+                done.add(id(layer.pretrained))
+                with torch.no_grad():
+                    layer.pretrained.add_(layer.delta)
+    _swap(backbone.model, lambda m: m.base if isinstance(m, VariationalLayer) else None)
+
+
+def _swap(model: nn.Module, replacement: Any) -> None:
+    """Replace child modules everywhere they are held; ``replacement(module)`` or None."""
+    for parent in list(model.modules()):
+        if isinstance(parent, VariationalLayer):
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and (new := replacement(child)) is not None:
+                parent._modules[name] = new

@@ -1,0 +1,138 @@
+"""Noise that depends on what it belongs to, not on when it is drawn.
+
+Every normal number is a pure function of (seed, epoch, structure, layer) and its position. The
+noise of a structure is therefore the same whatever batch, rank or device it is evaluated in, and
+independent between structures.
+
+======================  ======================================================================
+mode                    perturbation of a layer's weight
+======================  ======================================================================
+``off``                 none: the layer computes with the posterior mean
+``local``               independent per row (atom, edge): local reparameterisation, Kingma,
+                        Salimans & Welling, arXiv 1506.02557. Exact for the law of one row
+                        only; scalar paths only, as noise per component breaks equivariance
+``structure``           one weight sample per structure, shared by the 2l+1 components of every
+                        irrep, hence exactly equivariant
+``draw``                one weight sample for everything: an ordinary potential
+======================  ======================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Mode = Literal["off", "local", "structure", "draw"]
+MODES: tuple[Mode, ...] = ("off", "local", "structure", "draw")
+
+
+def normal(key: Sequence[object], n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``n`` standard normal numbers that are a function of ``key`` alone, on the CPU.
+
+    Counter-based (Philox, Salmon et al., SC 2011) with a 128-bit key, as torch's own CPU
+    generator keeps only 32 bits of a seed.
+    """
+    digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return torch.from_numpy(generator.standard_normal(n, dtype=kind)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which structure each row of a layer's input belongs to.
+
+    Attributes:
+        index: (rows,) ascending structure number of each row.
+        counts: rows per structure, one entry per structure (may be 0).
+    """
+
+    index: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_index(cls, index: Tensor, n_structures: int) -> Rows:
+        """Count the rows of each structure."""
+        return cls(index, tuple(torch.bincount(index, minlength=n_structures).tolist()))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(rows, ...) -> (B, max count, ...), zero where a structure has fewer rows."""
+        width = max(self.counts, default=0)
+        if all(c == width for c in self.counts):
+            return x.reshape(len(self.counts), width, *x.shape[1:])
+        out = x.new_zeros(len(self.counts) * width, *x.shape[1:])
+        return out.index_copy(0, self._slots(width), x).reshape(len(self.counts), width, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`pad`."""
+        width = max(self.counts, default=0)
+        flat = x.reshape(-1, *x.shape[2:])
+        return flat if all(c == width for c in self.counts) else flat.index_select(0, self._slots(width))
+
+    def _slots(self, width: int) -> Tensor:
+        starts = torch.tensor([0, *self.counts[:-1]], device=self.index.device).cumsum(0)
+        within = torch.arange(len(self.index), device=self.index.device) - starts[self.index]
+        return self.index * width + within
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """Rows of each structure times that structure's matrix.
+
+    Args:
+        x: (rows, i).
+        weight: (B, i, o).
+        rows: layout of ``x``.
+
+    Returns:
+        (rows, o) with ``out[r] = x[r] @ weight[rows.index[r]]``.
+    """
+    if weight.shape[0] == 1:
+        return x @ weight[0]
+    return rows.unpad(torch.bmm(rows.pad(x), weight))
+
+
+@dataclass
+class NoiseState:
+    """What all converted layers of a model read in their forward pass.
+
+    One object is shared by the layers of a model; the model sets it before each evaluation.
+
+    Attributes:
+        mode: see the module's table.
+        weights: perturbation of each site: (B, *shape) in ``structure``, (*shape) in ``draw``.
+        variances: variance of each site's weights, (*shape), in ``local``.
+        rows: layout of every kind of row in the batch.
+        row_normal: ``(site name, rows, width, like) -> (rows, width)`` normals for ``local``.
+    """
+
+    mode: Mode = "off"
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    variances: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    row_normal: Callable[[str, Rows, int, Tensor], Tensor] | None = None
+
+    def clear(self) -> None:
+        """Back to ``off``; frees the sampled weights."""
+        self.mode = "off"
+        self.weights, self.variances, self.rows, self.row_normal = {}, {}, {}, None
+
+
+def keyed_row_normal(
+    seed: int, epoch: int, keys: Sequence[int]
+) -> Callable[[str, Rows, int, Tensor], Tensor]:
+    """Row normals keyed by (seed, epoch, structure, layer); rows count from 0 in each structure."""
+
+    def draw(site: str, rows: Rows, width: int, like: Tensor) -> Tensor:
+        parts = [
+            normal(("row", seed, epoch, key, site), count * width, like.dtype).reshape(count, width)
+            for key, count in zip(keys, rows.counts, strict=True)
+        ]
+        return torch.cat(parts).to(like.device)
+
+    return draw

@@ -1,0 +1,82 @@
+"""The interface of all posterior families.
+
+A posterior is the law of the perturbation around the mean, over all noisy sites at once, so that
+weights of different layers may be correlated. It is driven by ``latent_numel`` independent
+standard normal numbers per sample; ``sample`` maps them linearly to weights. Linear, because then
+the mean over draws whose latent numbers sum to zero is free of first-order sampling noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from blip_ft.variational.noise import normal
+from blip_ft.variational.prior import PretrainedPrior
+from blip_ft.variational.sites import Site
+
+
+class Posterior(nn.Module, ABC):
+    """q(w) = law of w0 + delta + ``sample(latent)``, ``latent`` standard normal.
+
+    Args:
+        sites: the weights that carry noise.
+        prior: prior over these (and perhaps more) weights.
+        init_std: starting std in units of each matrix's rms.
+    """
+
+    #: name in a recipe
+    family: ClassVar[str]
+    #: whether weights are independent, as ``local`` noise needs
+    factorised: ClassVar[bool]
+
+    def __init__(self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        # the model owns the prior; a list keeps it from being registered (and saved) twice
+        self._prior = [prior]
+        self.init_std = float(init_std)
+
+    @property
+    def prior(self) -> PretrainedPrior:
+        """The prior that :meth:`kl` is measured against."""
+        return self._prior[0]
+
+    def fit(self, context: Any) -> dict[str, Any]:
+        """Set what has a closed form. ``context`` gives the model and its training frames.
+
+        Returns:
+            A report for the receipt; empty where there is nothing to fit.
+        """
+        return {}
+
+    @property
+    @abstractmethod
+    def latent_numel(self) -> int:
+        """Standard normal numbers per sample."""
+
+    def latent(self, keys: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
+        """(len(keys), latent_numel) normals; each row is a function of its key and the layers."""
+        rows = [torch.cat([normal((*key, s.name), s.numel, dtype) for s in self.sites]) for key in keys]
+        return torch.stack(rows) if rows else torch.zeros(0, self.latent_numel, dtype=dtype)
+
+    @abstractmethod
+    def sample(self, latent: Tensor) -> dict[str, Tensor]:
+        """(B, latent_numel) -> {site name: (B, *site.shape)} perturbations; linear in ``latent``."""
+
+    @abstractmethod
+    def kl(self) -> Tensor:
+        """KL of the spread, KL(N(0, Sigma) || N(0, s^2)), nats; the mean's part is the prior's."""
+
+    @abstractmethod
+    def std(self) -> dict[str, Tensor]:
+        """{site name: (*site.shape)} marginal std of every weight."""
+
+    def relative_std(self) -> Tensor:
+        """Geometric mean over weights of posterior std over prior std: 1 is the prior, 0 is none."""
+        logs = [(s / self.prior.std(n)).clamp_min(1e-30).log().double().mean() for n, s in self.std().items()]
+        return torch.stack(logs).mean().exp() if logs else torch.zeros(())
