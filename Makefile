@@ -33,7 +33,6 @@ help:
 	@echo "make clean           remove the environments and caches (runs/ stays)"
 
 demo: venv-b
-	@if [ -e runs/demo ]; then echo "runs/demo exists from an earlier run: a fresh one takes its place"; fi
 	.venv-b/bin/python -m blip_ft.cli fit sio2_sevennet name=demo overwrite=true $(ARGS)
 
 test: test-b test-a

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,18 +177,23 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     del args
-    import yaml
-
     from blip_ft.config import shipped
 
     table = _table("recipe", "model", "about", title="shipped recipes")
     for name, path in shipped().items():
-        text = path.read_text(encoding="utf-8")
-        model = yaml.safe_load(text)["model"]
-        about = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
-        table.add_row(name, f"{model['adapter']}:{model['checkpoint']}", about)
+        table.add_row(name, *recipe_summary(path))
     _show(table)
     print("A run starts with: blip-finetune fit NAME. Every key: docs/recipes.md")
+
+
+def recipe_summary(path: Path) -> tuple[str, str]:
+    """``adapter:checkpoint`` of a recipe, and the first paragraph of the comment at its head."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    model = yaml.safe_load(text)["model"]
+    words = takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return f"{model['adapter']}:{model['checkpoint']}", " ".join(line[2:].strip() for line in words)
 
 
 def _report(args: argparse.Namespace) -> None:
