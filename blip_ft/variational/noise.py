@@ -36,12 +36,12 @@ def normal(key: Sequence[object], n: int, dtype: torch.dtype = torch.float64) ->
     """``n`` standard normal numbers that are a function of ``key`` alone, on the CPU.
 
     Counter-based (Philox, Salmon et al., SC 2011) with a 128-bit key, as torch's own CPU
-    generator keeps only 32 bits of a seed.
+    generator keeps only 32 bits of a seed. Drawn in float64 and rounded to ``dtype``, so that a
+    model has the same draws in every precision.
     """
     digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    return torch.from_numpy(generator.standard_normal(n, dtype=kind)).to(dtype)
+    return torch.from_numpy(generator.standard_normal(n)).to(dtype)
 
 
 @dataclass(frozen=True)
