@@ -62,18 +62,21 @@ class GaussianLikelihood(nn.Module):
         zero = prediction.energy.new_zeros(batch.n_structures, dtype=torch.float64)
         energy, forces, stress = zero, zero, zero
         if "energy" in batch.labels:
-            error = (prediction.energy.double() - batch.labels["energy"]) / n
-            energy = self._nll(error, 0)
+            energy = self._nll(prediction.energy.double() / n, batch.labels["energy"] / n, 0)
         if "forces" in batch.labels and prediction.forces is not None:
-            terms = self._nll(prediction.forces.double() - batch.labels["forces"], 1).sum(dim=1)
+            terms = self._nll(prediction.forces.double(), batch.labels["forces"], 1).sum(dim=1)
             forces = zero.index_add(0, batch.structure, terms)
         if self.use_stress and "stress" in batch.labels and prediction.stress is not None:
-            stress = self._nll(prediction.stress.double() - batch.labels["stress"], 2).sum(dim=1)
+            stress = self._nll(prediction.stress.double(), batch.labels["stress"], 2).sum(dim=1)
         return LabelNLL(energy, forces, stress)
 
-    def _nll(self, error: Tensor, kind: int) -> Tensor:
-        """Elementwise Gaussian NLL; zero where the label is NaN."""
-        known = ~torch.isnan(error)
+    def _nll(self, predicted: Tensor, label: Tensor, kind: int) -> Tensor:
+        """Elementwise Gaussian NLL; zero where the label is NaN.
+
+        Only the label decides: a prediction that is NaN where there is a label must not pass as
+        a missing label, or a model that broke down would look like a perfect one.
+        """
+        known = ~torch.isnan(label)
         # where first, arithmetic after: a NaN in the untaken branch would poison the gradient
-        z = torch.where(known, error, 0.0) / self.log_std[kind].exp()
+        z = torch.where(known, predicted - label, 0.0) / self.log_std[kind].exp()
         return (0.5 * z.square() + self.log_std[kind] + 0.5 * LOG_2PI) * known
