@@ -66,6 +66,13 @@ class PretrainedPrior(nn.Module):
         """Prior std of each weight, ``site.shape``."""
         return self.prior_scale * self.rms(site)
 
+    def _rest_std(self, start: Tensor) -> Tensor:
+        """Prior std of a parameter outside linear blocks; one that starts at zero (a bias) has no
+        scale of its own and takes rms 1, so that it is still allowed to move.
+        """
+        rms = start.square().mean().sqrt()
+        return self.prior_scale * torch.where(rms > 0, rms, 1.0)
+
     def kl_mean(self, deltas: Mapping[str, Tensor]) -> Tensor:
         """Half the sum of delta^2 / s^2 over all trained weights, nats, a scalar."""
         terms = [
@@ -73,8 +80,7 @@ class PretrainedPrior(nn.Module):
         ]
         for i, parameter in enumerate(self._rest.values()):
             start = getattr(self, f"_rest{i}")
-            scale = self.prior_scale * (start.square().mean().sqrt() + 1e-12)
-            terms.append(((parameter - start) / scale).square().sum())
+            terms.append(((parameter - start) / self._rest_std(start)).square().sum())
         if not terms:
             return torch.zeros(())
         return 0.5 * torch.stack(terms).sum()
