@@ -118,6 +118,7 @@ def plan(
     noisy, _ = _patterns(noise, backbone)
     rows: list[Row] = []
     seen: set[int] = set()
+    convertible: set[str] = set()
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
         if not own:
@@ -126,8 +127,11 @@ def plan(
         weight = getattr(module, "weight", None)
         twin = isinstance(weight, nn.Parameter) and id(weight) in seen
         seen.update(id(p) for p in own)
-        is_trained = matches(trained, name)
         converted = not reason
+        # a tied weight goes by all of its names: what holds for one place holds for the others
+        names = [n for n, _ in owners[id(weight)]] if converted else [name]
+        convertible.update(names if converted else [])
+        is_trained = any(matches(trained, n) for n in names)
         rows.append(
             Row(
                 name=name,
@@ -136,11 +140,10 @@ def plan(
                 n_weights=0 if twin else (own[0].numel() if converted else sum(p.numel() for p in own)),
                 action="converted" if converted else "left",
                 trained=is_trained if converted else rest and not matches(list(backbone.keep), name),
-                noisy=converted and matches(noisy, name),
+                noisy=converted and any(matches(noisy, n) for n in names),
                 reason=reason or ("shares its weight with an earlier module" if twin else ""),
             )
         )
-    convertible = [r.name for r in rows if r.action == "converted"]
     for pattern in [*trained, *noisy]:
         if not any(matches([pattern], n) for n in convertible):
             raise ConversionError(
@@ -162,9 +165,11 @@ def _reason(
     kind = layer_type(module)
     if isinstance(kind, str):
         return kind
+    if id(module.weight) not in owners:
+        return "its weight is computed from other parameters"
     for other, holder in owners[id(module.weight)]:
-        if holder is not module and isinstance(layer_type(holder), str):
-            return f"its weight is shared with {other}, which cannot be converted"
+        if matches(list(backbone.keep), other) or isinstance(layer_type(holder), str):
+            return f"its weight is shared with {other}, which stays as it is"
     return ""
 
 
