@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,7 +81,11 @@ class Converted:
 
 
 def _patterns(spec: str | Sequence[str], backbone: Backbone) -> tuple[list[str], bool]:
-    """Presets and patterns -> (regular expressions, whether ``rest`` is in)."""
+    """Presets and patterns -> (regular expressions, whether ``rest`` is in).
+
+    Raises:
+        ConversionError: not a regular expression.
+    """
     out: list[str] = []
     rest = False
     for item in [spec] if isinstance(spec, str) else spec:
@@ -90,6 +95,14 @@ def _patterns(spec: str | Sequence[str], backbone: Backbone) -> tuple[list[str],
         elif item in backbone.presets:
             out += list(backbone.presets[item])
         elif item != "none":
+            try:
+                re.compile(item)
+            except re.error as error:
+                raise ConversionError(
+                    f"'{item}' is neither a preset nor a regular expression ({error})",
+                    remedy=f"presets of this adapter: {', '.join(backbone.presets)}",
+                    field="model.train / model.noise",
+                ) from error
             out.append(item)
     return out, rest
 
@@ -110,7 +123,7 @@ def plan(
     """What :func:`convert` would do; changes nothing.
 
     Raises:
-        ConversionError: a pattern matches no convertible module.
+        ConversionError: a pattern matches no convertible module, or is none.
     """
     model = backbone.model
     owners = _owners(model)
