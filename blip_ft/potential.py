@@ -60,7 +60,7 @@ class BayesianPotential(nn.Module):
         self.backbone = backbone
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
-        self.converted = convert(backbone, train=model.train, noise=model.noise)
+        self.converted = convert(backbone, train=model.train, noise=model.noise, rest=model.rest)
         self.prior = PretrainedPrior(
             self.converted.sites,
             self.converted.pretrained,
@@ -176,7 +176,7 @@ class BayesianPotential(nn.Module):
         out.energy = out.energy.double() + self.reference_energy(batch)
         return out
 
-    def train(self, mode: bool = True) -> BayesianPotential:  # noqa: ARG002
+    def train(self, mode: bool = True) -> BayesianPotential:
         """Vendors' dropout and batch statistics stay off: noise comes from the posterior alone."""
         super().train(False)
         return self

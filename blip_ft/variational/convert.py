@@ -118,7 +118,11 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def plan(
-    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+    backbone: Backbone,
+    *,
+    train: str | Sequence[str] = "all",
+    noise: str | Sequence[str] = "all",
+    rest: bool = False,
 ) -> ConversionReport:
     """What :func:`convert` would do; changes nothing.
 
@@ -127,7 +131,8 @@ def plan(
     """
     model = backbone.model
     owners = _owners(model)
-    trained, rest = _patterns(train, backbone)
+    trained, rest_too = _patterns(train, backbone)
+    rest = rest or rest_too
     noisy, _ = _patterns(noise, backbone)
     rows: list[Row] = []
     seen: set[int] = set()
@@ -187,15 +192,21 @@ def _reason(
 
 
 def convert(
-    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+    backbone: Backbone,
+    *,
+    train: str | Sequence[str] = "all",
+    noise: str | Sequence[str] = "all",
+    rest: bool = False,
 ) -> Converted:
     """Replace linear modules in place.
 
     Args:
         backbone: its ``model`` is changed; tied weights stay tied.
         train: modules whose mean is trained: a preset of the adapter (``all``, ``scalar``, ...),
-            regular expressions on module names, ``none``; ``rest`` adds every other parameter.
+            regular expressions on module names, ``none``; ``rest`` stands for ``all`` and every
+            other parameter.
         noise: modules that carry noise, likewise.
+        rest: also train the parameters outside linear blocks.
 
     Raises:
         ConversionError: a pattern matches no convertible module, or the model is already converted.
@@ -203,8 +214,8 @@ def convert(
     model = backbone.model
     if any(isinstance(m, VariationalLayer) for m in model.modules()):
         raise ConversionError("the model is already converted", remedy="unload() it first")
-    report = plan(backbone, train=train, noise=noise)
-    rest_wanted = _patterns(train, backbone)[1]
+    report = plan(backbone, train=train, noise=noise, rest=rest)
+    rest_wanted = rest or _patterns(train, backbone)[1]
     state = NoiseState()
     sites: dict[str, Site] = {}
     layers: dict[str, VariationalLayer] = {}
@@ -230,14 +241,14 @@ def convert(
         layers.setdefault(row.name, layer)
     _swap(model, lambda m: replaced.get(id(m)))
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
-    rest: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     if rest_wanted:
         weights = {id(layer.pretrained) for layer in layers.values()} | {id(x.delta) for x in layers.values()}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
                 parameter.requires_grad_(True)
-                rest[name] = parameter
-    return Converted(sites, layers, noisy, rest, state, report)
+                others[name] = parameter
+    return Converted(sites, layers, noisy, others, state, report)
 
 
 def unload(backbone: Backbone, *, merge: bool) -> None:
