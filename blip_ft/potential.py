@@ -95,11 +95,15 @@ class BayesianPotential(nn.Module):
 
     def reference_energy(self, batch: Batch) -> Tensor:
         """(B,) sum of the per-element references of each structure, eV, float64."""
+        atoms = self._atom_references(batch)
+        return atoms.new_zeros(batch.n_structures).index_add(0, batch.structure, atoms)
+
+    def _atom_references(self, batch: Batch) -> Tensor:
+        """(n,) reference of each atom, eV, float64."""
         table = torch.zeros(MAX_ATOMIC_NUMBER, dtype=torch.float64, device=batch.numbers.device)
         for number, energy in self.references.items():
             table[number] = energy
-        out = table.new_zeros(batch.n_structures)
-        return out.index_add(0, batch.structure, table[batch.numbers])
+        return table[batch.numbers]
 
     # ---- noise ---------------------------------------------------------------------------
     @contextmanager
@@ -168,12 +172,14 @@ class BayesianPotential(nn.Module):
             create_graph: keep the graph, to train on forces.
 
         Returns:
-            Energies in float64 on the user's reference; other quantities as the backbone gives
-            them (``blip_ft.backbone``).
+            Energies, also those of the atoms, in float64 on the user's reference; other
+            quantities as the backbone gives them (``blip_ft.backbone``).
         """
         with self.noise(mode, batch, epoch=epoch, draw=draw):
             out = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
         out.energy = out.energy.double() + self.reference_energy(batch)
+        if out.node_energy is not None:
+            out.node_energy = out.node_energy.double() + self._atom_references(batch)
         return out
 
     def train(self, mode: bool = True) -> BayesianPotential:
