@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.errors import ConversionError
+from blip_ft.errors import BlipError, ConversionError
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, PretrainedPrior, Rows, convert
 from blip_ft.variational.noise import keyed_row_normal
@@ -108,7 +108,13 @@ class BayesianPotential(nn.Module):
     # ---- noise ---------------------------------------------------------------------------
     @contextmanager
     def noise(self, mode: Mode, batch: Batch, *, epoch: int = 0, draw: int | None = None) -> Iterator[None]:
-        """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes."""
+        """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes.
+
+        Raises:
+            ValueError: the noise is keyed by structure, but the batch has no keys.
+        """
+        if mode in ("structure", "local") and len(batch.keys) != batch.n_structures:
+            raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
         state.clear()
         if mode != "off" and self.posterior.sites:
@@ -141,7 +147,16 @@ class BayesianPotential(nn.Module):
         numbers, the mean over the n draws of any output that is linear in the weights is then the
         output of the mean weights, without the 1/sqrt(n) sampling noise; the population variance
         over the n draws (divisor n) is unbiased.
+
+        Raises:
+            BlipError: fewer than two draws, which have no spread.
         """
+        if n < 2:
+            raise BlipError(
+                f"{n} posterior draw has no spread",
+                remedy="use two draws or more, or 0 for the mean weights without uncertainties",
+                field="n_draws",
+            )
         if self._draws is None or len(self._draws) != n or self._draws.dtype != self.backbone.dtype:
             keys = [("draw", self.seed, k) for k in range(n)]
             latent = self.posterior.latent(keys, self.backbone.dtype)
