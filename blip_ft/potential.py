@@ -44,7 +44,8 @@ class BayesianPotential(nn.Module):
         n_draws: fixed draws to predict with.
 
     Raises:
-        ConversionError: a pattern matches nothing, or the noise mode does not suit the family.
+        ConversionError: a pattern matches nothing, or the noise mode does not suit the family or
+            the noisy weights.
     """
 
     def __init__(
@@ -75,6 +76,14 @@ class BayesianPotential(nn.Module):
                 field="posterior.mode",
             )
         noisy = [self.converted.sites[name] for name in self.converted.noisy]
+        mixed = [s.name for s in noisy if not all(b.scalar for b in s.blocks)]
+        if posterior.mode == "local" and mixed:
+            raise ConversionError(
+                f"posterior.mode 'local' reaches scalar paths only: {len(mixed)} noisy modules (first: "
+                f"{mixed[0]}) have others, whose spread no data would ever narrow",
+                remedy="use model.noise=scalar, or posterior.mode=structure",
+                field="model.noise",
+            )
         self.posterior = family(noisy, self.prior, posterior.init_std)
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
