@@ -5,8 +5,7 @@ module, which differentiates the energy, is replaced, because it ties ``create_g
 module's train mode. :meth:`SevenNetBackbone._assemble` does the same arithmetic
 (``sevenn.nn.force_output.ForceStressOutputFromEdge``).
 
-Edges: ``edge_index[0]`` is the atom that gathers messages, ``edge_index[1]`` the one that sends
-them, and ``edge_vec = r[edge_index[1]] - r[edge_index[0]]``.
+Edges follow the convention of :mod:`blip_ft.adapters._edges`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from ase import Atoms
+from blip_ft.adapters import _edges as edges
 from blip_ft.adapters import _sevennet as vendor
 from blip_ft.adapters._files import open_file
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
@@ -120,45 +120,21 @@ class SevenNetBackbone(ConservativeBackbone):
 
     # ---- graphs --------------------------------------------------------------------------
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """The vendor's edges of one structure in float64: ``edge_index`` (2, e), ``edge_vec`` (e, 3),
-        ``volume`` () and ``periodic`` ().
-        """
+        """The vendor's edges of one structure in float64; keys as in :func:`edges.collate`."""
         from sevenn.train.dataload import unlabeled_atoms_to_graph
 
         self.check(atoms)
-        # A bare copy: the vendor writes box vectors into the cell of structures that are not periodic.
-        bare = Atoms(
-            numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array.copy(), pbc=atoms.pbc
-        )
-        data = unlabeled_atoms_to_graph(bare, self.cutoff)
+        # In a box, since the vendor's own extension of open directions can make a cell singular.
+        data = unlabeled_atoms_to_graph(edges.boxed(atoms, 2 * self.cutoff), self.cutoff)
         return {
             "edge_index": torch.as_tensor(data["edge_index"], dtype=torch.int64),
             "edge_vec": torch.as_tensor(data["edge_vec"], dtype=torch.float64).reshape(-1, 3),
-            "volume": torch.tensor(atoms.cell.volume if atoms.pbc.all() else 1.0, dtype=torch.float64),
-            "periodic": torch.tensor(bool(atoms.pbc.all())),
+            **edges.scalars(atoms),
         }
 
     def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
         """Batch graphs: atoms and edges are concatenated, structure after structure."""
-        n_atoms = torch.tensor([len(a) for a in atoms])
-        n_edges = torch.tensor([g["edge_vec"].shape[0] for g in graphs])
-        index = torch.arange(len(atoms))
-        first = torch.cumsum(n_atoms, 0) - n_atoms
-        pairs = zip(graphs, first.tolist(), strict=True)
-        return Batch(
-            graph={
-                "edge_index": torch.cat([g["edge_index"] + offset for g, offset in pairs], dim=1),
-                "edge_vec": torch.cat([g["edge_vec"] for g in graphs]),
-                "volume": torch.stack([g["volume"] for g in graphs]),
-                "periodic": torch.stack([g["periodic"] for g in graphs]),
-            },
-            n_atoms=n_atoms,
-            numbers=torch.cat([torch.as_tensor(a.numbers, dtype=torch.int64) for a in atoms]),
-            rows={
-                "atom": torch.repeat_interleave(index, n_atoms),
-                "edge": torch.repeat_interleave(index, n_edges),
-            },
-        )
+        return edges.collate(atoms, graphs)
 
     # ---- evaluation ----------------------------------------------------------------------
     def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
@@ -193,16 +169,8 @@ class SevenNetBackbone(ConservativeBackbone):
     def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3), in the vendor's arithmetic."""
         (pull,) = grads
-        edge_vec = batch.graph["edge_vec"].to(pull.dtype)
-        receiver, sender = batch.graph["edge_index"]
-        n = batch.numbers.numel()
-        forces = sum_rows(pull, receiver, n) - sum_rows(pull, sender, n)
-        x, y, z = edge_vec.unbind(1)
-        px, py, pz = pull.unbind(1)
-        virial = torch.stack((x * px, y * py, z * pz, y * pz, z * px, x * py), dim=1)
-        total = sum_rows(virial, batch.rows["edge"], batch.n_structures)
-        stress = total / batch.graph["volume"].to(pull.dtype).unsqueeze(1)
-        return forces, stress.masked_fill(~batch.graph["periodic"].unsqueeze(1), torch.nan)
+        rows, columns = (0, 1, 2, 1, 2, 0), (0, 1, 2, 2, 0, 1)  # the vendor's choice of xx yy zz yz zx xy
+        return edges.forces(batch, pull), edges.stress(batch, pull)[:, rows, columns]
 
     def row_kind(self, module_name: str) -> str:
         """``edge`` inside the radial networks, ``atom`` everywhere else."""

@@ -1,0 +1,119 @@
+"""Graphs made of directed edges: checks, batching, and forces and stress from edge gradients.
+
+Convention: edge e goes from a receiving atom ``i = edge_index[0, e]`` to a sending atom
+``j = edge_index[1, e]``, and ``edge_vec = r_j - r_i`` (to the image of j that the edge means).
+An energy that depends on positions through these vectors only has, with g = dE/d(edge_vec),
+
+    force on k = sum over edges with i = k of g  -  sum over edges with j = k of g,
+    dE/d(strain) = sum over edges of edge_vec (outer) g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.geometry import complete_cell
+from torch import Tensor
+
+from blip_ft.backbone import Batch
+from blip_ft.conservative import sum_rows
+from blip_ft.errors import DataError
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """A copy with numbers, positions, cell and pbc only.
+
+    Raises:
+        DataError: a periodic direction without a lattice vector, or lattice vectors in a plane.
+    """
+    cell = atoms.cell.array.copy()
+    periodic = cell[atoms.pbc]
+    if np.linalg.matrix_rank(periodic) < len(periodic):
+        raise DataError(
+            f"the structure is periodic in {len(periodic)} directions, but its lattice vectors there "
+            "are missing or linearly dependent",
+            remedy="set the cell, or pbc=False for a molecule",
+            field="cell",
+        )
+    return Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=cell, pbc=atoms.pbc)
+
+
+def boxed(atoms: Atoms, padding: float) -> Atoms:
+    """A fully periodic copy whose images do not touch in directions that were not periodic.
+
+    Lattice vectors of these directions are replaced by ones normal to the others and longer than the
+    structure by ``padding`` (Å). Positions are not changed.
+
+    Raises:
+        DataError: as for :func:`bare`.
+    """
+    copy = bare(atoms)
+    if copy.pbc.all():
+        return copy
+    cell = copy.cell.array
+    cell[~copy.pbc] = 0.0
+    cell = complete_cell(cell)  # unit vectors normal to the periodic ones
+    for axis in np.flatnonzero(~copy.pbc):
+        along = copy.positions @ cell[axis]
+        cell[axis] *= np.ptp(along) + padding
+    copy.set_cell(cell)
+    copy.pbc = True
+    return copy
+
+
+def scalars(atoms: Atoms) -> dict[str, Tensor]:
+    """``periodic`` () and ``volume`` () in Å^3; the volume is 1 where there is no stress to divide."""
+    periodic = bool(atoms.pbc.all())
+    volume = atoms.cell.volume if periodic else 1.0
+    return {
+        "periodic": torch.tensor(periodic),
+        "volume": torch.tensor(volume, dtype=torch.float64),
+    }
+
+
+def starts(counts: Tensor) -> list[int]:
+    """Offset of every structure's first row, from the number of rows per structure."""
+    return (torch.cumsum(counts, 0) - counts).tolist()
+
+
+def collate(atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
+    """Concatenate graphs with ``edge_index`` (2, e), ``edge_vec`` (e, 3), ``volume``, ``periodic``."""
+    n_atoms = torch.tensor([len(a) for a in atoms])
+    n_edges = torch.tensor([g["edge_vec"].shape[0] for g in graphs])
+    index = torch.arange(len(atoms))
+    edges = [g["edge_index"] + start for g, start in zip(graphs, starts(n_atoms), strict=True)]
+    return Batch(
+        graph={
+            "edge_index": torch.cat(edges, dim=1),
+            "edge_vec": torch.cat([g["edge_vec"] for g in graphs]),
+            "volume": torch.stack([g["volume"] for g in graphs]),
+            "periodic": torch.stack([g["periodic"] for g in graphs]),
+        },
+        n_atoms=n_atoms,
+        numbers=torch.cat([torch.as_tensor(a.numbers, dtype=torch.int64) for a in atoms]),
+        rows={
+            "atom": torch.repeat_interleave(index, n_atoms),
+            "edge": torch.repeat_interleave(index, n_edges),
+        },
+    )
+
+
+def forces(batch: Batch, pull: Tensor) -> Tensor:
+    """Forces (n, 3) from ``dE/d(edge_vec)`` (e, 3)."""
+    receiver, sender = batch.graph["edge_index"]
+    n = batch.numbers.numel()
+    return sum_rows(pull, receiver, n) - sum_rows(pull, sender, n)
+
+
+def stress(batch: Batch, pull: Tensor) -> Tensor:
+    """Stress (B, 3, 3) from ``dE/d(edge_vec)`` (e, 3); NaN where not periodic in all directions.
+
+    It is symmetric as far as the energy is rotationally invariant, that is to rounding.
+    """
+    edge_vec = batch.graph["edge_vec"].to(pull.dtype)
+    strain = sum_rows(edge_vec.unsqueeze(2) * pull.unsqueeze(1), batch.rows["edge"], batch.n_structures)
+    result: Tensor = strain / batch.graph["volume"].to(pull.dtype).reshape(-1, 1, 1)
+    return result.masked_fill(~batch.graph["periodic"].reshape(-1, 1, 1), torch.nan)
