@@ -42,11 +42,16 @@ def sha256(path: Path) -> str:
 def save_model(potential: BayesianPotential, folder: str | Path) -> None:
     """Write a model folder; the name appears only once both files are complete.
 
+    An earlier model of this name is replaced; anything else there is left alone.
+
     Raises:
-        CheckpointError: no space or no permission; nothing is left behind.
+        CheckpointError: no space or no permission, or something else has this name; nothing is
+            left behind.
     """
     folder = Path(folder)
     try:
+        if folder.exists() and not (folder / META).is_file():
+            raise CheckpointError("this exists and is not a model", file=folder, remedy="choose another name")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / "model"
@@ -56,9 +61,15 @@ def save_model(potential: BayesianPotential, folder: str | Path) -> None:
             save_file(tensors, new / TENSORS)
             meta = _meta(potential) | {"tensors_sha256": sha256(new / TENSORS)}
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            old = Path(temporary) / "old"
             if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            new.rename(folder)
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the model: {error}",
@@ -119,35 +130,55 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
     folder = find_model(path)
     meta = read_meta(folder)
     tensors_file = folder / TENSORS
-    if not tensors_file.is_file() or sha256(tensors_file) != meta.get("tensors_sha256"):
+    if _sha256(tensors_file) != meta.get("tensors_sha256"):
         raise CheckpointError(
             "the tensors are missing or not the ones that were saved (cut short or changed)",
             file=tensors_file,
             remedy="copy the whole folder again, or train again",
         )
+    try:
+        potential = _rebuild(meta)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"damaged or edited: {type(error).__name__}: {error}",
+            file=folder / META,
+            remedy="copy the whole folder again, or train again",
+        ) from error
+    try:
+        potential.load_state_dict(load_file(tensors_file))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the tensors do not fit the model: {error}", file=tensors_file, remedy="train again"
+        ) from error
+    potential.prior.refresh(potential.converted.pretrained)
+    if dtype is not None and dtype != meta["dtype"]:
+        potential.to_dtype("float64" if dtype == "float64" else "float32")
+    return potential.to(device).eval()
+
+
+def _sha256(path: Path) -> str | None:
+    """SHA-256 of a file, None if it cannot be read."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
+
+
+def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
+    """The potential that the JSON describes, with tensors yet to be loaded."""
     backbone = get_adapter(meta["adapter"]).from_config(meta["backbone"])
     backbone.origin = meta["base"]
     potential = BayesianPotential(
         backbone,
         ModelConfig(**meta["model"]),
         PosteriorConfig(**meta["posterior"]),
-        seed=meta["seed"],
-        n_draws=meta["n_draws"],
+        seed=int(meta["seed"]),
+        n_draws=int(meta["n_draws"]),
     )
-    potential.to_dtype(meta["dtype"])
-    try:
-        potential.load_state_dict(load_file(tensors_file))
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the tensors do not fit the model: {error}", file=tensors_file, remedy="train again"
-        ) from error
-    potential.prior.refresh(potential.converted.pretrained)
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])
-    if dtype is not None and dtype != meta["dtype"]:
-        potential.to_dtype("float64" if dtype == "float64" else "float32")
-    return potential.to(device).eval()
+    return potential.to_dtype(meta["dtype"])
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
