@@ -146,6 +146,13 @@ def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
                 frame=frame,
                 remedy="the file is cut short: copy it again, or remove the last frame",
             )
+        if end == len(lines) and _cut_inside_line(lines[start + 2 : end]):
+            raise DataError(
+                "the last line is shorter than the others and has no end: the file is cut short",
+                file=name,
+                frame=frame,
+                remedy="copy the file again, or remove the last frame",
+            )
         while end < len(lines) and lines[end].startswith("VEC"):  # lattice of the older dialect
             end += 1
         try:
@@ -154,6 +161,13 @@ def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
             raise _unreadable(name, error, "extxyz", frame) from error
         yield from_atoms(atoms, name, frame)
         start, frame = end, frame + 1
+
+
+def _cut_inside_line(rows: list[str]) -> bool:
+    """True if a fixed-width table stops within its last number, which would read as another one."""
+    widths = {len(row.rstrip("\r\n")) for row in rows[:-1]}
+    last = rows[-1] if rows else ""
+    return len(rows) > 2 and len(widths) == 1 and not last.endswith("\n") and len(last) < widths.pop()
 
 
 def _is_ase_database(path: Path) -> bool:

@@ -1,0 +1,254 @@
+"""What is looked at before training starts: frames, labels, geometry, and units.
+
+A thing that makes training wrong is a :class:`~blip_ft.errors.DataError`; anything else that a
+user should know is a :class:`Finding`. Readers have already refused NaN and wrong shapes
+(:mod:`blip_ft.data.schema`), and splits that share a structure (:mod:`blip_ft.data.splits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols, covalent_radii
+from ase.neighborlist import neighbor_list
+from numpy.typing import NDArray
+
+from blip_ft.backbone import Backbone
+from blip_ft.data.dataset import to_atoms
+from blip_ft.data.duplicates import first_same
+from blip_ft.data.likely_units import Comparison, likely_unit
+from blip_ft.data.splits import Splits
+from blip_ft.errors import DataError
+
+Severity = Literal["error", "warning", "info"]
+#: ``predict(atoms)`` gives one dict per structure with ``energy`` (), ``forces`` (n, 3) and
+#: ``stress`` (6,) or (None or NaN where the model has none), eV and Å
+Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
+
+#: frames on which units are tested
+UNIT_FRAMES = 16
+#: atoms closer than this share of the sum of their covalent radii overlap
+OVERLAP = 0.5
+#: below this correlation a slope says nothing about units
+CORRELATED = 0.8
+#: slopes outside this range are remarkable even if no unit explains them
+PLAUSIBLE = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data that a user should know.
+
+    Attributes:
+        kind: ``label``, ``coverage``, ``geometry``, ``duplicate``, ``unit`` or ``sign``.
+        severity: ``error`` stops a run, ``warning`` may spoil it, ``info`` explains it.
+        frames: the frames it is about, each as ``"file, frame"``.
+        message: what was found.
+        remedy: what to do about it.
+    """
+
+    kind: str
+    severity: Severity
+    frames: list[str] = field(default_factory=list)
+    message: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.frames[:5]) + ("; ..." if len(self.frames) > 5 else "")
+        where = f" [{shown}]" if self.frames else ""
+        return f"{self.severity}: {self.message}{where}" + (f" - {self.remedy}" if self.remedy else "")
+
+
+# ---- frames ------------------------------------------------------------------------------------
+
+
+def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
+    """Check every frame of every role.
+
+    Raises:
+        DataError: an empty role, a frame without labels, or an element the model does not know.
+    """
+    findings: list[Finding] = []
+    for role, frames in splits.roles().items():
+        if not len(frames):
+            raise DataError(f"the {role} set is empty", field=f"data.{role}", remedy="give it frames")
+        structures = []
+        for row in frames:
+            atoms = to_atoms(row, labels=False)
+            backbone.check(atoms, file=row["source"], frame=row["frame"])
+            if row["energy"] is None and row["forces"] is None:
+                raise DataError(
+                    "the frame has neither energy nor forces",
+                    file=row["source"],
+                    frame=row["frame"],
+                    field="energy, forces",
+                    remedy="label the frame or remove it",
+                )
+            structures.append(atoms)
+        findings += _coverage(role, frames)
+        findings += _overlaps(role, frames, structures)
+        findings += _copies(role, frames, structures)
+    if splits.dropped:
+        findings.append(
+            Finding("leak", "info", splits.dropped, f"{len(splits.dropped)} frames are left out of all roles")
+        )
+    return findings
+
+
+def _coverage(role: str, frames: datasets.Dataset) -> list[Finding]:
+    findings = []
+    for label in ("energy", "forces"):
+        without = [_place(row) for row in frames if row[label] is None]
+        if without:
+            message = f"{role}: {len(without)} of {len(frames)} frames have no {label}"
+            findings.append(
+                Finding("coverage", "info", without, message, "the label is left out of the loss there")
+            )
+    senseless = [_place(row) for row in frames if row["stress"] is not None and not all(row["pbc"])]
+    if senseless:
+        message = f"{role}: {len(senseless)} frames have a stress but are not periodic in all directions"
+        findings.append(
+            Finding("coverage", "info", senseless, message, "their stress is not used; check pbc")
+        )
+    return findings
+
+
+def _overlaps(role: str, frames: datasets.Dataset, structures: list[Atoms]) -> list[Finding]:
+    close = []
+    for row, atoms in zip(frames, structures, strict=True):
+        distance, i, j = _closest(atoms)
+        if i >= 0:
+            pair = f"{chemical_symbols[atoms.numbers[i]]}{i}-{chemical_symbols[atoms.numbers[j]]}{j}"
+            close.append(f"{_place(row)} ({pair} {distance:.2f} Å)")
+    if not close:
+        return []
+    message = f"{role}: atoms overlap in {len(close)} of {len(frames)} frames"
+    return [Finding("geometry", "warning", close, message, "check the unit of length and the cell")]
+
+
+def _closest(atoms: Atoms) -> tuple[float, int, int]:
+    """Distance and indices of the pair that overlaps most; indices -1 if none does."""
+    i, j, d = neighbor_list("ijd", atoms, OVERLAP * covalent_radii[atoms.numbers])
+    if not len(d):
+        return 0.0, -1, -1
+    k = int(np.argmin(d))
+    return float(d[k]), int(i[k]), int(j[k])
+
+
+def _copies(role: str, frames: datasets.Dataset, structures: list[Atoms]) -> list[Finding]:
+    first = first_same(structures)
+    copies = [_place(frames[i]) for i, head in enumerate(first) if i != head]
+    if not copies:
+        return []
+    message = f"{role}: {len(copies)} frames are copies of another one in the set"
+    return [Finding("duplicate", "info", copies, message, "they count twice; remove them if not meant")]
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['source']}, frame {row['frame']}"
+
+
+# ---- units -------------------------------------------------------------------------------------
+
+
+def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool = True) -> list[Finding]:
+    """Compare labels with the pretrained model on up to :data:`UNIT_FRAMES` frames.
+
+    A pretrained model is right to some ten per cent wherever it has any business, so the slope of
+    labels against its predictions tells kcal/mol from eV. Forces and stresses are compared as they
+    are, energies after the mean of each composition is taken off both.
+
+    Args:
+        train: frames of the schema.
+        predict: the pretrained model.
+        use_stress: stress labels are trained on: then a wrong unit there stops, else it warns.
+
+    Raises:
+        DataError: the labels are in another unit or of the other sign (slope within 20 % of that
+            unit's factor at a correlation above 0.8); names the likely unit.
+    """
+    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), UNIT_FRAMES)).round().astype(int))
+    rows = [train[int(i)] for i in chosen]
+    predictions = predict([to_atoms(row, labels=False) for row in rows])
+    findings: list[Finding] = []
+    for quantity, compared in _comparisons(rows, predictions).items():
+        finding = _judge(quantity, compared)
+        if finding is None:
+            continue
+        if finding.severity == "error" and (quantity != "stress" or use_stress):
+            raise DataError(finding.message, file=rows[0]["source"], field=quantity, remedy=finding.remedy)
+        milder: Severity = "warning" if finding.severity == "error" else finding.severity
+        findings.append(replace(finding, severity=milder))
+    return findings
+
+
+def _comparisons(rows: list[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
+    """Labels and predictions of each quantity that both have, flattened."""
+    pairs: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {"forces": [], "stress": []}
+    virials: list[NDArray[np.float64]] = []
+    for row, predicted in zip(rows, predictions, strict=True):
+        for quantity, members in pairs.items():
+            if row[quantity] is None or predicted.get(quantity) is None:
+                continue
+            if quantity == "stress" and not all(row["pbc"]):
+                continue
+            label, value = np.ravel(row[quantity]), np.ravel(predicted[quantity])
+            if np.isfinite(value).all():
+                members.append((label, value))
+                if quantity == "stress":
+                    virials.append(value * abs(np.linalg.det(row["cell"])))
+    result = {
+        quantity: Comparison(np.concatenate([a for a, _ in m]), np.concatenate([b for _, b in m]))
+        for quantity, m in pairs.items()
+        if m
+    }
+    if virials:
+        result["stress"] = Comparison(result["stress"].label, result["stress"].model, np.concatenate(virials))
+    energies = _energies(rows, predictions)
+    return result | ({"energy": energies} if energies else {})
+
+
+def _energies(rows: list[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
+    """Energies relative to the mean of their composition; ``None`` without two alike."""
+    kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    for row, predicted in zip(rows, predictions, strict=True):
+        if row["energy"] is not None and np.isfinite(predicted["energy"]):
+            kinds.setdefault(tuple(sorted(row["numbers"])), []).append(
+                (row["energy"], float(predicted["energy"]))
+            )
+    centred = [np.array(k) - np.mean(k, axis=0) for k in kinds.values() if len(k) > 2]
+    if not centred:
+        return None
+    both = np.concatenate(centred)
+    return Comparison(both[:, 0], both[:, 1])
+
+
+def _judge(quantity: str, compared: Comparison) -> Finding | None:
+    slope, correlation = compared.slope, compared.correlation
+    seen = f"against the pretrained model: slope {slope:.4g}, correlation {correlation:.2f}"
+    found = likely_unit(quantity, compared)
+    if found is not None and abs(found.correlation) > CORRELATED:
+        kind = "sign" if found.sign_only else "unit"
+        return Finding(
+            kind, "error", [], f"the {quantity} labels look like {found.text} ({seen})", found.remedy
+        )
+    if abs(correlation) <= CORRELATED:
+        if quantity == "energy":  # a few meV between similar frames: no news
+            return None
+        return Finding(
+            "label",
+            "warning",
+            [],
+            f"the {quantity} hardly correlate with the pretrained model ({seen})",
+            "check that labels belong to these structures, and the order of atoms and axes",
+        )
+    if not PLAUSIBLE[0] <= slope <= PLAUSIBLE[1]:
+        return Finding(
+            "unit", "warning", [], f"the {quantity} are far from the pretrained model ({seen})", "check units"
+        )
+    return None

@@ -1,0 +1,145 @@
+"""Reference energies: the constant per element by which labels and a pretrained model differ.
+
+A DFT total energy contains arbitrary constants per atom (pseudopotentials, isolated-atom
+energies) that a model trained elsewhere cannot know. Before training they are fitted to the
+residual r = label - model of the training frames,
+
+    min_c  sum_frames [ (r - sum_z n_z c_z) / n ]^2,        n_z atoms of element z, n in all,
+
+per atom, as energies enter the likelihood. Where the training compositions do not determine c
+(pure SiO2 has one composition and two elements: rank 1) the solution of least norm is taken:
+it is the projection on the span of the compositions, computed by the singular value
+decomposition inside ``numpy.linalg.lstsq``. Energies of compositions outside that span are then
+undetermined, which :meth:`References.warn_outside_span` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase.data import chemical_symbols
+from numpy.typing import ArrayLike, NDArray
+
+from blip_ft.errors import DataError
+
+#: a composition is outside the span if this share of its direction is (of its norm)
+_OUTSIDE = 1e-6
+
+
+@dataclass(frozen=True)
+class References:
+    """A shift per element and how well it is determined.
+
+    Attributes:
+        shift: energy per atom of each element that was seen, eV, to be *added* to the model.
+        rank: number of independent compositions.
+        elements: atomic numbers that were seen, ascending.
+        null_space: orthonormal combinations of elements that the frames do not determine, each
+            as ``{element: coefficient}``; ``len(elements) - rank`` of them.
+        rms_before: rms of the residual per atom, eV/atom.
+        rms_after: the same after the shift.
+        n_frames: frames with an energy that went into the fit.
+    """
+
+    shift: dict[int, float]
+    rank: int
+    elements: tuple[int, ...]
+    null_space: list[dict[int, float]]
+    rms_before: float
+    rms_after: float
+    n_frames: int
+
+    def energy(self, numbers: ArrayLike) -> float:
+        """Shift of a structure, eV; elements that were not seen add nothing."""
+        return float(sum(self.shift.get(int(z), 0.0) for z in np.asarray(numbers).ravel()))
+
+    def warn_outside_span(self, numbers: ArrayLike) -> str | None:
+        """A warning if the shift of this composition is undetermined, else ``None``."""
+        counts = _counts([np.asarray(numbers)], self.elements)[0]
+        unseen = sorted({int(z) for z in np.asarray(numbers).ravel()} - set(self.elements))
+        if unseen:
+            names = ", ".join(chemical_symbols[z] for z in unseen)
+            return f"the training energies have no {names}: its reference energy stays the pretrained one"
+        null = np.array([[v[z] for z in self.elements] for v in self.null_space])
+        if len(null) and np.linalg.norm(null @ counts) > _OUTSIDE * np.linalg.norm(counts):
+            return (
+                f"the composition {_formula(numbers)} is not a combination of the training "
+                "compositions: its total energy may be off by a constant per atom"
+            )
+        return None
+
+    def describe(self) -> str:
+        """The fit in a few lines: shift, rank, null space, residual."""
+        lines = [
+            f"reference shift from {self.n_frames} frames, rank {self.rank} of {len(self.elements)}: "
+            + ", ".join(f"{chemical_symbols[z]} {e:+.4f} eV" for z, e in self.shift.items()),
+            f"residual energy rms {1e3 * self.rms_before:.1f} -> {1e3 * self.rms_after:.1f} meV/atom",
+        ]
+        lines += [
+            "not determined by the training compositions: "
+            + " ".join(f"{c:+.3f} {chemical_symbols[z]}" for z, c in v.items())
+            for v in self.null_space
+        ]
+        return "\n".join(lines)
+
+
+def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> References:
+    """Fit the shift of least norm.
+
+    Args:
+        numbers: atomic numbers of each frame.
+        residual: label - model of each frame, eV (total); NaN where there is no energy label.
+
+    Raises:
+        DataError: no frame has an energy, or a residual is infinite.
+    """
+    r = np.asarray(residual, dtype=np.float64).ravel()
+    if len(r) != len(numbers):
+        raise ValueError(f"{len(numbers)} structures but {len(r)} residuals")
+    if np.isinf(r).any():
+        raise DataError(
+            "a residual energy is infinite",
+            frame=int(np.flatnonzero(np.isinf(r))[0]),
+            field="energy",
+            remedy="the pretrained model fails on this frame: remove it",
+        )
+    labelled = [np.asarray(z).ravel() for z, ok in zip(numbers, np.isfinite(r), strict=True) if ok]
+    if not labelled:
+        raise DataError(
+            "no training frame has an energy, so reference energies cannot be fitted",
+            field="energy",
+            remedy="add energies, or set data.references to keep",
+        )
+    r = r[np.isfinite(r)]
+    elements = tuple(sorted({int(z) for zs in labelled for z in zs}))
+    counts = _counts(labelled, elements)
+    atoms = counts.sum(axis=1)
+    composition = counts / atoms[:, None]
+    shift, _, rank, _ = np.linalg.lstsq(composition, r / atoms, rcond=None)
+    # The triangular factor has the same right singular vectors, and few rows for many frames.
+    null = np.linalg.svd(np.linalg.qr(composition, mode="r"))[2][rank:]
+    return References(
+        shift={z: float(e) for z, e in zip(elements, shift, strict=True)},
+        rank=int(rank),
+        elements=elements,
+        null_space=[{z: float(c) for z, c in zip(elements, v, strict=True)} for v in null],
+        rms_before=_rms(r / atoms),
+        rms_after=_rms(r / atoms - composition @ shift),
+        n_frames=len(r),
+    )
+
+
+def _counts(numbers: Sequence[NDArray[np.int64]], elements: Sequence[int]) -> NDArray[np.float64]:
+    """(frames, elements) atoms of each element."""
+    return np.array([[np.count_nonzero(zs == z) for z in elements] for zs in numbers], dtype=np.float64)
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _formula(numbers: ArrayLike) -> str:
+    zs, counts = np.unique(np.asarray(numbers), return_counts=True)
+    return "".join(f"{chemical_symbols[z]}{n}" for z, n in zip(zs, counts, strict=True))
