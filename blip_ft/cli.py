@@ -22,6 +22,7 @@ from blip_ft.errors import BlipError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from blip_ft.backbone import Backbone
     from blip_ft.variational.convert import ConversionReport
 
 EXIT_USER_ERROR = 2
@@ -128,17 +129,17 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    adapter, checkpoint, report = _conversion(args.spec, args.overrides)
+    backbone, report = _conversion(args.spec, args.overrides)
     if args.json:
-        tree = {"adapter": adapter, "checkpoint": checkpoint, "counts": report.counts}
-        _show_json(tree | {"modules": report.rows})
+        about = {"adapter": backbone.name, "base": backbone.origin, "counts": report.counts}
+        _show_json({**about, "modules": report.rows})
         return
-    _show(_module_table(f"{adapter}:{checkpoint}", report.rows))
+    _show(_module_table(f"{backbone.name}: {backbone.origin.get('checkpoint', '')}", report.rows))
     print("weights: " + ", ".join(f"{n:,} {what}" for what, n in report.counts.items()))
 
 
-def _conversion(spec: str, overrides: list[str]) -> tuple[str, str, ConversionReport]:
-    """Adapter, checkpoint and table of modules of a run, a recipe or a bare model."""
+def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionReport]:
+    """Backbone and table of modules of a run, a recipe or a bare model."""
     from blip_ft.backbone import get_adapter
     from blip_ft.checkpoint import load_model
     from blip_ft.config import _apply, load_recipe, parse_recipe, shipped
@@ -146,8 +147,7 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[str, str, ConversionRe
 
     if Path(spec).is_dir():
         potential = load_model(spec)
-        backbone = potential.backbone
-        return backbone.name, backbone.origin.get("checkpoint", ""), potential.converted.report
+        return potential.backbone, potential.converted.report
     adapter, colon, checkpoint = spec.partition(":")
     if colon and not Path(spec).exists():
         tree = {"name": "-", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
@@ -161,8 +161,8 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[str, str, ConversionRe
             f"'{spec}' is neither a recipe nor a run nor a model",
             remedy="give a shipped recipe, a YAML file, a run's folder, or a model such as sevennet:7net-0",
         )
-    fresh = get_adapter(model.adapter).load(model.checkpoint, trust=model.trust, **model.options)
-    return model.adapter, model.checkpoint, plan(fresh, train=model.train, noise=model.noise)
+    backbone = get_adapter(model.adapter).load(model.checkpoint, trust=model.trust, **model.options)
+    return backbone, plan(backbone, train=model.train, noise=model.noise, rest=model.rest)
 
 
 def _doctor(args: argparse.Namespace) -> None:
