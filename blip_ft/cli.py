@@ -197,9 +197,9 @@ def recipe_summary(path: Path) -> tuple[str, str]:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from blip_ft.report import write_report
+    from blip_ft.rewrite_report import rewrite_report
 
-    print(write_report(Path(args.run_folder)))
+    print(rewrite_report(args.run_folder))
 
 
 # ---- output ----------------------------------------------------------------------------------
