@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from blip_ft.adapters import _edges as edges
 from blip_ft.adapters._vendor import import_backend, quiet
 from torch import Tensor, nn
 
+from blip_ft import edges
 from blip_ft.backbone import Batch
 from blip_ft.errors import CheckpointError, nearest
 

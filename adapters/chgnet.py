@@ -25,11 +25,11 @@ from typing import Any, ClassVar
 import torch
 from ase import Atoms
 from blip_ft.adapters import _chgnet as vendor
-from blip_ft.adapters import _edges as edges
 from blip_ft.adapters._files import open_file
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
 from torch import Tensor, nn
 
+from blip_ft import edges
 from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
 
@@ -190,10 +190,7 @@ class CHGNetBackbone(ConservativeBackbone):
     def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3)."""
         (pull,) = grads
-        full = edges.stress(batch, pull)
-        symmetric = (full + full.transpose(1, 2)) / 2
-        rows, columns = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)
-        return edges.forces(batch, pull), symmetric[:, rows, columns]
+        return edges.forces(batch, pull), edges.voigt(edges.stress(batch, pull))
 
     def row_kind(self, module_name: str) -> str:
         """``atom``, ``edge``, ``bond`` or ``angle``; see the module's text."""

@@ -5,7 +5,7 @@ module, which differentiates the energy, is replaced, because it ties ``create_g
 module's train mode. :meth:`SevenNetBackbone._assemble` does the same arithmetic
 (``sevenn.nn.force_output.ForceStressOutputFromEdge``).
 
-Edges follow the convention of :mod:`blip_ft.adapters._edges`.
+Edges follow the convention of :mod:`blip_ft.edges`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 import torch
 from ase import Atoms
-from blip_ft.adapters import _edges as edges
 from blip_ft.adapters import _sevennet as vendor
 from blip_ft.adapters._files import open_file
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
 from torch import Tensor, nn
 
+from blip_ft import edges
 from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
 

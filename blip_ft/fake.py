@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.neighborlist import primitive_neighbor_list
 from torch import Tensor, nn
 
+from blip_ft import edges
 from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
 from blip_ft.errors import CheckpointError, RecipeError, nearest
@@ -150,64 +152,41 @@ class FakeBackbone(ConservativeBackbone):
 
     # ---- graphs --------------------------------------------------------------------------
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """Positions (n, 3), edges (2, e) and the lattice vector that each edge crosses (e, 3)."""
+        """Edges of one structure; keys as in :func:`blip_ft.edges.collate`."""
         self.check(atoms)
-        i, j, shift = primitive_neighbor_list(  # type: ignore[no-untyped-call]
-            "ijS", atoms.pbc, atoms.cell.array, atoms.positions, self.cutoff, self_interaction=False
+        plain = edges.bare(atoms)
+        i, j, vector = primitive_neighbor_list(  # type: ignore[no-untyped-call]
+            "ijD", plain.pbc, plain.cell.array, plain.positions, self.cutoff, self_interaction=False
         )
-        periodic = bool(atoms.pbc.all())
         return {
-            "positions": torch.tensor(atoms.positions, dtype=torch.float64),
-            "edge_index": torch.stack((torch.as_tensor(i), torch.as_tensor(j))).to(torch.int64),
-            "offset": torch.as_tensor(shift @ atoms.cell.array, dtype=torch.float64).reshape(-1, 3),
-            "volume": torch.tensor(atoms.cell.volume if periodic else 1.0, dtype=torch.float64),
-            "periodic": torch.tensor(periodic),
+            "edge_index": torch.as_tensor(np.stack((i, j)), dtype=torch.int64),
+            "edge_vec": torch.as_tensor(vector, dtype=torch.float64).reshape(-1, 3),
+            **edges.scalars(atoms),
         }
 
     def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
         """Batch graphs: atoms and edges are concatenated, structure after structure."""
-        n_atoms = torch.tensor([len(a) for a in atoms])
-        n_edges = torch.tensor([g["offset"].shape[0] for g in graphs])
-        index = torch.arange(len(atoms))
-        first = (torch.cumsum(n_atoms, 0) - n_atoms).tolist()
-        edges = [g["edge_index"] + start for g, start in zip(graphs, first, strict=True)]
-        return Batch(
-            graph={
-                "positions": torch.cat([g["positions"] for g in graphs]),
-                "edge_index": torch.cat(edges, dim=1),
-                "offset": torch.cat([g["offset"] for g in graphs]),
-                "volume": torch.stack([g["volume"] for g in graphs]),
-                "periodic": torch.stack([g["periodic"] for g in graphs]),
-            },
-            n_atoms=n_atoms,
-            numbers=torch.cat([torch.as_tensor(a.numbers, dtype=torch.int64) for a in atoms]),
-            rows={
-                "atom": torch.repeat_interleave(index, n_atoms),
-                "edge": torch.repeat_interleave(index, n_edges),
-            },
-        )
+        return edges.collate(atoms, graphs)
 
     # ---- evaluation ----------------------------------------------------------------------
     def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
-        """Energies; the leaves are positions (n, 3) and a strain (B, 3, 3) of every structure."""
-        dtype = self.dtype
-        positions = batch.graph["positions"].to(dtype).detach().clone().requires_grad_(leaves)
-        strain = positions.new_zeros((batch.n_structures, 3, 3)).requires_grad_(leaves)
+        """Energies; the leaves are a displacement (n, 3) of all atoms and a strain (B, 3, 3), both 0."""
+        edge_vec = batch.graph["edge_vec"].to(self.dtype)
+        shift = edge_vec.new_zeros((batch.numbers.numel(), 3)).requires_grad_(leaves)
+        strain = edge_vec.new_zeros((batch.n_structures, 3, 3)).requires_grad_(leaves)
         receiver, sender = batch.graph["edge_index"]
-        edge_vec = positions[sender] - positions[receiver] + batch.graph["offset"].to(dtype)
+        edge_vec = edge_vec + shift[sender] - shift[receiver]
         edge_vec = edge_vec + torch.einsum("ei,eij->ej", edge_vec, strain[batch.rows["edge"]])
         known = torch.tensor(_ELEMENTS, device=batch.numbers.device)
         species = torch.searchsorted(known, batch.numbers)
         node_energy, features = self.model(species, batch.graph["edge_index"], edge_vec.norm(dim=1))
         energy = sum_rows(node_energy, batch.structure, batch.n_structures)
-        return Evaluation(node_energy, energy, (positions, strain) if leaves else (), features)
+        return Evaluation(node_energy, energy, (shift, strain) if leaves else (), features)
 
     def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Forces and stress from ``dE/d(positions)`` and ``dE/d(strain)``."""
+        """Forces and stress from ``dE/d(displacement)`` and ``dE/d(strain)``."""
         pull, virial = grads
-        symmetric = (virial + virial.transpose(1, 2)) / 2
-        rows, columns = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)
-        stress = symmetric[:, rows, columns] / batch.graph["volume"].to(pull.dtype).unsqueeze(1)
+        stress = edges.voigt(virial) / batch.graph["volume"].to(pull.dtype).unsqueeze(1)
         return -pull, stress.masked_fill(~batch.graph["periodic"].unsqueeze(1), torch.nan)
 
     def row_kind(self, module_name: str) -> str:

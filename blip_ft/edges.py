@@ -117,3 +117,10 @@ def stress(batch: Batch, pull: Tensor) -> Tensor:
     strain = sum_rows(edge_vec.unsqueeze(2) * pull.unsqueeze(1), batch.rows["edge"], batch.n_structures)
     result: Tensor = strain / batch.graph["volume"].to(pull.dtype).reshape(-1, 1, 1)
     return result.masked_fill(~batch.graph["periodic"].reshape(-1, 1, 1), torch.nan)
+
+
+def voigt(matrix: Tensor) -> Tensor:
+    """(B, 3, 3) to (B, 6) in the order xx yy zz yz xz xy, symmetrised."""
+    symmetric = (matrix + matrix.transpose(1, 2)) / 2
+    rows, columns = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)
+    return symmetric[:, rows, columns]

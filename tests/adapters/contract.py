@@ -1,0 +1,296 @@
+"""What every adapter must fulfil, whatever its kind.
+
+:class:`AdapterContract` holds for every backbone; ``conservative.py`` adds what holds where forces are
+gradients of the energy, ``vendor.py`` what holds for weights that come in files of a vendor's package.
+An adapter's test combines them, gives ``load`` and the attributes, and inherits all tests::
+
+    @pytest.mark.backend("sevennet")
+    class TestSevenNet(VendorContract, ConservativeContract):
+        package = "sevenn"
+
+        @classmethod
+        def load(cls) -> Backbone:
+            return SevenNetBackbone.load("7net-0")
+
+Checks of symmetry and of derivatives run in float64, where rounding cannot hide a defect. Tolerances
+are in eV, Å and their combinations.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from scipy.spatial.transform import Rotation
+
+from blip_ft.backbone import Backbone, Prediction
+from blip_ft.errors import CheckpointError, DataError
+from blip_ft.variational.convert import plan
+
+from .helpers import array, close, evaluate, evaluate_all, is_linear, same, tensors
+
+NAMES = ["quartz", "carbide", "ethanol", "boxed_atom", "periodic_atom", "slab"]
+
+
+class AdapterContract:
+    """The contract; see the module's text."""
+
+    #: largest defect of rotational invariance that the vendor's own float64 model may have
+    #: (tables of coefficients that were stored in single precision stay so)
+    invariance: ClassVar[float] = 1e-9
+    #: (eV/atom, eV/Å, eV/Å^3) agreement with the stock calculator in the vendor's own precision
+    step0: ClassVar[tuple[float, float, float]] = (1e-5, 1e-4, 1e-5)
+
+    # ---- to be given ---------------------------------------------------------------------
+    @classmethod
+    def load(cls) -> Backbone:
+        """A backbone as the vendor ships it."""
+        raise NotImplementedError
+
+    # ---- fixtures ------------------------------------------------------------------------
+    @pytest.fixture(scope="class")
+    @classmethod
+    def native(cls) -> Backbone:
+        """In the vendor's own precision."""
+        return cls.load()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, native: Backbone) -> Backbone:
+        """In float64."""
+        return copy.deepcopy(native).double()
+
+    # ---- the vendor's numbers ------------------------------------------------------------
+    @pytest.mark.parametrize("name", NAMES)
+    def test_step_zero_in_the_vendors_precision(self, native, structures, name):
+        self._compare_with_stock(native, structures[name], *self.step0)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_step_zero_in_float64(self, backbone, structures, name):
+        self._compare_with_stock(backbone, structures[name], 1e-9, 1e-9, 1e-9)
+
+    def _compare_with_stock(self, backbone, atoms, energy, forces, stress):
+        stock = atoms.copy()
+        stock.calc = backbone.stock_calculator()
+        ours = evaluate(backbone, atoms)
+        assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=energy * len(atoms))
+        np.testing.assert_allclose(array(ours.forces), stock.get_forces(), rtol=0, atol=forces)
+        if atoms.pbc.all():
+            np.testing.assert_allclose(array(ours.stress[0]), stock.get_stress(), rtol=0, atol=stress)
+
+    # ---- symmetries ----------------------------------------------------------------------
+    @pytest.mark.parametrize("name", NAMES)
+    def test_rotation(self, backbone, structures, name):
+        atoms = structures[name]
+        turn = Rotation.random(random_state=7).as_matrix()
+        turned = atoms.copy()
+        turned.set_cell(atoms.cell.array @ turn.T)
+        turned.set_positions(atoms.positions @ turn.T)
+        before, after = evaluate(backbone, atoms), evaluate(backbone, turned)
+        tolerance = self.invariance
+        close(after.node_energy, before.node_energy, tolerance)
+        np.testing.assert_allclose(
+            array(after.forces), array(before.forces) @ turn.T, rtol=0, atol=10 * tolerance
+        )
+        if before.node_features is not None:
+            close(after.node_features, before.node_features, 100 * tolerance)
+        if atoms.pbc.all():
+            stress = turn @ voigt_6_to_full_3x3_stress(array(before.stress[0])) @ turn.T
+            np.testing.assert_allclose(
+                array(after.stress[0]), full_3x3_to_voigt_6_stress(stress), rtol=0, atol=tolerance
+            )
+
+    def test_permutation(self, backbone, quartz):
+        order = np.random.default_rng(0).permutation(len(quartz))
+        before, after = evaluate(backbone, quartz), evaluate(backbone, quartz[order])
+        close(after.energy, before.energy, 1e-10)
+        close(after.node_energy, before.node_energy[order], 1e-10)
+        close(after.forces, before.forces[order], 1e-10)
+        close(after.stress, before.stress, 1e-10)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_translation(self, backbone, structures, name):
+        moved = structures[name].copy()
+        moved.positions += (3.3, -47.1, 12.9)
+        same(evaluate(backbone, moved), evaluate(backbone, structures[name]), 1e-9)
+
+    def test_an_atom_moved_by_a_lattice_vector(self, backbone, quartz):
+        moved = quartz.copy()
+        moved.positions[2] += (2, -1, 1) @ quartz.cell.array
+        same(evaluate(backbone, moved), evaluate(backbone, quartz), 1e-9)
+
+    def test_energies_of_far_molecules_add_up(self, backbone, ethanol):
+        pair = ethanol.copy()
+        pair.extend(Atoms(ethanol.numbers, ethanol.positions + np.array([60.0, 0.0, 0.0])))
+        one, two = evaluate(backbone, ethanol), evaluate(backbone, pair)
+        close(two.energy, 2 * one.energy, 1e-9)
+        close(two.forces, torch.cat((one.forces, one.forces)), 1e-9)
+
+    # ---- modes ---------------------------------------------------------------------------
+    def test_only_what_is_asked_for(self, backbone, quartz):
+        batch = backbone.batch([quartz])
+        energy = backbone(batch, forces=False, stress=False)
+        assert energy.forces is None
+        assert energy.stress is None
+        assert backbone(batch, stress=False).stress is None
+        close(energy.energy, evaluate(backbone, quartz).energy, 1e-12)
+
+    def test_train_mode_changes_nothing(self, backbone, quartz):
+        model = copy.deepcopy(backbone)
+        before = evaluate(model.eval(), quartz)
+        same(evaluate(model.train(), quartz), before, 1e-12)
+
+    def test_a_deep_copy_is_independent(self, backbone, quartz):
+        twin = copy.deepcopy(backbone)
+        same(evaluate(twin, quartz), evaluate(backbone, quartz), 1e-12)
+        before = evaluate(backbone, quartz)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.1)
+        same(evaluate(backbone, quartz), before, 1e-12)
+        assert (evaluate(twin, quartz).energy - before.energy).abs() > 1e-3
+
+    # ---- awkward structures --------------------------------------------------------------
+    def test_an_isolated_atom(self, backbone, boxed_atom):
+        bare = Atoms(boxed_atom.numbers, boxed_atom.positions)
+        box, free = evaluate(backbone, boxed_atom), evaluate(backbone, bare)
+        close(box.energy, free.energy, 1e-10)
+        assert array(box.forces).tolist() == [[0.0, 0.0, 0.0]]
+        assert array(box.stress).tolist() == [[0.0] * 6]
+        assert torch.isnan(free.stress).all()
+
+    def test_an_atom_among_its_images(self, backbone, periodic_atom):
+        prediction = evaluate(backbone, periodic_atom)
+        close(prediction.forces, torch.zeros(1, 3, dtype=torch.float64), self.invariance)
+        assert torch.isfinite(prediction.stress).all()
+        assert prediction.stress.abs().max() > 1e-4
+        double = periodic_atom.repeat((2, 1, 1))
+        close(evaluate(backbone, double).energy, 2 * prediction.energy, 1e-9)
+
+    @pytest.mark.parametrize("name", ["ethanol", "slab"])
+    def test_no_stress_without_full_periodicity(self, backbone, structures, name):
+        prediction = evaluate(backbone, structures[name])
+        assert torch.isnan(prediction.stress).all()
+        assert torch.isfinite(prediction.forces).all()
+
+    def test_vacuum_does_not_matter(self, backbone, slab, ethanol):
+        thick = slab.copy()
+        thick.cell[2] = (0.0, 0.0, 60.0)
+        thick.pbc = True
+        close(evaluate(backbone, thick).forces, evaluate(backbone, slab).forces, 1e-9)
+        box = ethanol.copy()
+        box.set_cell([50.0, 60.0, 70.0])
+        box.pbc = True
+        close(evaluate(backbone, box).forces, evaluate(backbone, ethanol).forces, 1e-9)
+
+    def test_unknown_element(self, backbone, ethanol):
+        atoms = ethanol.copy()
+        atoms.numbers[0] = max(set(range(1, 119)) - backbone.elements)
+        with pytest.raises(DataError, match=atoms.symbols[0]):
+            backbone.graph(atoms)
+
+    def test_periodic_without_a_lattice_vector(self, backbone, ethanol):
+        atoms = ethanol.copy()
+        atoms.pbc = True
+        with pytest.raises(DataError, match="lattice"):
+            backbone.graph(atoms)
+
+    # ---- batches -------------------------------------------------------------------------
+    def test_a_batch_is_its_structures(self, backbone, structures):
+        order = ["boxed_atom", "quartz", "ethanol", "periodic_atom", "carbide", "boxed_atom", "slab"]
+        frames = [structures[name] for name in order]
+        together = evaluate_all(backbone, frames)
+        start = 0
+        for index, atoms in enumerate(frames):
+            alone, stop = evaluate(backbone, atoms), start + len(atoms)
+            part = Prediction(
+                together.energy[index : index + 1],
+                together.forces[start:stop],
+                together.stress[index : index + 1],
+                together.node_energy[start:stop],
+            )
+            same(part, alone, 1e-9)
+            start = stop
+
+    def test_node_energies_add_up(self, backbone, structures):
+        frames = list(structures.values())
+        prediction, start = evaluate_all(backbone, frames), 0
+        for index, atoms in enumerate(frames):
+            total = prediction.node_energy[start : start + len(atoms)].sum()
+            assert total.item() == pytest.approx(prediction.energy[index].item(), abs=1e-9)
+            start += len(atoms)
+
+    def test_input_is_left_alone(self, backbone, structures):
+        frames = list(structures.values())
+        copies = copy.deepcopy(frames)
+        graphs = [backbone.graph(atoms) for atoms in frames]
+        kept = copy.deepcopy(graphs)
+        first = backbone(backbone.collate(frames, graphs))
+        second = backbone(backbone.collate(frames, graphs), create_graph=True)
+        same(first, second, 1e-12)
+        for atoms, before in zip(frames, copies, strict=True):
+            assert atoms == before
+            assert np.array_equal(atoms.cell.array, before.cell.array)
+        for graph, before in zip(graphs, kept, strict=True):
+            for one, two in zip(tensors(graph), tensors(before), strict=True):
+                assert torch.equal(one, two)
+                assert not one.requires_grad
+
+    def test_rows_are_contiguous_and_match_every_linear_module(self, backbone, structures):
+        frames = list(structures.values())
+        batch, seen = backbone.batch(frames), {}
+        hooks = [
+            module.register_forward_hook(lambda _m, args, _out, name=name: seen.update({name: len(args[0])}))
+            for name, module in backbone.model.named_modules()
+            if is_linear(module)
+        ]
+        backbone(batch, forces=False, stress=False)
+        for hook in hooks:
+            hook.remove()
+        assert seen
+        for name, rows in seen.items():
+            assert rows == len(batch.rows[backbone.row_kind(name)]), name
+        for kind, owner in batch.rows.items():
+            assert torch.equal(owner, owner.sort().values), kind
+        assert torch.equal(batch.structure.bincount(minlength=len(frames)), batch.n_atoms)
+        sizes = {len(owner) for owner in batch.rows.values()}
+        assert len(sizes) == len(batch.rows), "two kinds of rows have equal sizes: the test cannot tell them"
+
+    def test_a_batch_moves_whole(self, backbone, quartz):
+        batch = backbone.batch([quartz]).to("meta")
+        assert {t.device.type for t in tensors(batch.graph)} == {"meta"}
+        assert batch.numbers.device.type == batch.rows["atom"].device.type == "meta"
+
+    # ---- conversion ----------------------------------------------------------------------
+    def test_every_preset_matches_convertible_modules(self, native):
+        for preset in native.presets:
+            report = plan(native, train=preset, noise=preset)
+            assert report.counts["noisy"] > 0, preset
+        assert {"all", "scalar"} <= set(native.presets)
+
+    def test_the_preset_all_leaves_nothing_convertible(self, native):
+        report = plan(native, train="all", noise="all")
+        assert [row.name for row in report.table if row.action == "converted" and not row.trained] == []
+        assert all(row.reason for row in report.table if row.action == "left")
+
+    # ---- files ---------------------------------------------------------------------------
+    def test_config_round_trip(self, native, quartz):
+        config = json.loads(json.dumps(native.config()))
+        twin = type(native).from_config(config)
+        twin.load_state_dict(native.state_dict())
+        assert twin.elements == native.elements
+        assert twin.cutoff == native.cutoff
+        assert twin.origin == native.origin
+        assert json.loads(json.dumps(twin.config())) == config
+        one, two = evaluate(twin.double(), quartz), evaluate(copy.deepcopy(native).double(), quartz)
+        same(one, two, 1e-12)
+
+    def test_unknown_name(self, native):
+        with pytest.raises(CheckpointError, match=r"valid names|did you mean"):
+            type(native).load("no-such-model")

@@ -1,0 +1,129 @@
+"""CHGNet fulfils the contract; older versions, structures without angles, dropout."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from blip_ft.adapters.chgnet import CHGNetBackbone
+from torch import nn
+
+from blip_ft.backbone import Backbone
+from blip_ft.errors import CheckpointError
+
+from .conservative import ConservativeContract
+from .helpers import close, evaluate, evaluate_all, same
+from .vendor import VendorContract
+
+pytestmark = pytest.mark.backend("chgnet")
+
+
+def path_of(name: str) -> Path:
+    import chgnet
+
+    return next((Path(chgnet.__file__).parent / "pretrained" / name).glob("*.pth.tar"))
+
+
+class TestCHGNet030(VendorContract, ConservativeContract):
+    package = "chgnet"
+    suffix = ".pth.tar"
+
+    @classmethod
+    def load(cls) -> Backbone:
+        return CHGNetBackbone.load("0.3.0")
+
+    @classmethod
+    def file(cls) -> Path:
+        return path_of("0.3.0")
+
+    @classmethod
+    def reload(cls, path: Path, *, trust: bool = False) -> Backbone:
+        return CHGNetBackbone.load(str(path), trust=trust)
+
+
+@pytest.mark.parametrize("name", ["0.2.0", "r2scan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_shipped_models(name: str, dtype: torch.dtype, quartz: Atoms) -> None:
+    model = CHGNetBackbone.load(name).to(dtype)
+    stock = quartz.copy()
+    stock.calc = model.stock_calculator()
+    ours, tolerance = evaluate(model, quartz), 1e-4 if dtype == torch.float32 else 1e-9
+    assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=tolerance)
+    close(ours.forces, torch.as_tensor(stock.get_forces()), tolerance)
+    close(ours.stress[0], torch.as_tensor(stock.get_stress()), tolerance)
+
+
+def test_a_structure_without_angles_does_not_see_its_batch(quartz: Atoms) -> None:
+    """Version 0.2.0 has biases that the vendor adds only if some structure of the batch has angles."""
+    model = CHGNetBackbone.load("0.2.0").double()
+    pair = Atoms("O2", positions=[(0, 0, 0), (0, 0, 3.5)], cell=[20, 20, 20], pbc=True)
+    alone, batch = evaluate(model, pair), evaluate_all(model, [pair, quartz])
+    close(batch.energy[:1], alone.energy, 1e-10)
+    stock = pair.copy()
+    stock.calc = model.stock_calculator()
+    assert alone.energy.item() == pytest.approx(stock.get_potential_energy(), abs=1e-9)
+
+
+def test_dropout_and_batch_statistics_are_off_in_training(quartz: Atoms, ethanol: Atoms) -> None:
+    arguments = {**CHGNetBackbone.load("0.3.0").arguments, "conv_dropout": 0.5, "mlp_dropout": 0.5}
+    torch.manual_seed(0)
+    model = CHGNetBackbone({**arguments, "gMLP_norm": "batch", "readout_norm": "batch"}).double()
+    before = evaluate(model.eval(), quartz)
+    same(evaluate(model.train(), quartz), before, 1e-12)
+    model.model.train()  # not through the backbone: dropout still is off
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+    assert model.train().training
+
+
+def test_references_follow_the_vendors_flags(quartz: Atoms) -> None:
+    """An extensive model adds its (intensive) composition energy once per structure."""
+    arguments = {**CHGNetBackbone.load("0.3.0").arguments, "is_intensive": False}
+    torch.manual_seed(0)
+    for composition in ("MPtrj", None):
+        model = CHGNetBackbone({**arguments, "composition_model": composition})
+        stock = quartz.copy()
+        stock.calc = model.stock_calculator()
+        ours = evaluate(model, quartz)
+        assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=1e-4)
+        assert ours.node_energy.sum().item() == pytest.approx(ours.energy.item(), abs=1e-4)
+
+
+def test_a_trainers_file(tmp_path: Path, quartz: Atoms) -> None:
+    """Files of the vendor's trainer name version and biases among the arguments."""
+    from chgnet.model import CHGNet
+
+    vendor = CHGNet.load(model_name="0.2.0", use_device="cpu", verbose=False)
+    with torch.no_grad():
+        for parameter in vendor.mlp.parameters():
+            parameter += 0.01
+    path = tmp_path / "tuned.pth.tar"
+    torch.save({"model": vendor.as_dict(), "trainer_args": {}}, path)
+    energy = vendor.predict_structure(_structure(quartz))["e"] * len(quartz)
+    assert evaluate(CHGNetBackbone.load(str(path)), quartz).energy.item() == pytest.approx(energy, abs=1e-4)
+
+
+def _structure(atoms: Atoms) -> object:
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    return AseAtomsAdaptor.get_structure(atoms)
+
+
+def test_a_model_that_pools_first_is_refused(tmp_path: Path) -> None:
+    content = torch.load(path_of("0.3.0"), map_location="cpu")
+    content["model"]["model_args"]["mlp_first"] = False
+    path = tmp_path / "pooled.pth.tar"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="atomic energies"):
+        CHGNetBackbone.load(str(path))
+
+
+def test_single_precision_noise_is_the_vendors_own(quartz: Atoms) -> None:
+    """In float32 the vendor's forces change under a permutation; ours are as close to float64."""
+    model = CHGNetBackbone.load("0.3.0")
+    exact = evaluate(copy.deepcopy(model).double(), quartz).forces.numpy()
+    stock = quartz.copy()
+    stock.calc = model.stock_calculator()
+    vendor = np.abs(stock.get_forces() - exact).max()
+    assert np.abs(evaluate(model, quartz).forces.numpy() - exact).max() < 2 * vendor + 1e-5

@@ -1,0 +1,40 @@
+"""The fake backbone fulfils the contract, and is what its users rely on."""
+
+import copy
+
+import pytest
+import torch
+
+from blip_ft.backbone import Backbone
+from blip_ft.errors import RecipeError
+from blip_ft.fake import FakeBackbone
+
+from .conservative import ConservativeContract
+from .helpers import evaluate
+
+
+class TestFake(ConservativeContract):
+    @classmethod
+    def load(cls) -> Backbone:
+        return FakeBackbone.load("tiny", seed=0)
+
+
+def test_weights_are_a_function_of_the_seed(quartz):
+    torch.manual_seed(1)
+    one = FakeBackbone(seed=3)
+    torch.manual_seed(2)
+    two = FakeBackbone(seed=3)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+    other = FakeBackbone(seed=4)
+    assert (evaluate(one, quartz).energy - evaluate(other, quartz).energy).abs() > 1e-3
+
+
+def test_one_weight_is_tied():
+    model = FakeBackbone().model
+    assert model.update is model.update_again
+    assert copy.deepcopy(model).update_again.weight is not model.update.weight
+
+
+def test_unknown_option():
+    with pytest.raises(RecipeError, match="sead"):
+        FakeBackbone.load("tiny", sead=1)

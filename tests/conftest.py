@@ -1,0 +1,44 @@
+"""Which backends the tests run on.
+
+A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter. The environment
+variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which ones this environment must have: a
+marked test of a listed backend fails if the package is absent, others are skipped. Without the
+variable, tests run on the packages that are installed.
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+#: import name of every adapter's package
+PACKAGES = {
+    "sevennet": "sevenn",
+    "chgnet": "chgnet",
+    "mace": "mace",
+    "fairchem": "fairchem",
+    "orb": "orb_models",
+}
+
+
+def _listed() -> set[str] | None:
+    text = os.environ.get("BLIP_FT_BACKENDS")
+    return None if text is None else {name.strip() for name in text.split(",") if name.strip()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = (_listed() or set()) - PACKAGES.keys()
+    if unknown:
+        raise pytest.UsageError(f"BLIP_FT_BACKENDS: unknown {sorted(unknown)}, known {sorted(PACKAGES)}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name in (mark.args[0] for mark in item.iter_markers("backend")):
+        listed, installed = _listed(), importlib.util.find_spec(PACKAGES[name]) is not None
+        if listed is not None and name not in listed:
+            pytest.skip(f"backend {name} is not in BLIP_FT_BACKENDS")
+        if not installed and listed is None:
+            pytest.skip(f"backend {name} is not installed")
+        if not installed:
+            pytest.fail(f"BLIP_FT_BACKENDS lists {name}, but the package {PACKAGES[name]} is not installed")
