@@ -1,0 +1,81 @@
+"""What the documents promise: their links lead somewhere, their commands and code run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from ase.build import bulk
+from ase.io import write
+
+from blip_ft import cli
+from blip_ft.checkpoint import save_model
+from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+names = [p.name for p in DOCUMENTS]
+
+
+def blocks(document: Path, language: str = "") -> list[str]:
+    """Fenced code of one language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_links_inside_the_project_lead_somewhere(document: Path):
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+    local = [t for t in targets if "://" not in t]
+    assert [t for t in local if not (document.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_commands_are_understood(document: Path):
+    lines = [line for block in blocks(document) for line in block.splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["blip-finetune"]:
+            args = cli._parser().parse_args(words[1:])
+            if args.run is cli._fit:
+                load_recipe(args.recipe, args.overrides)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_make_targets_exist(document: Path):
+    targets = set(re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    known = {name for line in targets for name in line.split()}
+    used = re.findall(r"^make ([\w-]+)", "\n".join(blocks(document)), re.MULTILINE)
+    assert set(used) <= known
+
+
+def test_the_readme_is_read_at_all():
+    assert len(blocks(ROOT / "README.md")) >= 3
+    assert "blip-finetune predict" in "".join(blocks(ROOT / "README.md"))
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny"),
+        PosteriorConfig(),
+        n_draws=2,
+    )
+    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    write(tmp_path / "start.cif", bulk("Si"))
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "README.md", "python")
+    (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
+    scope = runpy.run_path(str(tmp_path / "snippet.py"))
+    assert scope["atoms"].calc.results["forces_std_norm"].shape == (2,)
