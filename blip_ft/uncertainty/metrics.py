@@ -41,7 +41,7 @@ correction for the finite number of draws is made: c was fitted with that same n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from ase import units
@@ -62,6 +62,17 @@ MIN_STD = 1e-12
 N_REFERENCE = 20
 #: names that a test set cannot have beside others: they stand for pooled sets
 POOLED = ("unseen", "all")
+
+
+def single_sets(names: Collection[str]) -> list[str]:
+    """The names of a table of metrics without those of pools, ``seen`` first.
+
+    A set called ``unseen`` is a pool where there are other unseen sets, else it is a set.
+    """
+    own = [n for n in names if n not in POOLED]
+    if "unseen" in names and not set(own) - {"seen"}:
+        own.append("unseen")
+    return sorted(own, key=lambda n: n != "seen")
 
 
 # ---- scores of residuals ---------------------------------------------------------------------

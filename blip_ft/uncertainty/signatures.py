@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration, PropertyCalibration
+from blip_ft.uncertainty.metrics import single_sets
 
 #: name of the posterior's std in the log
 RELATIVE_STD = "posterior/relative_std"
@@ -117,14 +118,17 @@ def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
 
 def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Signature]:
     """Error bars of forces on every unseen set (the pooled sets are skipped)."""
-    unseen = [n for n in metrics if n not in ("seen", "unseen", "all")]
     found = []
-    for name in unseen or [n for n in metrics if n == "unseen"]:
+    for name in single_sets(metrics):
+        if name == "seen":
+            continue
         zms, coverage = _number(metrics[name], "zms"), _number(metrics[name], "coverage90")
         if (zms is not None and zms > NARROW_ZMS) or (coverage is not None and coverage < NARROW_COVERAGE):
             facts = [f"mean squared z {zms:.3g}" if zms is not None else ""]
             facts += [
-                f"{coverage:.0%} of the labels inside the 90 % interval" if coverage is not None else ""
+                f"{100 * coverage:.0f} % of the labels inside the 90 % interval"
+                if coverage is not None
+                else ""
             ]
             found.append(
                 Signature(

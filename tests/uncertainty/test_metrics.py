@@ -22,6 +22,7 @@ from blip_ft.uncertainty.metrics import (
     partial_spearman,
     per_frame,
     set_metrics,
+    single_sets,
     spearman,
 )
 from blip_ft.uncertainty.results import SetPrediction
@@ -329,6 +330,13 @@ def test_table_refuses_names_that_stand_for_pools(make_prediction):
     for names in (["all"], ["unseen", "hot"]):
         with pytest.raises(DataError, match=names[0]):
             metrics_table(dict.fromkeys(names, p))
+
+
+def test_single_sets_leave_out_pools_only():
+    assert single_sets(["hot", "seen", "dense", "unseen", "all"]) == ["seen", "hot", "dense"]
+    assert single_sets(["seen", "unseen", "all"]) == ["seen", "unseen"]
+    assert single_sets(["unseen", "all"]) == ["unseen"]
+    assert single_sets(["seen", "all"]) == ["seen"]
 
 
 def test_per_frame_values_average_to_the_metrics(make_prediction):

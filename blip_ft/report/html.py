@@ -1,0 +1,271 @@
+"""The self-contained report of a run: one HTML file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from ase import units
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from blip_ft.config import Recipe
+from blip_ft.files import whole_file
+from blip_ft.report import plots, tables
+from blip_ft.report.plots import Sets
+from blip_ft.report.theme import CSS, to_svg
+from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
+from blip_ft.uncertainty.metrics import single_sets
+from blip_ft.uncertainty.signatures import Signature
+
+#: receipt entries with more lines than this are folded
+FOLD = 24
+#: plain lists are cut after this many values
+MAX_LIST = 60
+
+
+class FindingLike(Protocol):
+    """What a data check found, as far as the report reads it."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def severity(self) -> str: ...  # noqa: D102
+    @property
+    def frames(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def message(self) -> str: ...  # noqa: D102
+    @property
+    def remedy(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page."""
+
+    title: str
+    svg: Markup
+    caption: str
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    recipe: Recipe,
+    metrics: tables.AllMetrics,
+    predictions: Mapping[str, Sets],
+    calibration: Calibration,
+    history: Mapping[str, Sequence[Mapping[str, Any]]],
+    receipt: Mapping[str, Any],
+    findings: Sequence[FindingLike],
+    signatures: Sequence[Signature],
+) -> Path:
+    """Write ``report.html``; it gets its name once it is complete.
+
+    Args:
+        folder: of the run; exists.
+        recipe: with all defaults.
+        metrics: ``{model: {set: metrics}}`` as in ``metrics.json``; models ``pretrained``,
+            ``plain``, ``blip``, any of which may be absent.
+        predictions: ``{model: {set: SetPrediction}}`` of the same models and test sets.
+        calibration: of ``blip``.
+        history: ``{model: [one mapping per epoch]}`` of ``plain`` and ``blip``; names as logged
+            (``plots.CURVES``), for instance ``train/loss`` and ``val/crps``.
+        receipt: JSON-like; every entry becomes a section, whatever its depth.
+        findings: of the data checks.
+        signatures: of failures, see ``blip_ft.uncertainty.signatures``.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        BlipError: it cannot be written.
+    """
+    page = _environment().get_template("report.html")
+    text = page.render(
+        recipe=recipe,
+        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        columns=tables.COLUMNS,
+        lines=tables.lines(metrics, pooled=True),
+        details=_detail_lines(metrics),
+        detail_columns=DETAILS,
+        sizes=_sizes(metrics),
+        figures=_figures(predictions, calibration, history),
+        calibration=_calibration_rows(calibration),
+        receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
+        findings=sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
+        signatures=sorted(signatures, key=lambda s: s.severity != "error"),
+    )
+    path = Path(folder) / "report.html"
+    with whole_file(path) as file:
+        file.write(text)
+    return path
+
+
+# ---- contents --------------------------------------------------------------------------------
+
+#: further metrics, shown per set for the Bayesian model
+DETAILS = (
+    tables.Column("energy_rmse_mev_per_atom", "RMSE of energies", "meV/atom"),
+    tables.Column("energy_crps_mev_per_atom", "CRPS of energies", "meV/atom"),
+    tables.Column("coverage90_energy", "Coverage of energies", "of 90 %", form="share"),
+    tables.Column("force_rmse_mev_per_ang", "RMSE of forces", "meV/Å"),
+    tables.Column("force_nll", "NLL of forces", "in eV/Å"),
+    tables.Column("stress_mae_gpa", "MAE of stress", "GPa"),
+    tables.Column("zms", "Mean z²", "1 is right"),
+    tables.Column("spread_skill", "Spread over RMSE", "1 is right"),
+    tables.Column("ence", "ENCE", "0 is right"),
+    tables.Column("miscalibration_area", "Miscalibration area", "0 is right"),
+    tables.Column("spearman_atom_reference", "Spearman per atom, reference", "simulated", form="rank"),
+    tables.Column(
+        "spearman_structure_reference", "Spearman per structure, reference", "simulated", form="rank"
+    ),
+    tables.Column(
+        "partial_spearman_structure", "Spearman per structure, partial", "given the energy", form="rank"
+    ),
+)
+
+
+def _detail_lines(metrics: tables.AllMetrics) -> list[tables.Line]:
+    return tables.lines({m: v for m, v in metrics.items() if m == "blip"}, DETAILS, pooled=True)
+
+
+def _sizes(metrics: tables.AllMetrics) -> list[tuple[str, int, int]]:
+    """(set, structures, atoms) of every test set."""
+    sets = next(iter(metrics.values()), {})
+    return [(n, sets[n].get("n_structures", 0), sets[n].get("n_atoms", 0)) for n in single_sets(sets)]
+
+
+def _figures(
+    predictions: Mapping[str, Sets],
+    calibration: Calibration,
+    history: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[Picture]:
+    out: list[Picture] = []
+
+    def add(title: str, figure: Figure, caption: str) -> None:
+        out.append(Picture(title, Markup(to_svg(figure, title)), caption))
+
+    if any(predictions.values()):
+        add(
+            "Parity, energy per atom",
+            plots.energy_parity(predictions, calibration, CSS),
+            "Above: prediction against label. Below: prediction minus label, linear up to the "
+            "typical error and logarithmic beyond; bars are one total std.",
+        )
+        add(
+            "Parity, force components",
+            plots.forces_parity(predictions, CSS),
+            "As above; at most "
+            f"{plots.MAX_POINTS} components per set are drawn. The worst set lies at the bottom.",
+        )
+    ours = predictions.get("blip", {})
+    if ours:
+        add(
+            "Error against std",
+            plots.error_against_std(ours, calibration, CSS),
+            "Total std after calibration. Left: components in bins of equal counts; honest error "
+            "bars follow the diagonal, points above it are too narrow. Middle: one point per "
+            "structure, what Spearman per structure ranks. Right: single energies, which scatter "
+            "below and around the diagonal when error bars are honest.",
+        )
+        add(
+            "Calibration",
+            plots.calibration_curves(ours, calibration, CSS),
+            "Share of labels inside central Gaussian intervals. Before calibration: the spread of "
+            "the posterior draws alone. After: total std.",
+        )
+    if any(history.values()):
+        add(
+            "Training",
+            plots.training_curves(history, CSS),
+            "As logged per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
+        )
+    return out
+
+
+def _calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """One row per property that was calibrated, in readable units."""
+    shown = {
+        "energy": ("energy per atom", "meV/atom", 1e3),
+        "forces": ("force components", "meV/Å", 1e3),
+        "stress": ("stress components", "GPa", 1 / units.GPa),
+    }
+    rows = []
+    for name in PROPERTIES:
+        item = getattr(calibration, name)
+        if item.n_residuals:
+            title, unit, factor = shown[name]
+            rows.append(
+                {
+                    "title": title,
+                    "unit": unit,
+                    "aleatoric": factor * item.aleatoric,
+                    "conformal90": _finite(item.conformal.get(0.9)),
+                    "item": item,
+                }
+            )
+    return rows
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# ---- rendering -------------------------------------------------------------------------------
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("blip_ft.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": tables.format_value, "scalar": _scalar, "human": _human}
+    environment.tests["records"] = _is_records
+    environment.globals |= {"max_list": MAX_LIST, "columns_of": _columns_of}
+    return environment
+
+
+def _scalar(value: Any) -> str:
+    """A leaf of the receipt as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return str(value)
+
+
+def _human(key: str) -> str:
+    """A key of the receipt as a heading."""
+    words = str(key).replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def _is_records(value: Any) -> bool:
+    """True for a list of mappings: shown as a table."""
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _weight(value: Any) -> int:
+    """Number of lines that a receipt entry takes, about."""
+    if isinstance(value, Mapping):
+        return sum(_weight(v) for v in value.values())
+    if _is_records(value):
+        return len(value)
+    return 1

@@ -1,0 +1,187 @@
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from blip_ft.errors import BlipError
+from blip_ft.report import write_report
+from blip_ft.report.tables import format_value
+from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.signatures import Signature
+
+from .conftest import make_recipe, make_run
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects links, ids and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "data") and v]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def render(folder, run) -> str:
+    return write_report(folder, **run).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict[str, Any], str]:
+    """A run and its page, rendered once; not to be changed."""
+    run = make_run()
+    before, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    folder = tmp_path_factory.mktemp("run")
+    html = render(folder, run)
+    assert [p.name for p in folder.iterdir()] == ["report.html"]
+    # no global state of matplotlib is touched
+    assert dict(matplotlib.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+    return run, html
+
+
+@pytest.fixture
+def plain_run(run) -> dict[str, Any]:
+    """A run without figures, which take most of the time."""
+    return run | {"predictions": {}, "history": {}}
+
+
+def test_page_is_whole_and_loads_nothing(whole):
+    _, html = whole
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.links
+    for link in page.links:
+        assert link.startswith(("#", "data:image/png;base64,")), link[:80]
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    assert "@import" not in html
+
+
+def test_page_says_everything(whole):
+    run, html = whole
+    text = Page(html).text
+    assert html.count('<svg role="img"') == 5
+    metrics = run["metrics"]
+    for expected in (
+        "demo",
+        format_value(metrics["blip"]["seen"]["force_mae_mev_per_ang"]),
+        format_value(metrics["plain"]["dense"]["force_mae_mev_per_ang"]),
+        format_value(metrics["pretrained"]["unseen"]["energy_mae_mev_per_atom"]),
+        "all unseen",
+        "None of the known failures",
+        "forces look small",
+        "x.xyz#3",
+        "1.25e-07",
+        "-110.25",
+        "layer39",
+        "2.13.0",
+        "prior_scale: 0.1",
+        "energy per atom",
+    ):
+        assert expected in text, expected
+    # long sections are folded, short ones open
+    folds = {name: bool(is_open) for is_open, name in re.findall(r"<details( open)?><summary>([^<]*)", html)}
+    assert folds["Step zero"]
+    assert not folds["Conversion"]
+
+
+def test_both_schemes(whole):
+    _, html = whole
+    assert "prefers-color-scheme: dark" in html
+    assert "var(--ink)" in html[html.index("<svg") :]
+    for placeholder in ("#010203", "#020304", "#030405"):
+        assert placeholder not in html
+
+
+def test_signatures_by_severity(tmp_path, plain_run):
+    plain_run["signatures"] = [
+        Signature("sigma_stuck", "warning", "it never left", "raise the rate"),
+        Signature("exploding_variance", "error", "it grew", "lower the rate"),
+    ]
+    html = render(tmp_path, plain_run)
+    assert "None of the known failures" not in html
+    assert html.index("Exploding variance") < html.index("Sigma stuck")
+    assert "raise the rate" in html
+    assert 'class="notice error"' in html
+
+
+def test_hostile_names_are_text(tmp_path, run):
+    name = '<b onload="x">$\\frac{$</b> & --> "quote"'
+    for model in run["predictions"]:
+        run["predictions"][model][name] = replace(run["predictions"][model].pop("hot"), name=name)
+        run["metrics"][model][name] = run["metrics"][model].pop("hot")
+    run["receipt"]["file"] = "<script>alert(1)</script>"
+    html = render(tmp_path, run)
+    page = Page(html)
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert "alert(1)" in page.text
+
+
+def test_written_again_and_unwritable(tmp_path, plain_run):
+    assert "second" not in render(tmp_path, plain_run)
+    plain_run["recipe"] = make_recipe("second")
+    assert "second" in render(tmp_path, plain_run)
+    with pytest.raises(BlipError, match=r"report\.html"):
+        write_report(tmp_path / "absent", **plain_run)
+
+
+def test_a_run_without_test_frames_or_calibration(tmp_path, run):
+    run |= {
+        "metrics": {"blip": {}},
+        "predictions": {"blip": {}},
+        "calibration": Calibration.identity(),
+        "history": {},
+        "receipt": {},
+        "findings": [],
+        "signatures": [],
+    }
+    text = Page(render(tmp_path, run)).text
+    assert "No test frames were given" in text
+    assert "There is nothing to draw" in text
+    assert "no labels to calibrate on" in text
+
+
+def test_sets_without_labels(tmp_path, run):
+    """One set has no energies, one no forces, one nothing: the others are drawn as ever."""
+    for sets in run["predictions"].values():
+        sets["seen"].energy_label[:] = np.nan
+        sets["hot"].forces_label[:] = np.nan
+        sets["dense"].energy_label[:] = np.nan
+        sets["dense"].forces_label[:] = np.nan
+    html = render(tmp_path, run)
+    Page(html)
+    assert html.count('<svg role="img"') == 5
