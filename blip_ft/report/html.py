@@ -56,7 +56,7 @@ class Picture:
 def write_report(
     folder: str | Path,
     *,
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any],
     metrics: tables.AllMetrics,
     predictions: Mapping[str, Sets],
     calibration: Calibration,
@@ -69,13 +69,13 @@ def write_report(
 
     Args:
         folder: of the run; exists.
-        recipe: with all defaults.
+        recipe: with all defaults, or its dump.
         metrics: ``{model: {set: metrics}}`` as in ``metrics.json``; models ``pretrained``,
             ``plain``, ``blip``, any of which may be absent.
-        predictions: ``{model: {set: SetPrediction}}`` of the same models and test sets.
+        predictions: ``{model: {set: SetPrediction}}``; sets without metrics are not drawn.
         calibration: of ``blip``.
-        history: ``{model: [one mapping per epoch]}`` of ``plain`` and ``blip``; names as logged
-            (``plots.CURVES``), for instance ``train/loss`` and ``val/crps``.
+        history: ``{model: [one mapping per epoch]}`` of ``plain`` and ``blip``, with the keys
+            ``epoch`` and those of ``plots.CURVES`` that there are.
         receipt: JSON-like; every entry becomes a section, whatever its depth.
         findings: of the data checks.
         signatures: of failures, see ``blip_ft.uncertainty.signatures``.
@@ -87,15 +87,17 @@ def write_report(
         BlipError: it cannot be written.
     """
     page = _environment().get_template("report.html")
+    options = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+    tested = {m: {n: p for n, p in s.items() if n in metrics.get(m, {})} for m, s in predictions.items()}
     text = page.render(
-        recipe=recipe,
-        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        recipe=options,
+        recipe_text=yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True),
         columns=tables.COLUMNS,
         lines=tables.lines(metrics, pooled=True),
         details=_detail_lines(metrics),
         detail_columns=DETAILS,
         sizes=_sizes(metrics),
-        figures=_figures(predictions, calibration, history),
+        figures=_figures(tested, calibration, history),
         calibration=_calibration_rows(calibration),
         receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
         findings=sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
@@ -184,7 +186,7 @@ def _figures(
         add(
             "Training",
             plots.training_curves(history, CSS),
-            "As logged per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
+            "One point per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
         )
     return out
 

@@ -246,41 +246,40 @@ def calibration_curves(sets: Sets, calibration: Calibration, theme: Theme = LIGH
 
 # ---- training --------------------------------------------------------------------------------
 
-#: panels of the training figure: title, unit, logged names, logarithmic axis
-CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-    ("training loss", "per structure", ("train/loss",), False),
-    ("negative log-likelihood", "per structure", ("train/nll",), False),
-    ("KL divergence", "nats", ("train/kl",), True),
-    ("validation force CRPS", "meV/Å", ("val/crps",), True),
-    ("validation force MAE", "meV/Å", ("val/force_mae",), True),
-    ("posterior std", "of the prior's", ("posterior/relative_std",), True),
+#: panels of the training figure: title, unit, name in the history, logarithmic axis
+CURVES: tuple[tuple[str, str, str, bool], ...] = (
+    ("training loss", "per structure", "train_loss", False),
+    ("negative log-likelihood", "per structure", "train_nll", False),
+    ("KL divergence", "nats", "train_kl", True),
+    ("validation force CRPS", "meV/Å", "val_crps", True),
+    ("validation force MAE", "meV/Å", "val_force_mae", True),
+    ("posterior std", "of the prior's", "posterior_std_mean", True),
 )
 
 
 def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], theme: Theme = LIGHT) -> Figure:
-    """What was logged per epoch, by model; the dotted line is the epoch that was kept.
+    """The history of the training, by model; the dotted line is the epoch that was kept.
 
     Args:
-        history: by model (``plain``, ``blip``), one mapping per epoch; names as logged.
+        history: by model (``plain``, ``blip``), one mapping per epoch; names as in ``CURVES``.
         theme: colours.
     """
-    panels = [c for c in CURVES if any(_column(rows, n)[0].size for rows in history.values() for n in c[2])]
+    panels = [c for c in CURVES if any(_column(rows, c[2])[1].any() for rows in history.values())]
     columns = min(3, max(1, len(panels)))
     rows_of_panels = max(1, math.ceil(len(panels) / columns))
     fig, axes = t.figure(10.1 * columns / 3, 0.5 + 2.5 * rows_of_panels, rows_of_panels, columns, theme)
     flat = [ax for row in axes for ax in row]
     used = [m for m in _models(history) if history[m]]
-    for ax, (title, unit, names, log) in zip(flat, panels, strict=False):
+    for ax, (title, unit, name, log) in zip(flat, panels, strict=False):
         positive = True
         for model in used:
             colour = t.MODEL_COLOURS.get(model, theme.ink)
-            for name in names:
-                epoch, value = _column(history[model], name)
-                if value.size:
-                    positive &= bool((value > 0).all())
-                    marker = "o" if value.size <= 30 else ""
-                    ax.plot(epoch, value, color=colour, linewidth=1.5, marker=marker, markersize=2.5)
-            epoch, score = _column(history[model], "val/crps")
+            epoch, value = _column(history[model], name)
+            if value.any():  # a column of zeros is a term that the model does not have
+                positive &= bool((value > 0).all())
+                marker = "o" if value.size <= 30 else ""
+                ax.plot(epoch, value, color=colour, linewidth=1.5, marker=marker, markersize=2.5)
+            epoch, score = _column(history[model], "val_crps")
             if score.size:
                 ax.axvline(epoch[score.argmin()], color=colour, linewidth=0.9, linestyle=":", zorder=1)
         if log and positive:
@@ -303,7 +302,7 @@ def _decades(ax: Axes) -> float:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[FloatArray, FloatArray]:
-    """Epochs and finite values of one logged name."""
+    """Epochs and finite values of one name."""
     pairs = [(float(r.get("epoch", i)), r.get(name)) for i, r in enumerate(rows)]
     known = [(e, float(v)) for e, v in pairs if v is not None and math.isfinite(v)]
     return np.array([e for e, _ in known]), np.array([v for _, v in known])

@@ -16,8 +16,6 @@ from typing import Any, Literal
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import single_sets
 
-#: name of the posterior's std in the log
-RELATIVE_STD = "posterior/relative_std"
 #: calibrated scale below which the model's own spread was shrunk beyond reason
 SMALL_SCALE = 1 / 3
 #: mean squared z-score on calibration frames, before calibration, below which bars are too wide
@@ -56,7 +54,7 @@ class Signature:
         return asdict(self)
 
 
-def detect(
+def find_signatures(
     *,
     metrics: Mapping[str, Mapping[str, Any]],
     calibration: Calibration,
@@ -67,9 +65,8 @@ def detect(
     Args:
         metrics: of the Bayesian model by test set, as from ``metrics_table``.
         calibration: as fitted on the calibration frames.
-        history: one mapping per epoch, in order, of what was logged. Read here: ``epoch``,
-            ``train/loss``, and ``posterior/relative_std``, the geometric mean over weights of
-            posterior std / prior std.
+        history: one mapping per epoch, in order. Read here: ``epoch``, ``train_loss``, and
+            ``posterior_std_mean``, the geometric mean over weights of posterior std / prior std.
     """
     found: list[Signature] = []
     for name in PROPERTIES:
@@ -151,18 +148,18 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
         "objective.kl_warmup, objective.temperature nearer 1, and a smaller posterior.init_std"
     )
     for row in history:
-        for key in (RELATIVE_STD, "train/loss"):
+        for key in ("posterior_std_mean", "train_loss"):
             value = row.get(key)
             if value is not None and not math.isfinite(value):
                 return [
                     Signature(
                         "exploding_variance",
                         "error",
-                        f"{key} is {value} at epoch {_epoch(row)}",
+                        f"{key.replace('_', ' ')} is {value} at epoch {_epoch(row)}",
                         f"{remedy}; also a smaller optimizer.learning_rate and trainer.gradient_clip_val",
                     )
                 ]
-    stds = _series(history, RELATIVE_STD)
+    stds = _series(history, "posterior_std_mean")
     if not stds:
         return []
     if stds[-1] > EXPLODED_STD:
@@ -190,7 +187,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
 
 def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
     """A posterior std that did not move: the error bars are then the recipe's, not the data's."""
-    stds = _series(history, RELATIVE_STD)
+    stds = _series(history, "posterior_std_mean")
     if len(stds) < 2 or min(stds) <= 0:
         return []
     change = max(abs(math.log(s / stds[0])) for s in stds)

@@ -10,7 +10,7 @@ from blip_ft.config import Recipe, parse_recipe
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.results import SetPrediction
-from blip_ft.uncertainty.signatures import detect
+from blip_ft.uncertainty.signatures import find_signatures
 
 
 def make_prediction(
@@ -71,8 +71,8 @@ def make_run(unseen: tuple[str, ...] = ("hot", "dense")) -> dict[str, Any]:
         metrics[model] = metrics_table(predictions[model], calibration if ours else constant)
     history = {
         model: [
-            {"epoch": float(i), "train/loss": 9.0 - i, "val/crps": 5 / (1 + i), "val/force_mae": 7 / (1 + i)}
-            | ({"train/kl": 50.0 - i, "posterior/relative_std": 0.1 + 0.05 * i} if model == "blip" else {})
+            {"epoch": float(i), "train_loss": 9.0 - i, "val_crps": 5 / (1 + i), "val_force_mae": 7 / (1 + i)}
+            | ({"train_kl": 50.0 - i, "posterior_std_mean": 0.1 + 0.05 * i} if model == "blip" else {})
             for i in range(6)
         ]
         for model in ("plain", "blip")
@@ -94,7 +94,9 @@ def make_run(unseen: tuple[str, ...] = ("hot", "dense")) -> dict[str, Any]:
             Finding("duplicates", "info", [], "none", ""),
             Finding("units", "warning", ["x.xyz#3"], "forces look small", "check the units"),
         ],
-        "signatures": detect(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
+        "signatures": find_signatures(
+            metrics=metrics["blip"], calibration=calibration, history=history["blip"]
+        ),
     }
 
 

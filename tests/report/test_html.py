@@ -153,7 +153,7 @@ def test_hostile_names_are_text(tmp_path, run):
 
 def test_written_again_and_unwritable(tmp_path, plain_run):
     assert "second" not in render(tmp_path, plain_run)
-    plain_run["recipe"] = make_recipe("second")
+    plain_run["recipe"] = make_recipe("second").model_dump(mode="json")  # a dump serves as well
     assert "second" in render(tmp_path, plain_run)
     with pytest.raises(BlipError, match=r"report\.html"):
         write_report(tmp_path / "absent", **plain_run)
@@ -173,6 +173,12 @@ def test_a_run_without_test_frames_or_calibration(tmp_path, run):
     assert "No test frames were given" in text
     assert "There is nothing to draw" in text
     assert "no labels to calibrate on" in text
+
+
+def test_sets_without_metrics_are_not_drawn(tmp_path, run):
+    """Validation and calibration frames may be among the predictions."""
+    run |= {"metrics": {m: {} for m in run["metrics"]}, "history": {}}
+    assert "There is nothing to draw" in render(tmp_path, run)
 
 
 def test_sets_without_labels(tmp_path, run):

@@ -101,10 +101,14 @@ def test_training_curves_show_what_was_logged_and_the_kept_epoch(run):
 
 
 def test_training_curves_leave_out_what_is_not_finite():
-    history = {"blip": [{"epoch": i, "train/loss": v} for i, v in enumerate([1.0, float("nan"), None, 2.0])]}
+    history = {"blip": [{"epoch": i, "train_loss": v} for i, v in enumerate([1.0, float("nan"), None, 2.0])]}
     (line,) = plots.training_curves(history).axes[0].lines
     assert line.get_xdata().tolist() == [0, 3]
-    assert plots.training_curves({"blip": [{"epoch": 0, "train/kl": -1.0}]}).axes[0].get_yscale() == "linear"
+    # plain fine-tuning has no KL term: a column of zeros is not a curve
+    zeros = {"plain": [{"epoch": 0, "train_kl": 0.0}], "blip": [{"epoch": 0, "train_kl": 3.0}]}
+    (kl,) = plots.training_curves(zeros).axes
+    assert (len(kl.lines), kl.get_yscale()) == (1, "log")
+    assert plots.training_curves({"blip": [{"epoch": 0, "train_kl": -1.0}]}).axes[0].get_yscale() == "linear"
 
 
 def test_set_colours_do_not_depend_on_order():

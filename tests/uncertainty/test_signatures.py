@@ -7,25 +7,25 @@ import pytest
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration, fit
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import (
-    detect,
     exploding_variance,
+    find_signatures,
     over_narrow_unseen,
     over_wide_seen,
     sigma_stuck,
 )
 
-HEALTHY = [{"epoch": i, "posterior/relative_std": 0.1 + 0.02 * i, "train/loss": 5.0 - i} for i in range(4)]
+HEALTHY = [{"epoch": i, "posterior_std_mean": 0.1 + 0.02 * i, "train_loss": 5.0 - i} for i in range(4)]
 
 
 def history(*stds: float, **more: float) -> list[dict[str, float]]:
-    return [{"epoch": i, "posterior/relative_std": s, **more} for i, s in enumerate(stds)]
+    return [{"epoch": i, "posterior_std_mean": s, **more} for i, s in enumerate(stds)]
 
 
 def test_healthy_run_has_none(make_prediction):
     sets = {"seen": make_prediction(30), "hot": make_prediction(30, seed=1)}
     calibration = Calibration(forces=fit(sets["seen"].forces_error.ravel(), sets["seen"].forces_std.ravel()))
-    assert detect(metrics=metrics_table(sets), calibration=calibration, history=HEALTHY) == []
-    assert detect(metrics={}, calibration=Calibration.identity(), history=[]) == []
+    assert find_signatures(metrics=metrics_table(sets), calibration=calibration, history=HEALTHY) == []
+    assert find_signatures(metrics={}, calibration=Calibration.identity(), history=[]) == []
 
 
 @pytest.mark.parametrize(("factor", "found"), [(10.0, True), (4.0, True), (1.5, False), (0.2, False)])
@@ -83,7 +83,7 @@ def test_exploding_variance():
     assert warning.severity == "warning"
     assert "18-fold" in warning.message
     for bad in (math.nan, math.inf):
-        (broken,) = exploding_variance([{"epoch": 0, "train/loss": 1.0}, {"epoch": 7, "train/loss": bad}])
+        (broken,) = exploding_variance([{"epoch": 0, "train_loss": 1.0}, {"epoch": 7, "train_loss": bad}])
         assert broken.severity == "error"
         assert "epoch 7" in broken.message
         assert exploding_variance(history(0.1, bad))[0].severity == "error"
@@ -99,12 +99,12 @@ def test_sigma_stuck():
     assert sigma_stuck(history(0.1, 0.102)) == []
     assert sigma_stuck(history(0.1, 0.08, 0.1)) == []  # it left and came back
     assert sigma_stuck(history(0.1)) == []
-    assert sigma_stuck([{"epoch": 0, "train/loss": 1.0}] * 3) == []
+    assert sigma_stuck([{"epoch": 0, "train_loss": 1.0}] * 3) == []
 
 
 def test_all_are_collected_and_serialisable():
     wide = PropertyCalibration(0.01, 0.1, n_residuals=50, n_frames=5, zms_before=0.01)
-    found = detect(
+    found = find_signatures(
         metrics={"hot": {"zms": 9.0, "coverage90": 0.3}},
         calibration=Calibration(forces=wide),
         history=history(0.1, 0.1, 0.1),
