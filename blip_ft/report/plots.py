@@ -280,7 +280,7 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], theme: T
                 marker = "o" if value.size <= 30 else ""
                 ax.plot(epoch, value, color=colour, linewidth=1.5, marker=marker, markersize=2.5)
             epoch, score = _column(history[model], "val_crps")
-            if score.size:
+            if score.size and value.any():
                 ax.axvline(epoch[score.argmin()], color=colour, linewidth=0.9, linestyle=":", zorder=1)
         if log and positive:
             ax.set_yscale("log")
