@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blip_ft.adapters._vendor import import_backend, quiet
+from blip_ft.adapters._vendor import eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
 from blip_ft.errors import CheckpointError, RecipeError, nearest
@@ -99,7 +99,7 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
     # Filled in by hand, so that the vendor does not open the file a second time as a pickle.
     checkpoint = module.SevenNetCheckpoint(path)
     try:
-        with quiet():
+        with quiet(), eager_e3nn():
             checkpoint._config = module._config_cp_routine(dict(content["config"]))
             checkpoint._model_state_dict = content["model_state_dict"]
             checkpoint._loaded = True
@@ -113,7 +113,7 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
 def build(architecture: dict[str, Any]) -> nn.Module:
     """The vendor's model of an architecture, with random weights and e3nn kernels."""
     import_backend("sevennet", "sevenn")
-    with quiet():
+    with quiet(), eager_e3nn():
         from sevenn.model_build import build_E3_equivariant_model
 
         kernels = {"use_flash_tp": False, "use_oeq": False, "cuequivariance_config": {}}
