@@ -56,11 +56,10 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def eager_e3nn() -> Iterator[None]:
-    """Build e3nn modules without TorchScript.
+    """Build e3nn modules without TorchScript, whatever e3nn's default for this version of torch is.
 
-    The arithmetic is the same; TorchScript would compile every kernel again for the second-order
-    gradients of each new batch shape, which costs minutes (measured: 60 s for a batch that takes
-    4.5 s) and gains nothing afterwards.
+    The arithmetic is the same; TorchScript would specialise kernels anew for the second-order
+    gradients of each new batch shape.
     """
     import e3nn
 
@@ -70,3 +69,16 @@ def eager_e3nn() -> Iterator[None]:
         yield
     finally:
         e3nn.set_optimization_defaults(**before)
+
+
+def copy_kernels_as_they_are(model: nn.Module) -> nn.Module:
+    """Make deep copies of e3nn modules keep their kernels.
+
+    e3nn pickles its generated kernels when a module is copied, and unpickling traces them anew: their
+    coefficient tables are then folded, rounded, into new buffers, which changes the numbers in float64
+    and the keys of the state dict. Without the list of kernels they are copied like any submodule.
+    """
+    for module in model.modules():
+        if hasattr(module, "__codegen__"):
+            vars(module)["__codegen__"] = []
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import lightning
+import torch
 from torch.utils.data import DataLoader
 
 from blip_ft.backbone import Backbone, Batch
@@ -39,6 +40,11 @@ class FrameDataModule(lightning.LightningDataModule):
         super().__init__()
         self.backbone, self.train, self.validation = backbone, train, validation
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Batches move themselves; the vendor's graph inside is opaque to Lightning."""
+        del dataloader_idx
+        return batch.to(device)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

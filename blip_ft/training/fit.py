@@ -32,7 +32,6 @@ from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_s
 from blip_ft.data.checks import Finding
 from blip_ft.data.references import References, fit_references
 from blip_ft.errors import BlipError, RecipeError
-from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
@@ -202,7 +201,7 @@ def _shift(
     references = fit_references([a.numbers for a in atoms], residual.numpy())
     potential.references = dict(references.shift)
     check = gates.check_references(potential, atoms, labels, references)
-    console.print(references.summary())
+    console.print(references.describe())
     return references, check
 
 

@@ -43,11 +43,6 @@ class FineTuneModule(lightning.LightningModule):
         self.likelihood = GaussianLikelihood(recipe.objective)
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Batches move themselves; the vendor's graph inside is opaque to Lightning."""
-        del dataloader_idx
-        return batch.to(device)
-
     # ---- training ------------------------------------------------------------------------
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share of a step (``ElboScale.loss``)."""

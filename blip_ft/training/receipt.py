@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,13 +39,13 @@ def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[
         "seed": recipe.seed,
         "conversion": {"counts": report.counts, "modules": report.rows},
         "step_zero": prepared.step_zero.to_dict(),
-        "references": None if references is None else references.to_dict() | prepared.references_check,
+        "references": None if references is None else asdict(references) | prepared.references_check,
         "data": {
             "rule": prepared.splits.rule,
             "sets": {
                 name: {"n_frames": len(d), "fingerprint": fingerprint(d)} for name, d in prepared.sets.items()
             },
-            "findings": [vars(f) for f in prepared.findings],
+            "findings": [asdict(f) for f in prepared.findings],
         },
         "seconds": round(seconds, 1),
     }

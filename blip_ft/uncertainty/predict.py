@@ -19,7 +19,7 @@ from torch import Tensor
 from blip_ft.backbone import Batch, Prediction
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.results import SetPrediction
 
 
@@ -115,12 +115,13 @@ def predict_set(
         stress: also predict stress.
         progress: called with the number of frames done after each batch.
     """
+    names = [f"{s}#{f}" for s, f in zip(dataset.frames["source"], dataset.frames["frame"], strict=True)]
     parts: list[SetPrediction] = []
     for start in range(0, len(dataset), batch_size):
         index = range(start, min(start + batch_size, len(dataset)))
         batch = collate(potential.backbone, [dataset[i] for i in index]).to(potential.backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress)
-        parts.append(_to_arrays(moments, batch, name, [dataset.frame_name(i) for i in index]))
+        parts.append(_to_arrays(moments, batch, name, names[start : start + batch_size]))
         if progress is not None:
             progress(len(index))
     return SetPrediction.concatenate(parts, name)
@@ -182,7 +183,7 @@ def predict_atoms(
             potential.backbone.check(a)
         batch = potential.backbone.batch(group).to(potential.backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws)
-        out += _split(moments, batch, potential.calibration or Calibration())
+        out += _split(moments, batch, potential.calibration or Calibration.identity())
         if progress is not None:
             progress(len(group))
     return out
@@ -215,8 +216,7 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
         if moments.energy_std is not None:
             assert moments.forces_std is not None
             assert moments.forces_std_norm is not None
-            raw = PropertyCalibration(aleatoric=0.0)  # where nothing was calibrated
-            e, f, s = calibration.energy or raw, calibration.forces or raw, calibration.stress or raw
+            e, f, s = calibration.energy, calibration.forces, calibration.stress
             item["energy_std"] = e.scale * float(moments.energy_std[i])
             item["forces_std"] = f.scale * _numpy(moments.forces_std[atoms])
             item["forces_std_norm"] = f.scale * _numpy(moments.forces_std_norm[atoms])

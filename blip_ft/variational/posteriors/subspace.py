@@ -1,0 +1,288 @@
+"""``subspace``: a correlated Gaussian along the strongest directions of the data.
+
+    w = theta + D V^T z,     z ~ N(0, S),     prior z ~ N(0, s^2 I)
+
+theta is the mean, D = diag(rms(w0)) per matrix and path, V (r, P) has orthonormal rows, S is r x r.
+The rows of V are the strongest right singular vectors of G, whose rows are gradients of model
+outputs with respect to the weights, times D, over the noise of their label. Directions that no
+training or context frame can see carry no noise.
+
+Closed form (Gauss-Newton; linearised, or averaged over draws of z):
+
+    S = (I / s^2 + H / T)^-1,    H = (G_train V^T)^T (G_train V^T)                          (1)
+
+which is where the ELBO  E_q[log p(y | z)] - T KL(N(0, S) || N(0, s^2 I))  is stationary in S, with
+H averaged over q. The prior's scale s has a closed form too: leave one group of training frames
+out at a time in the linearised model and take the s with the best log likelihood of what was left
+out (:func:`left_out_nll`). Derivations: docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.linalg import cho_solve, cholesky
+from torch import Tensor, nn
+
+from blip_ft.variational.noise import normal
+from blip_ft.variational.posteriors.base import Posterior
+from blip_ft.variational.prior import PretrainedPrior
+from blip_ft.variational.sites import Site
+
+#: s and T that are tried when the recipe says ``auto``
+PRIOR_SCALES = tuple(10.0 ** np.arange(-2.5, 0.51, 0.125))
+TEMPERATURES = (1.0, 3.0, 10.0, 30.0, 100.0)
+#: columns of G that are multiplied at a time; sums over blocks are in float64, since the small
+#: eigenvalues of the Gram matrix are lost in float32
+BLOCK = 16384
+
+
+@dataclass
+class Rows:
+    """Gradients of model outputs at the present mean, in units of their label's noise.
+
+    Attributes:
+        gradients: (m, P) d(output)/d(weight) * D / noise, all noisy sites side by side.
+        targets: (m,) label minus output of the model linearised at its mean, at the pretrained
+            weights, over the noise; NaN for context rows, which have no label.
+        groups: (m,) group of the frame (trajectory, phase, ...), for the left-out rule.
+        scored: (m,) rows whose likelihood counts in the left-out rule (forces).
+    """
+
+    gradients: Tensor
+    targets: np.ndarray
+    groups: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def is_train(self) -> np.ndarray:
+        """(m,) rows that have a label."""
+        return np.isfinite(self.targets)
+
+
+class SubspacePosterior(Posterior):
+    """Correlated Gaussian with r latent numbers.
+
+    Args:
+        sites: the weights that carry noise.
+        prior: its ``prior_scale`` is s; set by :meth:`fit` unless fixed.
+        init_std: std of every latent number before the first :meth:`fit`.
+        rank: r.
+    """
+
+    family: ClassVar[str] = "subspace"
+    factorised: ClassVar[bool] = False
+    directions: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float, rank: int = 64
+    ) -> None:
+        super().__init__(sites, prior, init_std)
+        p = sum(s.numel for s in self.sites)
+        self.rank = min(rank, p)
+        like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
+        # zero directions: no noise before the first fit
+        self.register_buffer("directions", like.new_zeros(self.rank, p))
+        self.register_buffer("scale", like.new_ones(()) * init_std * torch.eye(self.rank))
+        self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
+        self._register_state_dict_hook(_directions_in_half)
+
+    # ---- closed form -----------------------------------------------------------------------
+    def fit(self, context: Any) -> dict[str, Any]:
+        """Set V, s and S from gradient rows.
+
+        Args:
+            context: a :class:`SubspaceData`.
+
+        Returns:
+            ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
+            scores, for the receipt.
+        """
+        assert isinstance(context, SubspaceData)
+        rows = context.rows()
+        gram = gram_matrix(rows.gradients)
+        self._set_directions(rows.gradients, gram)
+        train = rows.is_train
+        report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
+        s, temperature = context.prior_scale, context.temperature
+        if s is None or temperature is None:
+            table = left_out_nll(
+                gram[np.ix_(train, train)],
+                rows.targets[train],
+                rows.groups[train],
+                rows.scored[train],
+                scales=PRIOR_SCALES if s is None else (s,),
+                temperatures=TEMPERATURES if temperature is None else (temperature,),
+            )
+            s, temperature = min(table, key=lambda key: table[key])
+            report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
+        projected = self._project(rows.gradients[torch.from_numpy(train)])
+        self.set_covariance(projected.T @ projected, s, temperature)
+        report |= {
+            "prior_scale": s,
+            "temperature": temperature,
+            "effective_parameters": self.effective_parameters(),
+        }
+        return report
+
+    def _set_directions(self, gradients: Tensor, gram: np.ndarray) -> None:
+        """V from the eigenvectors of G G^T: V = Lambda^-1/2 U^T G, then orthonormal to rounding."""
+        values, vectors = np.linalg.eigh(gram)
+        keep = np.argsort(values)[::-1][: self.rank]
+        keep = keep[values[keep] > values.max() * 1e-10]
+        mix = torch.from_numpy((vectors[:, keep] / np.sqrt(values[keep])).T.copy()).to(gradients.dtype)
+        v = mix @ gradients
+        # the Gram matrix squares the condition number: mend the weak directions
+        lower = np.linalg.cholesky(gram_matrix(v))
+        v = torch.linalg.solve_triangular(torch.from_numpy(lower).to(v.dtype), v, upper=False)
+        self.directions.zero_()
+        # stored in half precision: round once, so that what is fitted is what is stored
+        self.directions[: len(keep)] = v.half().to(self.directions)
+
+    def _project(self, gradients: Tensor) -> np.ndarray:
+        """(m, r) rows of G V^T, float64."""
+        return (gradients.to(self.directions) @ self.directions.T).double().cpu().numpy()
+
+    def set_covariance(self, hessian: np.ndarray, prior_scale: float, temperature: float) -> None:
+        """S = (I/s^2 + H/T)^-1, equation (1); stored as a factor L with S = L L^T."""
+        precision = np.eye(self.rank) / prior_scale**2 + hessian / temperature
+        lower = cholesky(precision, lower=True)
+        factor = np.linalg.inv(lower).T  # L L^T = precision^-1
+        self.scale.copy_(torch.from_numpy(factor))
+        self.prior_std.fill_(prior_scale)
+
+    def effective_parameters(self) -> float:
+        """sum_i (1 - S_ii / s^2): how many of the r directions the data determine."""
+        s2 = float(self.prior_std) ** 2
+        return float(self.rank - (self.scale.double() @ self.scale.double().T).diagonal().sum() / s2)
+
+    # ---- the common interface ----------------------------------------------------------------
+    @property
+    def latent_numel(self) -> int:  # noqa: D102
+        return self.rank
+
+    def latent(self, keys: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
+        """(len(keys), rank): one key per sample; all layers share the r numbers."""
+        return torch.stack([normal((*key, "subspace"), self.rank, dtype) for key in keys])
+
+    def sample(self, latent: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        z = latent @ self.scale.T.to(latent)
+        flat = z @ self.directions.to(latent)
+        parts = flat.split([s.numel for s in self.sites], dim=1)
+        return {
+            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
+            for s, part in zip(self.sites, parts, strict=True)
+        }
+
+    def kl(self) -> Tensor:
+        """KL(N(0, S) || N(0, s^2 I)) = 1/2 [tr S / s^2 - r - ln det(S / s^2)], nats."""
+        factor = self.scale / self.prior_std
+        sign_free = factor.diagonal().abs().clamp_min(torch.finfo(factor.dtype).tiny).log().sum()
+        return 0.5 * (factor.square().sum() - self.rank) - sign_free
+
+    def std(self) -> dict[str, Tensor]:  # noqa: D102
+        marginal = (self.scale.T @ self.directions).square().sum(dim=0).sqrt()
+        parts = marginal.split([s.numel for s in self.sites])
+        return {
+            s.name: part.reshape(s.shape) * self.prior.rms(s.name)
+            for s, part in zip(self.sites, parts, strict=True)
+        }
+
+    def relative_std(self) -> Tensor:
+        """Geometric mean over the r latent directions of posterior over prior std."""
+        s2 = (self.scale.double() @ self.scale.double().T).diagonal()
+        return (0.5 * s2.log()).mean().exp() / self.prior_std.double()
+
+
+def _directions_in_half(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Directions were rounded to half precision when they were set: saving them so loses nothing."""
+    del module, metadata
+    state[f"{prefix}directions"] = state[f"{prefix}directions"].half()
+
+
+@dataclass
+class SubspaceData:
+    """What :meth:`SubspacePosterior.fit` needs from the model and the data.
+
+    Attributes:
+        rows: computes gradient rows at the present mean.
+        prior_scale: s; ``None`` to choose it by left-out groups.
+        temperature: T; likewise.
+    """
+
+    rows: Callable[[], Rows]
+    prior_scale: float | None = None
+    temperature: float | None = None
+
+
+def gram_matrix(rows: Tensor) -> np.ndarray:
+    """(m, P) -> (m, m) G G^T in float64, by blocks of columns."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], BLOCK):
+        block = rows[:, start : start + BLOCK]
+        total += block @ block.T if block.dtype == torch.float64 else (block @ block.T).double()
+    out: np.ndarray = total.cpu().numpy()
+    return out
+
+
+def left_out_nll(
+    gram: np.ndarray,
+    targets: np.ndarray,
+    groups: np.ndarray,
+    scored: np.ndarray,
+    *,
+    scales: Sequence[float],
+    temperatures: Sequence[float],
+) -> dict[tuple[float, float], float]:
+    """Score (s, T) by groups of training rows predicted from the other groups.
+
+    The model is Bayesian linear regression on the rows, weights ~ N(0, s^2 I), noise variance T
+    (rows are in units of their noise): in function space a Gaussian process with kernel
+    s^2 G G^T, so a left-out group costs one solve (Rasmussen and Williams 2006, eq. 2.25, 2.26).
+
+    Args:
+        gram: (m, m) Gram matrix of the training rows.
+        targets: (m,) label minus linearised pretrained model, over the noise.
+        groups: (m,) group of each row; one group alone cannot be left out.
+        scored: (m,) rows that count.
+        scales: values of s.
+        temperatures: values of T.
+
+    Returns:
+        {(s, T): mean over groups of the mean Gaussian NLL of the scored rows left out}.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    names = np.unique(groups)
+    if len(names) < 2:
+        raise ValueError("the left-out rule needs at least two groups")
+    out: dict[tuple[float, float], float] = {}
+    for s in scales:
+        for t in temperatures:
+            scores = []
+            for name in names:
+                inside, outside = groups == name, groups != name
+                wanted = inside & scored
+                if not wanted.any():
+                    continue
+                k = s * s * gram[np.ix_(outside, outside)] + t * np.eye(int(outside.sum()))
+                factor = (cholesky(k, lower=True), True)
+                cross = s * s * gram[np.ix_(outside, wanted)]
+                mean = cross.T @ cho_solve(factor, targets[outside])
+                variance = (
+                    s * s * gram.diagonal()[wanted] + t - (cross * cho_solve(factor, cross)).sum(axis=0)
+                )
+                variance = np.maximum(variance, 1e-12 * t)
+                error = targets[wanted] - mean
+                scores.append(
+                    float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance))
+                )
+            out[(s, t)] = float(np.mean(scores))
+    return out
