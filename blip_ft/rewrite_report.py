@@ -12,7 +12,7 @@ from blip_ft.errors import BlipError
 from blip_ft.report import write_report
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.results import SetPrediction
-from blip_ft.uncertainty.signatures import detect
+from blip_ft.uncertainty.signatures import find_signatures
 
 
 def rewrite_report(folder: str | Path) -> Path:
@@ -43,7 +43,7 @@ def rewrite_report(folder: str | Path) -> Path:
         history=history,
         receipt=receipt,
         findings=[Finding(**finding) for finding in receipt["data"]["findings"]],
-        signatures=detect(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
+        signatures=find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
     )
 
 
