@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blip_ft.adapters._vendor import eager_e3nn, import_backend, quiet
+from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
 from blip_ft.errors import CheckpointError, RecipeError, nearest
@@ -107,7 +107,9 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise foreign from error
     config = checkpoint.config
-    return {key: _plain(config[key]) for key in ARCHITECTURE if key in config}, model
+    return {key: _plain(config[key]) for key in ARCHITECTURE if key in config}, copy_kernels_as_they_are(
+        model
+    )
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:
@@ -118,7 +120,7 @@ def build(architecture: dict[str, Any]) -> nn.Module:
 
         kernels = {"use_flash_tp": False, "use_oeq": False, "cuequivariance_config": {}}
         model: nn.Module = build_E3_equivariant_model({**copy.deepcopy(architecture), **kernels})
-    return model
+    return copy_kernels_as_they_are(model)
 
 
 def _plain(value: Any) -> Any:

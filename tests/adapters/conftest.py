@@ -12,8 +12,8 @@ def quartz() -> Atoms:
     """Alpha quartz, 9 atoms, rattled and sheared, so that no symmetry is left."""
     atoms = crystal(
         ["Si", "O"],
-        [(0.4697, 0.0, 0.0), (0.4135, 0.2669, 0.1191)],
-        spacegroup=152,
+        [(0.4697, 0.0, 2 / 3), (0.4135, 0.2669, 0.7858)],
+        spacegroup=154,
         cellpar=[4.9134, 4.9134, 5.4052, 90, 90, 120],
     )
     strain = np.array([[0.02, 0.01, -0.01], [0.0, -0.03, 0.02], [0.0, 0.0, 0.01]])

@@ -146,8 +146,9 @@ class AdapterContract:
         before = evaluate(model.eval(), quartz)
         same(evaluate(model.train(), quartz), before, 1e-12)
 
-    def test_a_deep_copy_is_independent(self, backbone, quartz):
+    def test_a_deep_copy_is_independent(self, native, backbone, quartz):
         twin = copy.deepcopy(backbone)
+        assert twin.state_dict().keys() == native.state_dict().keys()
         same(evaluate(twin, quartz), evaluate(backbone, quartz), 1e-12)
         before = evaluate(backbone, quartz)
         with torch.no_grad():
