@@ -93,15 +93,26 @@ class ModelConfig(Strict):
 class PosteriorConfig(Strict):
     """The distribution over the weights."""
 
-    family: Literal["channel", "weight", "subspace"] = "weight"
+    family: Literal["channel", "weight", "subspace"] = "subspace"
     """``channel``: one std per output channel; ``weight``: one per weight; ``subspace``: a
     correlated Gaussian along the strongest directions of the data"""
     mode: Literal["local", "structure"] = "structure"
     """noise in training: independent per row (scalars only), or one weight sample per structure"""
-    prior_scale: Positive = 0.1
-    """std of the prior around the pretrained weights, in units of each matrix's rms"""
-    init_std: Positive = 0.01
-    """std of the posterior at the start, in the same units"""
+    prior_scale: Positive | Literal["auto"] = "auto"
+    """std of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
+    (``subspace`` only): chosen by leaving groups of training frames out"""
+    init_std: Positive = 0.003
+    """std of the posterior at the start, in the same units (factorised families)"""
+    rank: Annotated[int, Field(ge=1)] = 128
+    """``subspace``: number of directions r"""
+    projections: Annotated[int, Field(ge=1)] = 12
+    """``subspace``: random projections of each structure's forces that directions are taken from"""
+    context: Annotated[float, Field(ge=0)] = 0.4
+    """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
+    per training frame"""
+    start: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """``subspace``: share of the epochs after which the posterior is fitted for the first time and
+    the noise comes in; it is fitted again at the end"""
 
 
 class ObjectiveConfig(Strict):
@@ -117,8 +128,9 @@ class ObjectiveConfig(Strict):
     """learn these three from the values above instead of keeping them"""
     use_stress: bool = False
     """train on stress labels where they exist"""
-    temperature: Positive = 1.0
-    """weight of the KL term; below 1 the posterior is colder than Bayes"""
+    temperature: Positive | Literal["auto"] = "auto"
+    """weight T of the KL term: 1 is Bayes, below it the posterior is colder; ``auto``
+    (``subspace`` only): by left-out groups in training, at its end by the validation frames"""
     kl_warmup: Annotated[int, Field(ge=0)] = 0
     """epochs over which the KL term grows from 0 to its full weight"""
 
@@ -258,7 +270,32 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
             "; ".join(problems), file=file, field=", ".join(keys), remedy="all keys: docs/recipes.md"
         ) from error
     _check_trainer(recipe.trainer, file)
+    _check_family(recipe, file)
     return recipe
+
+
+def _check_family(recipe: Recipe, file: Path | None) -> None:
+    """Options that only some posterior families have."""
+    if recipe.posterior.family == "subspace":
+        if recipe.posterior.mode == "local":
+            raise RecipeError(
+                "'local' noise needs independent weights, the subspace posterior correlates them",
+                file=file,
+                field="posterior.mode",
+                remedy="use posterior.mode=structure",
+            )
+        return
+    for key, value in (
+        ("posterior.prior_scale", recipe.posterior.prior_scale),
+        ("objective.temperature", recipe.objective.temperature),
+    ):
+        if value == "auto":
+            raise RecipeError(
+                f"'auto' has a closed form for posterior.family=subspace only, not for '{recipe.posterior.family}'",
+                file=file,
+                field=key,
+                remedy="give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
+            )
 
 
 def _siblings(location: list[str]) -> list[str]:

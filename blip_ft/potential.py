@@ -25,12 +25,14 @@ from blip_ft.errors import BlipError, ConversionError
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, PretrainedPrior, Rows, convert
 from blip_ft.variational.noise import keyed_row_normal
-from blip_ft.variational.posteriors import FAMILIES
+from blip_ft.variational.posteriors import FAMILIES, Posterior
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
 
 MAX_ATOMIC_NUMBER = 119
+#: prior scale until it is chosen from the data; holds the mean only
+START_PRIOR_SCALE = 0.3
 
 
 class BayesianPotential(nn.Module):
@@ -65,7 +67,7 @@ class BayesianPotential(nn.Module):
         self.prior = PretrainedPrior(
             self.converted.sites,
             self.converted.pretrained,
-            posterior.prior_scale,
+            START_PRIOR_SCALE if posterior.prior_scale == "auto" else posterior.prior_scale,
             self.converted.rest,
         )
         family = FAMILIES[posterior.family]
@@ -84,7 +86,8 @@ class BayesianPotential(nn.Module):
                 remedy="use model.noise=scalar, or posterior.mode=structure",
                 field="model.noise",
             )
-        self.posterior = family(noisy, self.prior, posterior.init_std)
+        options = {"rank": posterior.rank} if posterior.family == "subspace" else {}
+        self.posterior: Posterior = family(noisy, self.prior, posterior.init_std, **options)
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
         self._draws: Tensor | None = None
@@ -126,7 +129,7 @@ class BayesianPotential(nn.Module):
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
         state.clear()
-        if mode != "off" and self.posterior.sites:
+        if mode != "off" and self.posterior.ready:
             dtype, device = self.backbone.dtype, self.backbone.device
             if mode == "draw":
                 latent = self.draw_latents(self.n_draws)[[0 if draw is None else draw]]

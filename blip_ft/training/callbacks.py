@@ -57,6 +57,24 @@ class KeepBest(Callback):
             parameters[name].data.copy_(value)
 
 
+class FitPosterior(Callback):
+    """Fit a posterior that has a closed form, at the start of one epoch.
+
+    Args:
+        fit: does it.
+        epoch: when.
+    """
+
+    def __init__(self, fit: Callable[[], object], epoch: int) -> None:
+        self._fit, self._epoch = fit, epoch
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Before the first batch of the epoch; on every rank alike."""
+        del pl_module
+        if trainer.current_epoch == self._epoch:
+            self._fit()
+
+
 class History(Callback):
     """One row per epoch, for the report: means of the training losses, held-out scores.
 

@@ -18,9 +18,12 @@ from blip_ft.data import FrameDataset
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.callbacks import History, KeepBest, SetEpoch
+from blip_ft.training.callbacks import FitPosterior, History, KeepBest, SetEpoch
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.module import FineTuneModule
+from blip_ft.training.subspace import SubspaceFitter
+
+DEFAULT_EPOCHS = 24
 
 
 def train(
@@ -61,10 +64,17 @@ def train(
     )
     terminal = console.is_terminal
     best, history = KeepBest(), History(None if terminal else console.print)
-    trainer = make_trainer(recipe, folder, [SetEpoch(), best, history], terminal=terminal)
+    callbacks: list[Callback] = [SetEpoch(), best, history]
+    fitter = None
+    if not plain and recipe.posterior.family == "subspace":
+        fitter = SubspaceFitter(recipe, potential, sets, console)
+        start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
+        callbacks.append(FitPosterior(fitter.fit, start))
+    trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
     steps = len(data.sampler(trainer.world_size))
-    scale = ElboScale(len(sets["train"]), steps, objective.temperature, objective.kl_warmup)
+    temperature = 1.0 if objective.temperature == "auto" else objective.temperature
+    scale = ElboScale(len(sets["train"]), steps, temperature, objective.kl_warmup)
     module = FineTuneModule(potential, recipe, scale, plain=plain)
     try:
         with warnings.catch_warnings():
@@ -79,6 +89,8 @@ def train(
         ) from error
     best.restore(module)
     console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
+    if fitter is not None:
+        fitter.fit(final=True)
     return history.rows
 
 
@@ -104,7 +116,7 @@ def make_trainer(
         TensorBoardLogger(folder, name="", version="tensorboard"),
     ]
     options: dict[str, Any] = {
-        "max_epochs": 24,
+        "max_epochs": DEFAULT_EPOCHS,
         "devices": 1,
         "accelerator": "auto",
         "logger": loggers,

@@ -115,7 +115,8 @@ class FineTuneModule(lightning.LightningModule):
         }
         for name, value in scores.items():
             self.log(name, value, prog_bar=name == "val/crps", rank_zero_only=False)
-        if not self.plain and self.potential.posterior.sites:
+        # a family with a closed form does not learn its spread step by step: nothing to watch
+        if not self.plain and self.potential.posterior.factorised:
             self.log("posterior/relative_std", self.potential.posterior.relative_std().detach())
 
     # ---- optimiser -----------------------------------------------------------------------

@@ -61,7 +61,7 @@ def predict_batch(
 ) -> BatchMoments:
     """Moments over the fixed draws; ``n_draws=0`` evaluates the mean weights only."""
     n = potential.n_draws if n_draws is None else n_draws
-    if n == 0 or not potential.posterior.sites:
+    if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
             return BatchMoments(_double(potential(batch, mode="off", stress=stress)))
     previous, potential.n_draws = potential.n_draws, n

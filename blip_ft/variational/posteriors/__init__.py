@@ -14,8 +14,13 @@ from __future__ import annotations
 
 from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.posteriors.channel import ChannelPosterior
+from blip_ft.variational.posteriors.subspace import SubspacePosterior
 from blip_ft.variational.posteriors.weight import WeightPosterior
 
-FAMILIES: dict[str, type[Posterior]] = {"channel": ChannelPosterior, "weight": WeightPosterior}
+FAMILIES: dict[str, type[Posterior]] = {
+    "channel": ChannelPosterior,
+    "subspace": SubspacePosterior,
+    "weight": WeightPosterior,
+}
 
-__all__ = ["FAMILIES", "ChannelPosterior", "Posterior", "WeightPosterior"]
+__all__ = ["FAMILIES", "ChannelPosterior", "Posterior", "SubspacePosterior", "WeightPosterior"]

@@ -46,6 +46,11 @@ class Posterior(nn.Module, ABC):
         """The prior that :meth:`kl` is measured against."""
         return self._prior[0]
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is noise to sample; families that need :meth:`fit` first say so here."""
+        return bool(self.sites)
+
     def fit(self, context: Any) -> dict[str, Any]:
         """Set what has a closed form. ``context`` gives the model and its training frames.
 

@@ -93,6 +93,11 @@ class SubspacePosterior(Posterior):
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
         self._register_state_dict_hook(_directions_in_half)
 
+    @property
+    def ready(self) -> bool:
+        """Whether directions were set."""
+        return bool(self.sites) and bool((self.directions[0] != 0).any())
+
     # ---- closed form -----------------------------------------------------------------------
     def fit(self, context: Any) -> dict[str, Any]:
         """Set V, s and S from gradient rows.

@@ -1,0 +1,62 @@
+"""Unlabelled structures that a user might simulate: strained, sheared and rattled training frames.
+
+A posterior only spreads along directions that some structure excites. Training frames near
+equilibrium do not excite what matters in another phase or under pressure, so the directions are
+also taken from these context frames. They need no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+
+#: linear strain, uniform in this range
+STRAIN = (-0.12, 0.08)
+#: std of the components of a random symmetric strain
+SHEAR = 0.06
+#: std of the displacements, uniform in this range, Å
+RATTLE = (0.05, 0.3)
+#: closest approach allowed, as a share of the closest approach before, to keep energies finite
+CLOSEST = 0.6
+
+
+def perturbed(atoms: Atoms, rng: np.random.Generator) -> Atoms:
+    """A strained, sheared and rattled copy without labels.
+
+    Structures without a cell are scaled about their centre instead. A displacement that brings two
+    atoms closer than ``CLOSEST`` of the closest approach before is halved until it does not.
+    """
+    bare = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    e = rng.normal(0.0, SHEAR, (3, 3))
+    deformation = np.eye(3) * (1 + rng.uniform(*STRAIN)) + (e + e.T) / 2
+    displacement = rng.normal(0.0, rng.uniform(*RATTLE), bare.positions.shape)
+    limit = CLOSEST * _closest(bare)
+    while True:
+        out = bare.copy()
+        if bare.pbc.any() and bare.cell.rank == 3:
+            out.set_cell(bare.cell.array @ deformation, scale_atoms=True)
+        else:
+            centre = bare.positions.mean(axis=0)
+            out.positions = centre + (bare.positions - centre) @ deformation
+        out.positions += displacement
+        if _closest(out) >= limit or np.abs(displacement).max(initial=0.0) < 1e-3:
+            return out
+        displacement *= 0.5
+        deformation = 0.5 * (deformation + np.eye(3))
+
+
+def make_context(frames: Sequence[Atoms], count: int, seed: int) -> list[Atoms]:
+    """``count`` perturbed copies of frames drawn without replacement as far as they reach."""
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(len(frames)) for _ in range(-(-count // len(frames)))])
+    return [perturbed(frames[int(i)], rng) for i in order[:count]]
+
+
+def _closest(atoms: Atoms) -> float:
+    """Shortest distance between two atoms, images included, Å; infinite for a lone atom."""
+    from ase.neighborlist import neighbor_list
+
+    distances = neighbor_list("d", atoms, 3.0)
+    return float(distances.min()) if len(distances) else 3.0
