@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ase.db
 import ase.io
 import datasets
 import numpy as np
@@ -29,6 +31,7 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "
 _NUMBERS = ("numbers", "atomic_numbers", "species", "symbols", "elements")
 _POSITIONS = ("positions", "pos", "coordinates", "coords")
 _CELL = ("cell", "lattice", "lattice_vectors")
+_VOIGT = re.compile(r'\b(stress|virial)\s*=\s*["{]([^"{}]*)["}]')
 _PLAIN = ("numbers", "positions")  # arrays that every ase.Atoms has
 
 
@@ -62,7 +65,8 @@ def from_atoms(atoms: Atoms, source: str, frame: int) -> RawFrame:
         DataError: info and calculator hold different values under one name.
     """
     info = dict(atoms.info)
-    values: dict[str, Any] = {**info.pop("key_value_pairs", {}), **info.pop("data", {})}
+    nested = (info.pop("key_value_pairs", None), info.pop("data", None))  # of an ASE database
+    values: dict[str, Any] = {k: v for part in nested if isinstance(part, Mapping) for k, v in part.items()}
     raw = RawFrame(
         numbers=atoms.numbers.astype(np.int64),
         positions=np.asarray(atoms.positions, dtype=np.float64),
@@ -97,7 +101,7 @@ def _ase(path: Path, name: str) -> Iterator[RawFrame]:
     if kind == "extxyz":
         yield from _extxyz(path, name)
         return
-    images = iter(ase.io.iread(str(path), index=":", format=kind))  # lazy: raises at the first frame
+    images = _database(path) if kind in ("db", "json") else ase.io.iread(str(path), index=":", format=kind)
     frame = 0
     while True:
         try:
@@ -110,6 +114,12 @@ def _ase(path: Path, name: str) -> Iterator[RawFrame]:
             raise _unreadable(name, error, kind, frame) from error
         yield from_atoms(atoms, name, frame)
         frame += 1
+
+
+def _database(path: Path) -> Iterator[Atoms]:
+    """Rows of an ASE database with their key-value pairs, which ``ase.io`` leaves out."""
+    for row in ase.db.connect(str(path)).select():
+        yield row.toatoms(add_additional_information=True)
 
 
 def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
@@ -129,15 +139,14 @@ def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
         if not lines[start].strip():
             start += 1
             continue
-        try:
-            n = int(lines[start])
-        except ValueError as error:
+        if not lines[start].strip().isdecimal():
             raise DataError(
                 f"line {start + 1} should be a number of atoms and is '{lines[start].strip()[:40]}'",
                 file=name,
                 frame=frame,
                 remedy="the frame before has more lines than it announces, or this is no XYZ file",
-            ) from error
+            )
+        n = int(lines[start])
         end = start + 2 + n
         if end > len(lines):
             raise DataError(
@@ -156,11 +165,21 @@ def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
         while end < len(lines) and lines[end].startswith("VEC"):  # lattice of the older dialect
             end += 1
         try:
-            atoms = next(read_xyz(io.StringIO("".join(lines[start:end])), index=0))
+            text = "".join([lines[start], _VOIGT.sub(_full, lines[start + 1]), *lines[start + 2 : end]])
+            atoms = next(read_xyz(io.StringIO(text), index=0))
         except Exception as error:
             raise _unreadable(name, error, "extxyz", frame) from error
         yield from_atoms(atoms, name, frame)
         start, frame = end, frame + 1
+
+
+def _full(match: re.Match[str]) -> str:
+    """``stress="xx yy zz yz xz xy"`` as the nine numbers that ASE insists on; others as they are."""
+    numbers = match[2].split()
+    if len(numbers) != 6:
+        return match[0]
+    xx, yy, zz, yz, xz, xy = numbers
+    return f'{match[1]}="{xx} {xy} {xz} {xy} {yy} {yz} {xz} {yz} {zz}"'
 
 
 def _cut_inside_line(rows: list[str]) -> bool:

@@ -21,6 +21,7 @@ How frames are divided is in :mod:`blip_ft.data.division`.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import datasets
@@ -74,6 +75,7 @@ def load_splits(config: DataConfig) -> Splits:
     source = _load(config, config.train)
     wanted = [role for role in HELD_OUT if not _has(given, role)]
     parts, rules, dropped = _divide(source, config, wanted)
+    divided = set(parts)
     parts |= given
     if given:
         rules.append(f"As given: {', '.join(given)}.")
@@ -93,12 +95,17 @@ def load_splits(config: DataConfig) -> Splits:
         rule=" ".join(rules),
         dropped=dropped,
     )
-    check_disjoint(splits)
+    check_disjoint(splits, divided)
     return splits
 
 
-def check_disjoint(splits: Splits) -> None:
+def check_disjoint(splits: Splits, divided: Collection[str] = ()) -> None:
     """Refuse a structure that stands in two roles (two test sets may share frames).
+
+    Args:
+        splits: all roles.
+        divided: names of the roles that come from ``data.train``: where one of them shares a
+            frame with another source, the message says "train", which the user wrote.
 
     Raises:
         DataError: names one such pair and how many there are.
@@ -111,6 +118,8 @@ def check_disjoint(splits: Splits) -> None:
     ]
     if shared:
         (name, row), (other, twin) = shared[0]
+        if (name in divided) != (other in divided):
+            name, other = ("train" if n in divided else n for n in (name, other))
         more = f"; {len(shared)} such frames in all" if len(shared) > 1 else ""
         raise DataError(
             f"the frame stands in {other} and, as frame {row['frame']} of {row['source']}, in {name}{more}",
