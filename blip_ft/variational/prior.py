@@ -59,7 +59,7 @@ class PretrainedPrior(nn.Module):
                 parameter.copy_(getattr(self, f"_rest{i}"))
 
     def rms(self, site: str) -> Tensor:
-        """rms(w0) of the block that each weight is in, ``site.shape``."""
+        """Root mean square of the pretrained block that each weight is in, ``site.shape``."""
         return getattr(self, f"_rms{self._number[site]}")  # type: ignore[no-any-return]
 
     def std(self, site: str) -> Tensor:
