@@ -14,17 +14,19 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from ase import Atoms
-from ase.data import chemical_symbols, covalent_radii
-from ase.neighborlist import neighbor_list
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.likely_units import Comparison, likely_unit
+from blip_ft.data.overlaps import worst_overlap
 from blip_ft.data.splits import Splits
 from blip_ft.errors import DataError
 
+#: one row of the schema
+Row = dict[str, Any]
 Severity = Literal["error", "warning", "info"]
 #: ``predict(atoms)`` gives one dict per structure with ``energy`` (), ``forces`` (n, 3) and
 #: ``stress`` (6,) or (None or NaN where the model has none), eV and Å
@@ -32,8 +34,6 @@ Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
 
 #: frames on which units are tested
 UNIT_FRAMES = 16
-#: atoms closer than this share of the sum of their covalent radii overlap
-OVERLAP = 0.5
 #: below this correlation a slope says nothing about units
 CORRELATED = 0.8
 #: slopes outside this range are remarkable even if no unit explains them
@@ -77,8 +77,9 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
     for role, frames in splits.roles().items():
         if not len(frames):
             raise DataError(f"the {role} set is empty", field=f"data.{role}", remedy="give it frames")
+        rows = list(frames)
         structures = []
-        for row in frames:
+        for row in rows:
             atoms = to_atoms(row, labels=False)
             backbone.check(atoms, file=row["source"], frame=row["frame"])
             if row["energy"] is None and row["forces"] is None:
@@ -90,9 +91,9 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
                     remedy="label the frame or remove it",
                 )
             structures.append(atoms)
-        findings += _coverage(role, frames)
-        findings += _overlaps(role, frames, structures)
-        findings += _copies(role, frames, structures)
+        findings += _coverage(role, rows)
+        findings += _overlaps(role, rows, structures)
+        findings += _copies(role, rows, structures)
     if splits.dropped:
         findings.append(
             Finding("leak", "info", splits.dropped, f"{len(splits.dropped)} frames are left out of all roles")
@@ -100,16 +101,16 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
     return findings
 
 
-def _coverage(role: str, frames: datasets.Dataset) -> list[Finding]:
+def _coverage(role: str, rows: list[Row]) -> list[Finding]:
     findings = []
     for label in ("energy", "forces"):
-        without = [_place(row) for row in frames if row[label] is None]
+        without = [_place(row) for row in rows if row[label] is None]
         if without:
-            message = f"{role}: {len(without)} of {len(frames)} frames have no {label}"
+            message = f"{role}: {len(without)} of {len(rows)} frames have no {label}"
             findings.append(
                 Finding("coverage", "info", without, message, "the label is left out of the loss there")
             )
-    senseless = [_place(row) for row in frames if row["stress"] is not None and not all(row["pbc"])]
+    senseless = [_place(row) for row in rows if row["stress"] is not None and not all(row["pbc"])]
     if senseless:
         message = f"{role}: {len(senseless)} frames have a stress but are not periodic in all directions"
         findings.append(
@@ -118,38 +119,29 @@ def _coverage(role: str, frames: datasets.Dataset) -> list[Finding]:
     return findings
 
 
-def _overlaps(role: str, frames: datasets.Dataset, structures: list[Atoms]) -> list[Finding]:
+def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
     close = []
-    for row, atoms in zip(frames, structures, strict=True):
-        distance, i, j = _closest(atoms)
-        if i >= 0:
-            pair = f"{chemical_symbols[atoms.numbers[i]]}{i}-{chemical_symbols[atoms.numbers[j]]}{j}"
+    for row, atoms in zip(rows, structures, strict=True):
+        found = worst_overlap(atoms)
+        if found is not None:
+            distance, i, j = found
+            pair = "-".join(f"{chemical_symbols[atoms.numbers[k]]}{k}" for k in (i, j))
             close.append(f"{_place(row)} ({pair} {distance:.2f} Å)")
     if not close:
         return []
-    message = f"{role}: atoms overlap in {len(close)} of {len(frames)} frames"
+    message = f"{role}: atoms overlap in {len(close)} of {len(rows)} frames"
     return [Finding("geometry", "warning", close, message, "check the unit of length and the cell")]
 
 
-def _closest(atoms: Atoms) -> tuple[float, int, int]:
-    """Distance and indices of the pair that overlaps most; indices -1 if none does."""
-    i, j, d = neighbor_list("ijd", atoms, OVERLAP * covalent_radii[atoms.numbers])
-    if not len(d):
-        return 0.0, -1, -1
-    k = int(np.argmin(d))
-    return float(d[k]), int(i[k]), int(j[k])
-
-
-def _copies(role: str, frames: datasets.Dataset, structures: list[Atoms]) -> list[Finding]:
-    first = first_same(structures)
-    copies = [_place(frames[i]) for i, head in enumerate(first) if i != head]
+def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
+    copies = [_place(rows[i]) for i, head in enumerate(first_same(structures)) if i != head]
     if not copies:
         return []
     message = f"{role}: {len(copies)} frames are copies of another one in the set"
     return [Finding("duplicate", "info", copies, message, "they count twice; remove them if not meant")]
 
 
-def _place(row: dict[str, Any]) -> str:
+def _place(row: Row) -> str:
     return f"{row['source']}, frame {row['frame']}"
 
 
@@ -187,7 +179,7 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
     return findings
 
 
-def _comparisons(rows: list[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
+def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
     """Labels and predictions of each quantity that both have, flattened."""
     pairs: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {"forces": [], "stress": []}
     virials: list[NDArray[np.float64]] = []
@@ -213,7 +205,7 @@ def _comparisons(rows: list[dict[str, Any]], predictions: Sequence[dict[str, Any
     return result | ({"energy": energies} if energies else {})
 
 
-def _energies(rows: list[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
+def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
     """Energies relative to the mean of their composition; ``None`` without two alike."""
     kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
