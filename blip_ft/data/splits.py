@@ -34,6 +34,8 @@ from blip_ft.data.sources import load_source
 from blip_ft.errors import DataError
 
 HELD_OUT = ("validation", "calibration", "test")
+#: names that reports and metrics use for something else
+RESERVED = frozenset({"train", "validation", "calibration", "test", "all", "unseen"})
 #: frames of each part; test sets are ``test/seen`` and ``test/<unseen>``
 Parts = dict[str, datasets.Dataset]
 
@@ -68,8 +70,8 @@ def load_splits(config: DataConfig) -> Splits:
     """Load all roles of a recipe.
 
     Raises:
-        DataError: a source cannot be read, a role that was asked for would be empty, or a frame
-            stands in two roles.
+        DataError: a source cannot be read, a role that was asked for would be empty, a test set
+            has a reserved name, or a frame stands in two roles.
     """
     given = _load_given(config)
     source = _load(config, config.train)
@@ -80,6 +82,13 @@ def load_splits(config: DataConfig) -> Splits:
     if given:
         rules.append(f"As given: {', '.join(given)}.")
     for name, frames in parts.items():
+        if name.removeprefix("test/") in RESERVED and name.startswith("test/"):
+            raise DataError(
+                f"a test set cannot be called '{name.removeprefix('test/')}'",
+                file=_text(config),
+                field="data.test",
+                remedy="give it another name",
+            )
         if not len(frames):
             raise DataError(
                 f"no frame is left for {name}: {' '.join(rules)}", file=_text(config), remedy=_GIVE

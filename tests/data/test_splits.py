@@ -300,3 +300,10 @@ def test_an_empty_source_is_refused(frames: Frames, save: Save) -> None:
     path = save(frames(6))
     with pytest.raises(DataError, match="selects no frame"):
         load_splits(DataConfig(train=f"{path}@0:4", validation=f"{path}@10:"))
+
+
+@pytest.mark.parametrize("name", ["all", "unseen", "train"])
+def test_reserved_names_of_test_sets(frames: Frames, save: Save, name: str) -> None:
+    path = save(frames(9))
+    with pytest.raises(DataError, match=f"a test set cannot be called '{name}'"):
+        load_splits(DataConfig(train=f"{path}@:8", test={name: f"{path}@8"}))
