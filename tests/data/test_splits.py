@@ -133,8 +133,8 @@ def test_a_copy_in_another_format_cell_image_and_order_is_found(frames: Frames, 
 
 def test_test_sets_may_share_frames_with_one_another(frames: Frames, save: Save) -> None:
     path = save(frames(12))
-    splits = load_splits(DataConfig(train=f"{path}@:8", test={"all": f"{path}@8:", "last": f"{path}@11"}))
-    assert sizes(splits)["test/all"] == 4
+    splits = load_splits(DataConfig(train=f"{path}@:8", test={"both": f"{path}@8:", "last": f"{path}@11"}))
+    assert sizes(splits)["test/both"] == 4
     assert sizes(splits)["test/last"] == 1
 
 
