@@ -162,7 +162,7 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionRe
             remedy="give a shipped recipe, a YAML file, a run's folder, or a model such as sevennet:7net-0",
         )
     backbone = get_adapter(model.adapter).load(model.checkpoint, trust=model.trust, **model.options)
-    return backbone, plan(backbone, train=model.train, noise=model.noise, rest=model.rest)
+    return backbone, plan(backbone, train=model.train, noise=model.noise)
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -81,11 +81,11 @@ class ModelConfig(Strict):
     """further arguments of the adapter's ``load`` (head, task, modality)"""
     dtype: Literal["float32", "float64"] = "float32"
     train: str | list[str] = "all"
-    """converted modules whose mean is trained: a preset of the adapter or regular expressions"""
+    """converted modules whose mean is trained: a preset of the adapter (``all``, ``scalar``,
+    ``readout``), regular expressions on module names, or ``none``; ``rest`` trains all of them and
+    every other parameter (norms, biases) too, held by the same penalty"""
     noise: str | list[str] = "all"
     """converted modules that carry noise, likewise; ``none`` for none"""
-    rest: bool = False
-    """also train the parameters outside linear blocks (norms, biases), held by the same penalty"""
     trust: bool = False
     """open pickled files that are not on the list of published releases"""
 
