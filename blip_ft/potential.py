@@ -63,7 +63,7 @@ class BayesianPotential(nn.Module):
         self.backbone = backbone
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
-        self.converted = convert(backbone, train=model.train, noise=model.noise, rest=model.rest)
+        self.converted = convert(backbone, train=model.train, noise=model.noise)
         self.prior = PretrainedPrior(
             self.converted.sites,
             self.converted.pretrained,

@@ -77,7 +77,7 @@ class TestRoundTrip:
         [
             {},
             {"family": "channel"},
-            {"rest": True},
+            {"train": "rest"},
             {"train": "readout", "noise": "radial"},
             {"noise": "none"},
         ],

@@ -372,7 +372,7 @@ class TestTraining:
     @pytest.mark.parametrize("mode", ["local", "structure", "draw"])
     def test_gradient_of_a_force_loss(self, mode):
         """Second derivatives through the whole model, against finite differences."""
-        potential = make(init_std=0.2, rest=True)
+        potential = make(init_std=0.2, train="rest")
         parameters = [*potential.mean_parameters, *potential.posterior.parameters()]
         batch = batch_of(potential, structures())
 
@@ -414,10 +414,10 @@ class TestTraining:
         assert sum(p.numel() for p in make(train="readout").mean_parameters) == 144
         assert make(train="none").mean_parameters == []
         # rest: five biases; the tied module's once
-        assert sum(p.numel() for p in make(rest=True).mean_parameters) == 472 + 16 + 8 + 8 + 16 + 1
+        assert sum(p.numel() for p in make(train="rest").mean_parameters) == 472 + 16 + 8 + 8 + 16 + 1
 
     def test_the_rest_is_held_by_the_kl(self):
-        potential = make(train="readout", rest=True, moved=False, init_std=0.3, prior_scale=0.3)
+        potential = make(train="rest", moved=False, init_std=0.3, prior_scale=0.3)
         bias = next(iter(potential.converted.rest.values()))
         start = bias.detach().clone()
         with torch.no_grad():

@@ -118,11 +118,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def plan(
-    backbone: Backbone,
-    *,
-    train: str | Sequence[str] = "all",
-    noise: str | Sequence[str] = "all",
-    rest: bool = False,
+    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
 ) -> ConversionReport:
     """What :func:`convert` would do; changes nothing.
 
@@ -131,8 +127,7 @@ def plan(
     """
     model = backbone.model
     owners = _owners(model)
-    trained, rest_too = _patterns(train, backbone)
-    rest = rest or rest_too
+    trained, rest = _patterns(train, backbone)
     noisy, _ = _patterns(noise, backbone)
     rows: list[Row] = []
     seen: set[int] = set()
@@ -192,11 +187,7 @@ def _reason(
 
 
 def convert(
-    backbone: Backbone,
-    *,
-    train: str | Sequence[str] = "all",
-    noise: str | Sequence[str] = "all",
-    rest: bool = False,
+    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
 ) -> Converted:
     """Replace linear modules in place.
 
@@ -206,7 +197,6 @@ def convert(
             regular expressions on module names, ``none``; ``rest`` stands for ``all`` and every
             other parameter.
         noise: modules that carry noise, likewise.
-        rest: also train the parameters outside linear blocks.
 
     Raises:
         ConversionError: a pattern matches no convertible module, or the model is already converted.
@@ -214,8 +204,7 @@ def convert(
     model = backbone.model
     if any(isinstance(m, VariationalLayer) for m in model.modules()):
         raise ConversionError("the model is already converted", remedy="unload() it first")
-    report = plan(backbone, train=train, noise=noise, rest=rest)
-    rest_wanted = rest or _patterns(train, backbone)[1]
+    report = plan(backbone, train=train, noise=noise)
     state = NoiseState()
     sites: dict[str, Site] = {}
     layers: dict[str, VariationalLayer] = {}
@@ -242,7 +231,7 @@ def convert(
     _swap(model, lambda m: replaced.get(id(m)))
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
     others: dict[str, nn.Parameter] = {}
-    if rest_wanted:
+    if _patterns(train, backbone)[1]:
         weights = {id(layer.pretrained) for layer in layers.values()} | {id(x.delta) for x in layers.values()}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):

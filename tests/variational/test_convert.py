@@ -332,14 +332,5 @@ class TestFrozen:
         assert not backbone.model.first.base.weight.requires_grad
         assert not backbone.model.table.weight.requires_grad
 
-    def test_rest_beside_a_choice_of_means(self, toy_backbone):
-        backbone = toy_backbone(Tied())
-        c = convert(backbone, train="last", rest=True)
-        assert [n for n, d in c.deltas.items() if d.requires_grad] == ["last"]
-        assert "norm.weight" in c.rest
-        rows = {r["name"]: r["trained"] for r in c.report.rows}
-        assert rows["norm"]
-        assert not rows["first"]
-
     def test_no_rest_by_default(self):
         assert convert(FakeBackbone()).rest == {}
