@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     potential = BayesianPotential(
         FakeBackbone.load("tiny"),
         ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
-        PosteriorConfig(init_std=0.05),
+        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
         n_draws=4,
     )
     potential.references = {8: -2.0, 14: -5.0}
@@ -507,6 +507,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(folder / "runs"),
         "data": {"train": str(folder / "frames.extxyz")},
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
+        "posterior": {"family": "weight", "prior_scale": 0.1},
+        "objective": {"temperature": 1e-3},
         "uncertainty": {"n_draws": 3},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
     }

