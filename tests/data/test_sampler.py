@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_ft.data import EpochBatchSampler
@@ -29,6 +29,7 @@ def epoch(n: int, batch_size: int, seed: int, world: int, rank: int, number: int
     return list(sampler)
 
 
+@settings(deadline=None)
 @given(plans())
 def test_ranks_together_do_what_one_process_does(plan: tuple[int, int, int, int, int]) -> None:
     n, batch_size, seed, world, number = plan
@@ -46,6 +47,7 @@ def test_ranks_together_do_what_one_process_does(plan: tuple[int, int, int, int,
         assert alone == together, "also in the same order"
 
 
+@settings(deadline=None)
 @given(plans())
 def test_an_epoch_is_a_function_of_seed_and_number(plan: tuple[int, int, int, int, int]) -> None:
     n, batch_size, seed, world, number = plan
