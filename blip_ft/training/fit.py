@@ -12,6 +12,7 @@ check has passed:
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -141,9 +142,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     )
 
     calculator = backbone.stock_calculator()
+    double = copy.deepcopy(backbone).double().stock_calculator()
     probe = _spread(sets, GATE_FRAMES)
     stock = gates.stock_predictions(calculator, probe)
-    by_identity = {id(a): p for a, p in zip(probe, stock, strict=True)}
     findings += check_units(splits.train, lambda atoms: gates.stock_predictions(calculator, atoms))
     for finding in findings:
         console.print(
@@ -162,10 +163,17 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
         f"{counts['left']:,} left as they are"
     )
-    step_zero = gates.check_step_zero(potential, probe, [by_identity[id(a)] for a in probe])
+    step_zero = gates.check_step_zero(
+        potential, probe, stock, lambda atoms: gates.stock_predictions(double, atoms)
+    )
     console.print(
         f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "
         f"{step_zero.energy_ev_per_atom:.1e} eV/atom, {step_zero.forces_ev_per_ang:.1e} eV/Å"
+        + (
+            f" ({step_zero.n_checked_in_float64} of them in float64)"
+            if step_zero.n_checked_in_float64
+            else ""
+        )
     )
     references, check = None, {}
     if recipe.data.references == "shift":

@@ -7,7 +7,7 @@ fit on paper) must have the residual that the fit promised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class StepZero:
     forces_ev_per_ang: float
     stress_ev_per_ang3: float
     frame_errors: list[tuple[float, float]]
+    n_checked_in_float64: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For the receipt."""
@@ -56,15 +57,54 @@ def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str,
 
 
 def check_step_zero(
-    potential: BayesianPotential, atoms: Sequence[Atoms], stock: Sequence[dict[str, Any]]
+    potential: BayesianPotential,
+    atoms: Sequence[Atoms],
+    stock: Sequence[dict[str, Any]],
+    stock_double: Callable[[Sequence[Atoms]], list[dict[str, Any]]] | None = None,
 ) -> StepZero:
     """Compare the converted potential, noise off, with stored predictions of the stock model.
+
+    A float32 vendor can differ from itself by more than the limit when its atoms are merely
+    permuted (CHGNet: some 1e-4 eV/Å). Frames that miss the float32 limit are therefore compared
+    again with both sides in float64, where only a true difference is left.
+
+    Args:
+        potential: converted; its precision is the same afterwards.
+        atoms: frames.
+        stock: the vendor's predictions in the precision of ``potential``.
+        stock_double: the vendor's predictions in float64.
 
     Raises:
         GateError: a frame differs by more than ``TOLERANCE``.
     """
+    dtype = str(potential.backbone.dtype).removeprefix("torch.")
+    errors, stress = _differences(potential, atoms, stock)
+    bad = _beyond(errors, dtype)
+    again: list[int] = []
+    if bad and dtype == "float32" and stock_double is not None:
+        again = bad
+        frames = [atoms[i] for i in again]
+        potential.to_dtype("float64")
+        double, _ = _differences(potential, frames, stock_double(frames))
+        potential.to_dtype("float32")
+        bad = [again[i] for i in _beyond(double, "float64")]
+    worst = [max((e[k] for e in errors), default=0.0) for k in (0, 1)]
+    if bad:
+        raise GateError(
+            f"step 0 is not the pretrained model: {len(bad)} of {len(errors)} frames differ, by up to "
+            f"{worst[0]:.2e} eV/atom and {worst[1]:.2e} eV/Å (allowed: {TOLERANCE[dtype]})",
+            frame=bad[0],
+            remedy="this is a defect of the adapter or an untested version of its backend: see "
+            "'blip-finetune doctor', and try model.dtype=float64",
+        )
+    return StepZero(len(errors), worst[0], worst[1], stress, errors, len(again))
+
+
+def _differences(
+    potential: BayesianPotential, atoms: Sequence[Atoms], stock: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[float, float]], float]:
+    """(eV/atom, eV/Å) per frame, and the largest stress difference, eV/Å^3."""
     ours = predict_atoms(potential, atoms, n_draws=0)
-    e_limit, f_limit = TOLERANCE[str(potential.backbone.dtype).removeprefix("torch.")]
     errors, stress = [], 0.0
     for a, mine, theirs in zip(atoms, ours, stock, strict=True):
         shift = sum(potential.references.get(int(z), 0.0) for z in a.numbers)
@@ -73,24 +113,13 @@ def check_step_zero(
         errors.append((float(e), f))
         if mine["stress"] is not None and theirs["stress"] is not None:
             stress = max(stress, float(np.abs(mine["stress"] - theirs["stress"]).max()))
-    result = StepZero(
-        len(errors),
-        max((e for e, _ in errors), default=0.0),
-        max((f for _, f in errors), default=0.0),
-        stress,
-        errors,
-    )
-    bad = [i for i, (e, f) in enumerate(errors) if not (e <= e_limit and f <= f_limit)]
-    if bad:
-        raise GateError(
-            f"step 0 is not the pretrained model: {len(bad)} of {len(errors)} frames differ, by up to "
-            f"{result.energy_ev_per_atom:.2e} eV/atom and {result.forces_ev_per_ang:.2e} eV/Å "
-            f"(allowed {e_limit:g}, {f_limit:g})",
-            frame=bad[0],
-            remedy="this is a defect of the adapter or an untested version of its backend: see "
-            "'blip-finetune doctor', and try model.dtype=float64",
-        )
-    return result
+    return errors, stress
+
+
+def _beyond(errors: Sequence[tuple[float, float]], dtype: str) -> list[int]:
+    """Frames beyond the limits of a precision; NaN is beyond."""
+    e_limit, f_limit = TOLERANCE[dtype]
+    return [i for i, (e, f) in enumerate(errors) if not (e <= e_limit and f <= f_limit)]
 
 
 def check_references(
