@@ -81,7 +81,7 @@ def _complain(message: str) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from blip_ft.config import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)  # a wrong key is told before the long imports
+    recipe = load_recipe(args.recipe, _overrides(args))  # a wrong key is told before the long imports
     from blip_ft.training.fit import fit
 
     fit(recipe)
@@ -129,7 +129,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    backbone, report = _conversion(args.spec, args.overrides)
+    backbone, report = _conversion(args.spec, _overrides(args))
     if args.json:
         about = {"adapter": backbone.name, "base": backbone.origin, "counts": report.counts}
         _show_json({**about, "modules": report.rows})
@@ -302,6 +302,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="open a pickled model file that is not a published release; it can run code",
+    )
+    parser.add_argument(
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
@@ -313,6 +318,10 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="structures per call (16)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    return [*args.overrides, "model.trust=true"] if args.trust else list(args.overrides)
 
 
 def _count(text: str) -> int:

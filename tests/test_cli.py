@@ -226,6 +226,20 @@ def test_inspect_recipe_run_and_model_agree(call: Any, run: Path, tmp_path: Path
     assert all(tree == trees[0] for tree in trees)
 
 
+@pytest.mark.parametrize("flag", [[], ["--trust"]])
+def test_trust_reaches_the_adapter(monkeypatch: pytest.MonkeyPatch, call: Any, flag: list[str]):
+    seen: list[bool] = []
+    load = FakeBackbone.load
+
+    def watched(checkpoint: str, *, trust: bool = False, **options: Any) -> FakeBackbone:
+        seen.append(trust)
+        return load(checkpoint, trust=trust, **options)
+
+    monkeypatch.setattr(FakeBackbone, "load", watched)
+    assert call("inspect", "fake:tiny", *flag)[0] == 0
+    assert seen == [bool(flag)]
+
+
 def test_inspect_prints_every_module(call: Any):
     names = [m["name"] for m in json.loads(call("inspect", "fake:tiny", "--json")[1])["modules"]]
     _, out, _ = call("inspect", "fake:tiny")
