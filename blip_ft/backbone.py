@@ -140,7 +140,8 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """JSON-serialisable constructor arguments from which :meth:`from_config` rebuilds the
-        architecture (without weights)."""
+        architecture (without weights).
+        """
 
     @classmethod
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
@@ -51,7 +51,7 @@ class BlipCalculator(Calculator):
     ``PropertyNotImplementedError``.
     """
 
-    implemented_properties: ClassVar[list[str]] = [*STANDARD, *UNCERTAIN]
+    implemented_properties = [*STANDARD, *UNCERTAIN]
 
     def __init__(self, potential: BayesianPotential, *, n_draws: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -65,6 +65,7 @@ class BlipCalculator(Calculator):
     ) -> None:
         """Evaluate all draws on ``atoms``."""
         super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
         (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws)
         self.results = {k: v for k, v in item.items() if v is not None}
         self.results["free_energy"] = self.results["energy"]

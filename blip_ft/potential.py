@@ -203,7 +203,7 @@ class BayesianPotential(nn.Module):
             quantities as the backbone gives them (``blip_ft.backbone``).
         """
         with self.noise(mode, batch, epoch=epoch, draw=draw):
-            out = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
+            out: Prediction = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
         out.energy = out.energy.double() + self.reference_energy(batch)
         if out.node_energy is not None:
             out.node_energy = out.node_energy.double() + self._atom_references(batch)

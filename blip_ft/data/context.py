@@ -34,7 +34,7 @@ def perturbed(atoms: Atoms, rng: np.random.Generator) -> Atoms:
     displacement = rng.normal(0.0, rng.uniform(*RATTLE), bare.positions.shape)
     limit = CLOSEST * _closest(bare)
     while True:
-        out = bare.copy()
+        out: Atoms = bare.copy()
         if bare.pbc.any() and bare.cell.rank == 3:
             out.set_cell(bare.cell.array @ deformation, scale_atoms=True)
         else:

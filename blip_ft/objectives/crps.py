@@ -34,5 +34,6 @@ def fair_crps(samples: Tensor, label: Tensor) -> Tensor:
     # sum_jk |x_j - x_k| = 2 sum_i (2 i - K - 1) x_(i), i = 1..K over the sorted samples
     ordered = samples.sort(dim=0).values
     weights = 2 * torch.arange(1, k + 1, dtype=samples.dtype, device=samples.device) - k - 1
-    spread = torch.tensordot(weights, ordered, dims=1) / (k * (k - 1))
-    return distance - spread
+    spread: Tensor = torch.tensordot(weights, ordered, dims=1) / (k * (k - 1))
+    score: Tensor = distance - spread
+    return score

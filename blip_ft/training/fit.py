@@ -145,11 +145,11 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     double = copy.deepcopy(backbone).double().stock_calculator()
     probe = _spread(sets, GATE_FRAMES)
     stock = gates.stock_predictions(calculator, probe)
-    findings += check_units(splits.train, lambda atoms: gates.stock_predictions(calculator, atoms))
-    for finding in findings:
-        console.print(
-            f"{finding.severity}: {finding.message}", style="yellow" if finding.severity != "info" else None
-        )
+    findings += check_units(
+        splits.train,
+        lambda atoms: gates.stock_predictions(calculator, atoms),
+        use_stress=recipe.objective.use_stress,
+    )
 
     potential = BayesianPotential(
         backbone,
@@ -175,9 +175,17 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             else ""
         )
     )
-    references, check = None, {}
+    references: References | None = None
+    check: dict[str, float] = {}
     if recipe.data.references == "shift":
         references, check = _shift(potential, sets["train"], console)
+    if references is not None:
+        for name, dataset in sets.items():
+            compositions = {tuple(sorted(z)) for z in dataset.frames["numbers"]}
+            notes = {n for z in compositions if (n := references.warn_outside_span(z)) is not None}
+            findings += [Finding("coverage", "warning", [name], f"{name}: {n}") for n in sorted(notes)]
+    for finding in findings:
+        console.print(str(finding), style=None if finding.severity == "info" else "yellow", soft_wrap=True)
     return Prepared(potential, splits, sets, findings, step_zero, references, check)
 
 

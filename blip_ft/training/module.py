@@ -107,7 +107,9 @@ class FineTuneModule(lightning.LightningModule):
             dtype=torch.float64,
             device=self.device,
         )
-        total = self.all_gather(sums).reshape(-1, 5).sum(dim=0)
+        gathered = self.all_gather(sums)
+        assert isinstance(gathered, Tensor)
+        total = gathered.reshape(-1, 5).sum(dim=0)
         scores = {
             "val/crps": 1e3 * total[0] / total[2].clamp_min(1),
             "val/force_mae": 1e3 * total[1] / total[2].clamp_min(1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,20 +10,10 @@ import torch
 
 import blip_ft
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset
+from blip_ft.data import fingerprint
 
 if TYPE_CHECKING:
     from blip_ft.training.fit import Prepared
-
-
-def fingerprint(dataset: FrameDataset) -> str:
-    """SHA-256 over structures and labels, independent of file format and frame order."""
-    rows = []
-    for i in range(len(dataset)):
-        item = dataset[i]
-        labels = {k: v.double().numpy().round(10).tobytes() for k, v in sorted(item.labels.items())}
-        rows.append(repr((item.key, labels)))
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
 def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[str, Any]:
@@ -42,8 +31,10 @@ def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[
         "references": None if references is None else asdict(references) | prepared.references_check,
         "data": {
             "rule": prepared.splits.rule,
+            "dropped": prepared.splits.dropped,
             "sets": {
-                name: {"n_frames": len(d), "fingerprint": fingerprint(d)} for name, d in prepared.sets.items()
+                name: {"n_frames": len(d), "fingerprint": fingerprint(d.frames)}
+                for name, d in prepared.sets.items()
             },
             "findings": [asdict(f) for f in prepared.findings],
         },

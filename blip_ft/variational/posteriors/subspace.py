@@ -62,7 +62,8 @@ class Rows:
     @property
     def is_train(self) -> np.ndarray:
         """(m,) rows that have a label."""
-        return np.isfinite(self.targets)
+        finite: np.ndarray = np.isfinite(self.targets)
+        return finite
 
 
 class SubspacePosterior(Posterior):
@@ -79,6 +80,7 @@ class SubspacePosterior(Posterior):
     factorised: ClassVar[bool] = False
     directions: Tensor
     scale: Tensor
+    prior_std: Tensor
 
     def __init__(
         self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float, rank: int = 64
