@@ -40,9 +40,14 @@ def make_base(kind: str, dtype: torch.dtype = torch.float64, *, small: bool = Fa
         base = e3nn.o3.Linear(*irreps, biases=True).to(dtype)
         nn.init.normal_(base.bias)
         return base
-    sizes = [2, 2, 2] if small else [4, 6, 3]
-    net = e3nn.nn.FullyConnectedNet(sizes, nn.functional.silu, variance_in=2, variance_out=3).to(dtype)
-    return net.layer0 if kind == "radial" else net.layer1
+    net = e3nn.nn.FullyConnectedNet(
+        [2, 2] if small else [4, 3],
+        nn.functional.silu,
+        variance_in=2,
+        variance_out=3,
+        out_act=kind == "radial",
+    )
+    return net.to(dtype).layer0
 
 
 def width(base: nn.Module) -> int:
