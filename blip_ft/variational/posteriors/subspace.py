@@ -91,7 +91,8 @@ class SubspacePosterior(Posterior):
         like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
         # zero directions: no noise before the first fit
         self.register_buffer("directions", like.new_zeros(self.rank, p))
-        self.register_buffer("scale", like.new_ones(()) * init_std * torch.eye(self.rank))
+        # eye in the weights' own precision: a scalar tensor times a float32 matrix stays float32
+        self.register_buffer("scale", init_std * torch.eye(self.rank, dtype=like.dtype, device=like.device))
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
         self._register_state_dict_hook(_directions_in_half)
 
