@@ -91,6 +91,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "model": potential.model_config.model_dump(),
         "posterior": potential.posterior_config.model_dump(),
+        "prior_scale": potential.prior.prior_scale,  # what "auto" came to
         "seed": potential.seed,
         "n_draws": potential.n_draws,
         "references": {str(z): e for z, e in potential.references.items()},
@@ -175,6 +176,7 @@ def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
         seed=int(meta["seed"]),
         n_draws=int(meta["n_draws"]),
     )
+    potential.prior.prior_scale = float(meta["prior_scale"])
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])

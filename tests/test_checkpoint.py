@@ -30,13 +30,20 @@ def make(*, family="weight", prior_scale=0.3, seed=3, n_draws=3, **model):
     potential = BayesianPotential(
         backbone,
         ModelConfig(adapter="fake", checkpoint="tiny", **model),
-        PosteriorConfig(family=family, prior_scale=prior_scale, init_std=0.05),
+        PosteriorConfig(family=family, prior_scale=prior_scale, init_std=0.05, rank=8),
         seed=seed,
         n_draws=n_draws,
     )
     with torch.no_grad():
         for p in [*potential.mean_parameters, *potential.posterior.parameters()]:
             p.add_(0.02 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        if family == "subspace":  # as if fitted: orthonormal directions, a covariance, a prior scale
+            posterior = potential.posterior
+            shape = posterior.directions.shape
+            rows = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64).T).Q.T
+            posterior.directions.copy_(rows.half())
+            posterior.set_covariance(np.diag(np.arange(1.0, 1.0 + shape[0])), 0.17, 2.0)
+            potential.prior.prior_scale = 0.17
     potential.references = {14: -123.456789012345, 8: -7.0}
     potential.calibration = Calibration(
         energy=PropertyCalibration(0.001, 1.25, conformal={0.9: 1.7, 0.99: float("inf")}),
@@ -77,23 +84,26 @@ class TestRoundTrip:
         [
             {},
             {"family": "channel"},
+            {"family": "subspace", "prior_scale": "auto"},
             {"train": "rest"},
             {"train": "readout", "noise": "radial"},
             {"noise": "none"},
         ],
-        ids=["weight", "channel", "rest", "parts", "no-noise"],
+        ids=["weight", "channel", "subspace", "rest", "parts", "no-noise"],
     )
     def test_identical(self, tmp_path, options):
         potential = make(**options)
         save_model(potential, tmp_path / "model")
         loaded = load_model(tmp_path / "model")
         assert predictions(loaded) == predictions(potential)
+        assert ("energy_std" in predictions(loaded)[0]) == (options != {"noise": "none"})
         assert loaded.references == potential.references
         assert loaded.calibration == potential.calibration
         assert loaded.model_config == potential.model_config
         assert loaded.posterior_config == potential.posterior_config
         assert (loaded.seed, loaded.n_draws) == (3, 3)
         assert loaded.backbone.origin == potential.backbone.origin
+        assert loaded.prior.prior_scale == potential.prior.prior_scale
         torch.testing.assert_close(loaded.kl(), potential.kl(), rtol=1e-14, atol=0)
         for name, tensor in potential.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
@@ -252,6 +262,7 @@ class TestDamage:
             "dtype",
             "model",
             "posterior",
+            "prior_scale",
             "seed",
             "n_draws",
             "references",
