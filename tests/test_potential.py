@@ -37,10 +37,16 @@ def make(
     potential = BayesianPotential(
         backbone or FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny", **model),
-        PosteriorConfig(family=family, mode=mode, prior_scale=prior_scale, init_std=init_std),
+        PosteriorConfig(family=family, mode=mode, prior_scale=prior_scale, init_std=init_std, rank=12),
         seed=seed,
         n_draws=n_draws,
     )
+    if family == "subspace":  # as if fitted: orthonormal directions and a covariance
+        shape = potential.posterior.directions.shape
+        generator = torch.Generator().manual_seed(2)
+        rows = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64).T).Q.T
+        potential.posterior.directions.copy_(rows.half())
+        potential.posterior.set_covariance(np.diag(np.arange(shape[0])), 5 * init_std, 1.0)
     if moved:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -117,16 +123,17 @@ class TestDraws:
         off, moments = (predict_batch(everywhere, batch, n_draws=n) for n in (0, 5))
         assert (moments.mean.energy - off.mean.energy).abs().max() > 1e-3
 
-    def test_spread_is_unbiased(self):
-        """Linear outputs: variance = sum (dE/dw sigma)^2, met on average over seeds."""
-        potential = make(noise=r"readout\.2", init_std=0.3)
+    @pytest.mark.parametrize("family", ["weight", "channel", "subspace"])
+    def test_spread_is_unbiased(self, family):
+        """Linear outputs: variance = sum_k (dE/dw . w_k)^2 over unit latent vectors k, on average."""
+        potential = make(family=family, noise=r"readout\.2", init_std=0.3)
         batch = batch_of(potential, [molecule("H2O"), Atoms("Si")])
         delta = potential.converted.deltas["readout.2"]
-        sigma = potential.posterior.std()["readout.2"].detach()
+        unit = torch.eye(potential.posterior.latent_numel, dtype=torch.float64)
+        columns = potential.posterior.sample(unit)["readout.2"].detach()  # (latent, 1, 16)
         energy = potential(batch).energy
-        exact = torch.stack(
-            [(torch.autograd.grad(e, delta, retain_graph=True)[0] * sigma).square().sum() for e in energy]
-        )
+        gradients = [torch.autograd.grad(e, delta, retain_graph=True)[0] for e in energy]
+        exact = torch.stack([(columns * g).sum(dim=(1, 2)).square().sum() for g in gradients])
         variances = []
         for seed in range(60):
             potential.seed, potential._draws = seed, None
@@ -165,6 +172,16 @@ class TestModes:
         same(evaluate(potential, structures(), mode), evaluate(potential, structures(), "off"))
         assert potential.posterior.kl() == 0
 
+    @pytest.mark.parametrize("mode", ["structure", "draw"])
+    def test_a_subspace_that_was_never_fitted_has_no_noise(self, mode):
+        potential = BayesianPotential(
+            FakeBackbone(),
+            ModelConfig(adapter="fake", checkpoint="tiny"),
+            PosteriorConfig(family="subspace"),
+        )
+        same(evaluate(potential, structures(), mode), evaluate(potential, structures(), "off"))
+        assert predict_batch(potential, batch_of(potential, structures())).energy_std is None
+
     @pytest.mark.parametrize("mode", ["local", "structure"])
     def test_epoch_and_seed_and_key_change_the_noise(self, mode):
         potential = make()
@@ -179,9 +196,13 @@ class TestModes:
         assert torch.equal(evaluate(potential, structures(), mode).energy, first)
 
     @settings(deadline=None, max_examples=10)
-    @given(order=st.permutations(range(4)), mode=st.sampled_from(["local", "structure"]))
-    def test_noise_belongs_to_the_structure_whatever_the_batch(self, order, mode):
-        potential, atoms = make(), structures()
+    @given(
+        order=st.permutations(range(4)),
+        kind=st.sampled_from([("weight", "local"), ("weight", "structure"), ("subspace", "structure")]),
+    )
+    def test_noise_belongs_to_the_structure_whatever_the_batch(self, order, kind):
+        family, mode = kind
+        potential, atoms = make(family=family), structures()
         together = evaluate(potential, atoms, mode, keys=[10, 11, 12, 13])
         forces = together.forces.split([len(a) for a in atoms])
         shuffled = evaluate(potential, [atoms[i] for i in order], mode, keys=[10 + i for i in order])
@@ -353,10 +374,12 @@ class TestReferences:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("mode", MODES)
-    def test_float32_is_the_same_potential_rounded(self, mode):
-        exact = evaluate(make(init_std=0.2), structures(), mode)
-        rounded = evaluate(make(init_std=0.2).to_dtype("float32"), structures(), mode)
+    @pytest.mark.parametrize(
+        ("family", "mode"), [*(("weight", m) for m in MODES), ("subspace", "structure"), ("subspace", "draw")]
+    )
+    def test_float32_is_the_same_potential_rounded(self, family, mode):
+        exact = evaluate(make(family=family, init_std=0.2), structures(), mode)
+        rounded = evaluate(make(family=family, init_std=0.2).to_dtype("float32"), structures(), mode)
         assert rounded.forces.dtype == torch.float32
         torch.testing.assert_close(rounded.energy, exact.energy, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rounded.forces.double(), exact.forces, rtol=1e-4, atol=1e-4)
