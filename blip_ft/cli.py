@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from blip_ft.backbone import Backbone
+    from blip_ft.potential import BayesianPotential
     from blip_ft.variational.convert import ConversionReport
 
 EXIT_USER_ERROR = 2
@@ -88,14 +89,13 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from blip_ft.checkpoint import load_model
     from blip_ft.data import FrameDataset, load_source
     from blip_ft.files import check_target, whole_file
     from blip_ft.uncertainty.metrics import set_metrics
     from blip_ft.uncertainty.predict import predict_set
 
     output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
-    potential = load_model(args.model, device=args.device)
+    potential = _load(args)
     frames = FrameDataset(load_source(args.source), potential.backbone)
     prediction = predict_set(potential, frames, args.source, batch_size=args.batch_size)
     metrics = set_metrics(prediction, potential.calibration)
@@ -109,10 +109,9 @@ def _predict(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from blip_ft.checkpoint import load_model
     from blip_ft.predict_file import predict_file
 
-    potential = load_model(args.model, device=args.device)
+    potential = _load(args)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.completed} structures"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -126,6 +125,22 @@ def _predict(args: argparse.Namespace) -> None:
             progress=lambda n: bar.update(task, completed=n),
         )
     print(f"{args.output}: {done} structures")
+
+
+def _load(args: argparse.Namespace) -> BayesianPotential:
+    """The model of ``evaluate`` and ``predict``, on the device that was asked for."""
+    import torch
+
+    from blip_ft.checkpoint import load_model
+
+    try:
+        torch.empty(0, device=args.device, dtype=getattr(torch, args.dtype))
+    except (RuntimeError, AssertionError, TypeError) as error:  # as builds of torch differ
+        raise BlipError(
+            f"torch cannot use {args.dtype} on the device '{args.device}': {str(error).partition(chr(10))[0]}",
+            remedy="blip-finetune doctor shows the device of this machine; mps needs --dtype float32",
+        ) from error
+    return load_model(args.model, device=args.device, dtype=args.dtype)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -317,6 +332,8 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="structures per call (16)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
+    # Error bars are small differences of large numbers: in float32 they lose their invariance.
+    parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
 

@@ -466,6 +466,22 @@ def test_predict_without_a_model(call: Any, frames: Path, tmp_path: Path, model:
     assert model in err
 
 
+@pytest.mark.parametrize("device", ["nonsense", "xpu:99"])
+def test_a_device_that_is_not_there(call: Any, run: Path, frames: Path, tmp_path: Path, device: str):
+    code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz", "--device", device)
+    assert code == 2
+    assert f"the device '{device}'" in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
+
+
+def test_precision_can_be_chosen(call: Any, run: Path, frames: Path, tmp_path: Path):
+    for dtype in ("float64", "float32"):
+        assert call("predict", run, frames, "-o", tmp_path / f"{dtype}.xyz", "--dtype", dtype)[0] == 0
+    double, single = (read(tmp_path / f"{dtype}.xyz") for dtype in ("float64", "float32"))
+    difference = np.abs(double.get_forces() - single.get_forces()).max()
+    assert 1e-9 < difference < 1e-4
+
+
 # ---- evaluate --------------------------------------------------------------------------------
 
 
