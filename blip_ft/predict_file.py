@@ -12,7 +12,8 @@ ASE results                 ``energy`` eV, ``forces`` (n, 3) eV/Å, ``stress`` (
 ==========================  ==============================================================
 
 The stds are epistemic; the same names with ``_total`` include the aleatoric noise. Other info and
-arrays of the input are kept; its own energies, forces and stress are replaced.
+arrays of the input are kept; its own energies, forces and stress are replaced. ASE writes values per
+atom with eight decimals.
 """
 
 from __future__ import annotations
