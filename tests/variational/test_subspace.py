@@ -118,7 +118,9 @@ def test_kl_against_torch(rank: int, s: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a = rng.normal(size=(rank, rank))
     posterior.set_covariance(a @ a.T, s, 1.0)
-    q = torch.distributions.MultivariateNormal(torch.zeros(rank).double(), posterior.scale @ posterior.scale.T)
+    q = torch.distributions.MultivariateNormal(
+        torch.zeros(rank).double(), posterior.scale @ posterior.scale.T
+    )
     p = torch.distributions.MultivariateNormal(
         torch.zeros(rank).double(), s**2 * torch.eye(rank, dtype=torch.float64)
     )
@@ -143,9 +145,7 @@ def test_covariance_is_where_the_elbo_is_stationary() -> None:
 def test_left_out_groups_against_explicit_regression() -> None:
     rows, x = problem(m=12)
     s, t = 0.5, 2.0
-    table = left_out_nll(
-        x @ x.T, rows.targets, rows.groups, rows.scored, scales=[s], temperatures=[t]
-    )
+    table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=[s], temperatures=[t])
     scores = []
     for g in np.unique(rows.groups):
         out = rows.groups == g
