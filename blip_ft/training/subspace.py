@@ -23,13 +23,17 @@ from blip_ft.data import FrameDataset
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, collate, content_key
 from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
+from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors.subspace import Rows, SubspaceData, SubspacePosterior
 
 #: structures per backward call
 BATCH = 6
 #: temperatures tried on validation frames
-TEMPERATURES = tuple(10.0 ** np.arange(0.0, 3.01, 0.25))
+TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
+#: real draws for each
+TEMPERATURE_DRAWS = 6
 #: label noise tried beside them, in units of ``objective.forces_std``
 NOISES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -61,6 +65,7 @@ class SubspaceFitter:
             for a in make_context(atoms, count, self.recipe.seed)
         ]
         self.groups = groups_of(train)
+        self.projections = self.recipe.posterior.projections
 
     @property
     def posterior(self) -> SubspacePosterior:
@@ -74,11 +79,12 @@ class SubspaceFitter:
         """Directions, prior scale and covariance at the present mean.
 
         Args:
-            final: also average the Gauss-Newton matrix over real draws and choose the temperature
-                on the validation frames.
+            final: with all projections, and choose the temperature on the validation frames.
         """
         recipe = self.recipe
         scale, temperature = recipe.posterior.prior_scale, recipe.objective.temperature
+        # the first fit only steers the noise in training: half the projections do
+        self.projections = max(1, recipe.posterior.projections // (1 if final else 2))
         data = SubspaceData(
             rows=self.rows,
             prior_scale=None if scale == "auto" else float(scale),
@@ -89,17 +95,15 @@ class SubspaceFitter:
         self.potential.prior.prior_scale = s
         # the linearised covariance can be so wide that draws leave the linear regime; averaging
         # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
-        hessian = self.mean_hessian(1)
+        hessian = self.mean_hessian(int(final))
+        if final and temperature == "auto":
+            t = self.choose_temperature(hessian, s)
         self.posterior.set_covariance(hessian, s, t)
-        if final:
-            hessian = 0.5 * (hessian + self.mean_hessian(2))
-            if temperature == "auto":
-                t = self.choose_temperature(hessian, s)
-            self.posterior.set_covariance(hessian, s, t)
         report |= {"temperature": t, "effective_parameters": self.posterior.effective_parameters()}
         self.reports.append(report)
         self.console.print(
-            f"posterior: {self.posterior.rank} directions from {report['n_rows']} gradients, prior scale {s:.3g}, "
+            f"posterior: {self.posterior.rank} directions of {report['n_rows']} gradients hold "
+            f"{100 * report['captured']:.0f} % of the spread; prior scale {s:.3g}, "
             f"temperature {t:.3g}, {report['effective_parameters']:.0f} effective parameters"
         )
         return report
@@ -109,27 +113,48 @@ class SubspaceFitter:
         """Gradient rows of training and context frames at the present mean."""
         train = self.sets["train"]
         items = [train[i] for i in range(len(train))]
-        delta = torch.cat(
-            [
-                (self.potential.converted.deltas[s.name].detach() / self.potential.prior.rms(s.name)).reshape(
-                    -1
-                )
-                for s in self.posterior.sites
-            ]
-        )
         gradients, targets, groups, scored = [], [], [], []
         for index, batch, values, rows in self._gradients([*items, *self.context]):
             labelled = bool(batch.labels)
+            moved = self._change(batch) if labelled else []
             for k, (value, gradient) in enumerate(zip(values, rows, strict=True)):
                 label, noise = self._label(batch, k)
-                gradient = gradient / noise[:, None]
+                gradients.append(gradient / noise[:, None])
                 # label minus the model linearised at its mean, moved back to the pretrained weights
-                target = (label - value) / noise + (gradient @ delta.to(gradient)).double()
-                gradients.append(gradient)
-                targets.append(target.cpu().numpy() if labelled else np.full(len(index), np.nan))
+                target = (label - value + moved[k]) / noise if labelled else torch.full_like(noise, torch.nan)
+                targets.append(target.cpu().numpy())
                 groups += [self.groups[i] if labelled else "" for i in index]
                 scored += [k > 0] * len(index)
         return Rows(torch.cat(gradients), np.concatenate(targets), np.array(groups), np.array(scored))
+
+    def _change(self, batch: Batch) -> list[Tensor]:
+        """Linearised change of each output (B,) from the pretrained weights to the present mean.
+
+        Over **all** trained weights, also those without noise: what fine-tuning had to do is what
+        the prior's scale has to allow for. One central difference along theta - w0.
+        """
+        state, deltas = self.potential.converted.noise, self.potential.converted.deltas
+        step, out = 0.02, []
+        for sign in (1.0, -1.0):
+            state.clear()
+            state.mode = "draw"
+            state.weights = {name: sign * step * d.detach() for name, d in deltas.items()}
+            try:
+                with torch.no_grad():
+                    prediction = self.potential.backbone(batch, forces=True, stress=False)
+            finally:
+                state.clear()
+            out.append([prediction.energy.double(), *self._project_forces(batch, prediction.forces)])
+        return [(plus - minus) / (2 * step) for plus, minus in zip(*out, strict=True)]
+
+    def _project_forces(self, batch: Batch, forces: Tensor | None) -> list[Tensor]:
+        """Each sign vector times the forces, per structure, (B,) each."""
+        assert forces is not None
+        zero = torch.zeros(batch.n_structures, dtype=torch.float64, device=forces.device)
+        return [
+            zero.index_add(0, batch.structure, (direction.to(forces.device) * forces.double()).sum(dim=1))
+            for direction in self._signs(batch)
+        ]
 
     def _label(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
         """Label (B,) of output k (0: energy; then projected forces) and its noise (B,)."""
@@ -141,12 +166,10 @@ class SubspaceFitter:
         noise = torch.full((n,), objective.forces_std, dtype=torch.float64)
         if "forces" not in batch.labels:
             return nan, noise
-        direction = self._signs(batch)[k - 1]
-        product = (direction * batch.labels["forces"]).sum(dim=1)
-        return torch.zeros(n, dtype=torch.float64).index_add(0, batch.structure, product), noise
+        return self._project_forces(batch, batch.labels["forces"])[k - 1], noise
 
     def _signs(self, batch: Batch) -> list[Tensor]:
-        return random_signs(batch, self.recipe.posterior.projections, self.recipe.seed)
+        return random_signs(batch, self.projections, self.recipe.seed)
 
     def _gradients(
         self, items: Sequence[Item], *, draw: int | None = None
@@ -192,30 +215,25 @@ class SubspaceFitter:
         return total
 
     def choose_temperature(self, hessian: np.ndarray, scale: float) -> float:
-        """T with the best likelihood of the validation forces, with the label noise fitted beside it.
+        """T with the best likelihood of the validation forces under real draws.
 
-        Projections of a frame's force error on random signs are scored, N(0, a^2 + g^T S g).
+        Mean and spread come from a few draws at full width, so that a T whose draws leave the
+        linear regime is punished for its error and its spread alike. Label noise is fitted beside.
         """
-        validation = self.sets["validation"]
-        errors, rows, units = [], [], []
-        for batch, k, error, g in self._projected([validation[i] for i in range(len(validation))]):
-            if k > 0:
-                known = np.isfinite(error)
-                errors.append(error[known])
-                rows.append(g[known])
-                # squared length of a frame's projection vector
-                units.append(3.0 * batch.n_atoms.numpy()[known] / self.recipe.posterior.projections)
-        error, g, unit = np.concatenate(errors), np.concatenate(rows), np.concatenate(units)
-        best, chosen = math.inf, 1.0
-        eye = np.eye(len(hessian))
+        best, chosen = math.inf, TEMPERATURES[0]
         for t in TEMPERATURES:
-            half = np.linalg.solve(np.linalg.cholesky(eye / scale**2 + hessian / t), g.T)
-            spread = (half**2).sum(axis=0)
-            for a in NOISES:
-                variance = a * a * unit + spread
-                nll = float(np.mean(0.5 * np.log(variance) + 0.5 * error**2 / variance))
-                if nll < best:
-                    best, chosen = nll, t
+            self.posterior.set_covariance(hessian, scale, t)
+            prediction = predict_set(
+                self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
+            )
+            error, std, _ = residuals(prediction, "forces")
+            assert std is not None
+            nll = min(
+                float(gaussian_nll(error, np.hypot(a * self.recipe.objective.forces_std, std)).mean())
+                for a in NOISES
+            )
+            if nll < best:
+                best, chosen = nll, t
         return chosen
 
 

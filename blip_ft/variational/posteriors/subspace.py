@@ -3,9 +3,9 @@
     w = theta + D V^T z,     z ~ N(0, S),     prior z ~ N(0, s^2 I)
 
 theta is the mean, D = diag(rms(w0)) per matrix and path, V (r, P) has orthonormal rows, S is r x r.
-The rows of V are the strongest right singular vectors of G, whose rows are gradients of model
-outputs with respect to the weights, times D, over the noise of their label. Directions that no
-training or context frame can see carry no noise.
+V is taken from G, whose rows are gradients of model outputs with respect to the weights, times D,
+over the noise of their label: the r combinations in which outputs of training and context frames are
+most uncertain once the training labels are known. Directions that no frame can see carry no noise.
 
 Closed form (Gauss-Newton; linearised, or averaged over draws of z):
 
@@ -115,7 +115,6 @@ class SubspacePosterior(Posterior):
         assert isinstance(context, SubspaceData)
         rows = context.rows()
         gram = gram_matrix(rows.gradients)
-        self._set_directions(rows.gradients, gram)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
         s, temperature = context.prior_scale, context.temperature
@@ -130,6 +129,7 @@ class SubspacePosterior(Posterior):
             )
             s, temperature = min(table, key=lambda key: table[key])
             report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
+        report["captured"] = self._set_directions(rows.gradients, gram, train, s, temperature)
         projected = self._project(rows.gradients[torch.from_numpy(train)])
         self.set_covariance(projected.T @ projected, s, temperature)
         report |= {
@@ -139,19 +139,40 @@ class SubspacePosterior(Posterior):
         }
         return report
 
-    def _set_directions(self, gradients: Tensor, gram: np.ndarray) -> None:
-        """V from the eigenvectors of G G^T: V = Lambda^-1/2 U^T G, then orthonormal to rounding."""
-        values, vectors = np.linalg.eigh(gram)
-        keep = np.argsort(values)[::-1][: self.rank]
-        keep = keep[values[keep] > values.max() * 1e-10]
-        mix = torch.from_numpy((vectors[:, keep] / np.sqrt(values[keep])).T.copy()).to(gradients.dtype)
-        v = mix @ gradients
-        # the Gram matrix squares the condition number: mend the weak directions
-        lower = np.linalg.cholesky(gram_matrix(v))
-        v = torch.linalg.solve_triangular(torch.from_numpy(lower).to(v.dtype), v, upper=False)
+    def _set_directions(
+        self, gradients: Tensor, gram: np.ndarray, train: np.ndarray, s: float, temperature: float
+    ) -> float:
+        """V: the r directions in which the outputs are most uncertain after the training data.
+
+        With K = G G^T and t the training rows, the linearised posterior covariance of all outputs is
+
+            C = s^2 [K - K_t (K_tt + T/s^2 I)^-1 K_t^T],
+
+        and the weights that move with output combination u are Sigma G^T u = G^T A u with
+        A = s^2 [I - E_t (K_tt + T/s^2 I)^-1 K_t^T]. V spans these for the top r eigenvectors of C
+        (goal-oriented reduction, Spantini et al., SIAM J. Sci. Comput. 39, S167, 2017). The
+        stiffest directions of the data, by contrast, are those the posterior leaves no width.
+
+        Returns:
+            Share of the trace of C that the r directions hold.
+        """
+        inner = gram[np.ix_(train, train)] + temperature / s**2 * np.eye(int(train.sum()))
+        reach = np.zeros_like(gram)
+        reach[train] = np.linalg.solve(inner, gram[train])
+        a = s * s * (np.eye(len(gram)) - reach)
+        covariance = gram @ a
+        values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
+        order = np.argsort(values)[::-1][: self.rank]
+        order = order[values[order] > values.max() * 1e-10]
+        mix = a @ vectors[:, order]
+        mix /= np.sqrt(np.einsum("mi,mn,ni->i", mix, gram, mix))  # unit rows before orthonormalising
+        v = torch.from_numpy(mix.T.copy()).to(gradients) @ gradients
+        lower = np.linalg.cholesky(gram_matrix(v) + 1e-12 * np.eye(len(order)))
+        v = torch.linalg.solve_triangular(torch.from_numpy(lower).to(v), v, upper=False)
         self.directions.zero_()
         # stored in half precision: round once, so that what is fitted is what is stored
-        self.directions[: len(keep)] = v.half().to(self.directions)
+        self.directions[: len(order)] = v.half().to(self.directions)
+        return float(values[order].sum() / values.clip(min=0).sum())
 
     def _project(self, gradients: Tensor) -> np.ndarray:
         """(m, r) rows of G V^T, float64."""
