@@ -94,6 +94,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "prior_scale": potential.prior.prior_scale,  # what "auto" came to
         "seed": potential.seed,
         "n_draws": potential.n_draws,
+        "amplitude": potential.amplitude,
         "references": {str(z): e for z, e in potential.references.items()},
         "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
     }
@@ -177,6 +178,7 @@ def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
         n_draws=int(meta["n_draws"]),
     )
     potential.prior.prior_scale = float(meta["prior_scale"])
+    potential.amplitude = float(meta["amplitude"])
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])

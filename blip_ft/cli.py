@@ -157,7 +157,7 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionRe
     """Backbone and table of modules of a run, a recipe or a bare model."""
     from blip_ft.backbone import get_adapter
     from blip_ft.checkpoint import load_model
-    from blip_ft.config import _apply, load_recipe, parse_recipe, shipped
+    from blip_ft.config import apply_override, load_recipe, parse_recipe, shipped
     from blip_ft.variational.convert import plan
 
     if Path(spec).is_dir():
@@ -167,7 +167,7 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionRe
     if colon and not Path(spec).exists():
         tree = {"name": "-", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
         for override in overrides:
-            _apply(tree, override)
+            apply_override(tree, override)
         model = parse_recipe(tree).model
     elif spec in shipped() or Path(spec).exists():
         model = load_recipe(spec, overrides).model

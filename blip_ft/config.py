@@ -7,6 +7,7 @@ Loading this module imports neither a backend nor Lightning.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,6 +81,7 @@ class ModelConfig(Strict):
     options: dict[str, Any] = {}
     """further arguments of the adapter's ``load`` (head, task, modality)"""
     dtype: Literal["float32", "float64"] = "float32"
+    """precision of weights and training"""
     train: str | list[str] = "all"
     """converted modules whose mean is trained: a preset of the adapter (``all``, ``scalar``,
     ``readout``), regular expressions on module names, or ``none``; ``rest`` trains all of them and
@@ -152,6 +154,7 @@ class PlainConfig(Strict):
     """Plain fine-tuning with the same optimiser, steps and early stop, for comparison."""
 
     enabled: bool = True
+    """train it too; it costs as long as the Bayesian training without noise"""
     learning_rate: Positive | None = None
     """its own learning rate, where the best on validation differs from ``optimizer``'s"""
 
@@ -168,10 +171,12 @@ class UncertaintyConfig(Strict):
 class Recipe(Strict):
     """A whole run. ``blip-finetune fit`` takes the name of a shipped recipe or a YAML path."""
 
-    name: str
-    """the run's folder is ``<output>/<name>``"""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$", coerce_numbers_to_str=True)]
+    """the run's folder is ``<output>/<name>``; letters, digits and ``_ . + -``"""
     seed: int = 0
+    """of the order of frames, the noise and the draws"""
     output: str = "runs"
+    """folder of all runs"""
     overwrite: bool = False
     """replace an existing run of this name instead of refusing"""
     data: DataConfig
@@ -218,13 +223,19 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         raise RecipeError(f"not a YAML file: {error}", file=path, remedy="mend the syntax") from error
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys", file=path, remedy="see docs/recipes.md")
+    tree = _numbers(tree)
     tree.setdefault("name", path.stem)
     for override in overrides or []:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_recipe(tree, file=path)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``key.subkey=value`` in a nested mapping; the value is YAML.
+
+    Raises:
+        RecipeError: not of this form, or a parent key that holds a value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(
@@ -234,8 +245,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of '{key}' is not YAML: {error}", field=key) from error
-    if isinstance(value, str):
-        value = _number(value)
+    value = _numbers(value)
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -244,12 +254,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads ``1e-3`` as a string; take it as the number that everyone means."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` as a string; take it as the number that everyone means, at any depth."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
@@ -257,17 +270,21 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems, keys = [], []
+        problems: dict[str, str] = {}
         for item in error.errors():
-            location = [str(x) for x in item["loc"]]
+            location = _location(item["loc"], tree)
             key = ".".join(location)
-            keys.append(key)
             if item["type"] == "extra_forbidden":
-                problems.append(f"unknown key '{key}': {nearest(location[-1], _siblings(location))}")
+                text = f"unknown key '{key}': {nearest(location[-1], _siblings(location))}"
             else:
-                problems.append(f"'{key}': {item['msg'].lower()} (got {item['input']!r})")
+                text = f"'{key}': {item['msg'].lower()} (got {item['input']!r})"
+            # the branches of a union each complain; one line per key is enough
+            problems[key] = f"{problems[key]}, or {item['msg'].lower()}" if key in problems else text
         raise RecipeError(
-            "; ".join(problems), file=file, field=", ".join(keys), remedy="all keys: docs/recipes.md"
+            "; ".join(problems.values()),
+            file=file,
+            field=", ".join(problems),
+            remedy="all keys: docs/recipes.md",
         ) from error
     _check_trainer(recipe.trainer, file)
     _check_family(recipe, file)
@@ -296,6 +313,19 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
                 field=key,
                 remedy="give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )
+
+
+def _location(parts: tuple[int | str, ...], tree: Any) -> list[str]:
+    """Path of an error in the recipe, without the tags that pydantic adds for union branches."""
+    out: list[str] = []
+    for i, part in enumerate(parts):
+        if isinstance(tree, dict) and (part in tree or i == len(parts) - 1):
+            out.append(str(part))
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            out.append(str(part))
+            tree = tree[part]
+    return out or [str(p) for p in parts]
 
 
 def _siblings(location: list[str]) -> list[str]:

@@ -90,6 +90,8 @@ class BayesianPotential(nn.Module):
         self.posterior: Posterior = family(noisy, self.prior, posterior.init_std, **options)
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
+        #: width of the fixed draws in units of the posterior's; stds are divided by it
+        self.amplitude = 1.0
         self._draws: Tensor | None = None
 
     # ---- parts ---------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class BayesianPotential(nn.Module):
             dtype, device = self.backbone.dtype, self.backbone.device
             if mode == "draw":
                 latent = self.draw_latents(self.n_draws)[[0 if draw is None else draw]]
-                sampled = self.posterior.sample(latent.to(device, dtype))
+                sampled = self.posterior.sample(self.amplitude * latent.to(device, dtype))
                 state.weights = {name: w[0] for name, w in sampled.items()}
             elif mode == "structure":
                 keys = [("structure", self.seed, epoch, key) for key in batch.keys]

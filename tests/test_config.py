@@ -71,7 +71,7 @@ def test_all_errors_of_a_recipe_come_in_one_message():
         parse_recipe(wrong)
     for part in (
         "'sed'",
-        "'objective.temperature",
+        "'objective.temperature'",
         "'objective.energy_sdt'",
         "'posterior.family'",
         "'weight'",
@@ -124,7 +124,7 @@ def test_no_unknown_key_passes_at_any_depth(path: tuple[str, ...], key: str):
 def test_wrong_value_is_named(file: Path, override: str, key: str):
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(file), [override])
-    assert f"'{key}" in str(caught.value)
+    assert f"'{key}'" in str(caught.value)
     assert "docs/recipes.md" in caught.value.remedy
 
 
@@ -258,3 +258,16 @@ def test_the_page_of_all_keys_is_current():
     page = ROOT / "docs" / "generate_recipes.py"
     done = subprocess.run([sys.executable, page, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_name_cannot_leave_the_output_folder(file: Path):
+    for name in ("../other", "a/b", ".hidden", ""):
+        with pytest.raises(RecipeError, match="name"):
+            load_recipe(str(file), [f"name={name}"])
+    assert load_recipe(str(file), ["name=2024"]).name == "2024"
+
+
+def test_exponents_are_numbers_at_any_depth(file: Path):
+    recipe = load_recipe(str(file), ["trainer.gradient_clip_val=1e1", "optimizer.learning_rate=1e-3"])
+    assert recipe.trainer["gradient_clip_val"] == 10.0
+    assert recipe.optimizer.learning_rate == 1e-3

@@ -66,7 +66,9 @@ def judge(
                 progress=lambda n: bar.advance(task, n),
             )
     calibration = (
-        calibrate(predictions["calibration"]) if draws else Calibration.rmse(predictions["validation"])
+        calibrate(predictions["calibration"]).for_new_frames()
+        if draws
+        else Calibration.rmse(predictions["validation"])
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))

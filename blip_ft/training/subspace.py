@@ -25,7 +25,7 @@ from blip_ft.data.dataset import Item, collate, content_key
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
-from blip_ft.uncertainty.predict import predict_set
+from blip_ft.uncertainty.predict import predict_batch, predict_set
 from blip_ft.variational.posteriors.subspace import Rows, SubspaceData, SubspacePosterior
 
 #: structures per backward call
@@ -34,6 +34,8 @@ BATCH = 6
 TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: real draws for each
 TEMPERATURE_DRAWS = 6
+#: shift of the mean over draws from the mean model that is allowed, in units of the spread
+MAX_SHIFT = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
 NOISES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -99,12 +101,18 @@ class SubspaceFitter:
         if final and temperature == "auto":
             t = self.choose_temperature(hessian, s)
         self.posterior.set_covariance(hessian, s, t)
-        report |= {"temperature": t, "effective_parameters": self.posterior.effective_parameters()}
+        self.potential.amplitude = self.choose_amplitude() if final else 1.0
+        report |= {
+            "temperature": t,
+            "amplitude": self.potential.amplitude,
+            "effective_parameters": self.posterior.effective_parameters(),
+        }
         self.reports.append(report)
         self.console.print(
             f"posterior: {self.posterior.rank} directions of {report['n_rows']} gradients hold "
             f"{100 * report['captured']:.0f} % of the spread; prior scale {s:.3g}, "
-            f"temperature {t:.3g}, {report['effective_parameters']:.0f} effective parameters"
+            f"temperature {t:.3g}, {report['effective_parameters']:.0f} effective parameters, "
+            f"draws at {self.potential.amplitude:.2g} of the width"
         )
         return report
 
@@ -180,11 +188,7 @@ class SubspaceFitter:
         parts += [range(i, min(i + BATCH, len(items))) for i in range(labelled, len(items), BATCH)]
         for part in parts:
             chosen = [items[i] for i in part]
-            if chosen[0].labels:
-                batch = collate(self.potential.backbone, chosen)
-            else:
-                batch = self.potential.backbone.collate([c.atoms for c in chosen], [c.graph for c in chosen])
-                batch.keys = [c.key for c in chosen]
+            batch = self._batch(chosen)
             latent = None
             if draw is not None:
                 keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
@@ -194,6 +198,15 @@ class SubspaceFitter:
                 values.append(value.double())
                 rows.append(gradient)
             yield part, batch, values, rows
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        """A batch of frames that all have labels, or none."""
+        backbone = self.potential.backbone
+        if items[0].labels:
+            return collate(backbone, items)
+        batch = backbone.collate([i.atoms for i in items], [i.graph for i in items])
+        batch.keys = [i.key for i in items]
+        return batch
 
     def _projected(
         self, items: Sequence[Item], *, draw: int | None = None
@@ -235,6 +248,24 @@ class SubspaceFitter:
             if nll < best:
                 best, chosen = nll, t
         return chosen
+
+    def choose_amplitude(self) -> float:
+        """Width of the fixed draws at which their mean stays the mean model, on the context frames.
+
+        Draws are centred, so their mean differs from the mean weights' prediction by curvature only:
+        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma.
+        """
+        trial = 0.5
+        batch = self._batch(self.context or [self.sets["validation"][i] for i in range(BATCH)])
+        mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
+        self.potential.amplitude = trial
+        moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
+        assert mean is not None
+        assert moments.mean.forces is not None
+        assert moments.forces_std is not None
+        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / trial**2
+        spread = float(moments.forces_std.square().mean().sqrt())
+        return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
 
 
 def groups_of(frames: FrameDataset) -> list[str]:

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,19 @@ class PropertyCalibration:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{key} must be finite and not negative, got {value}")
 
+    def for_new_frames(self) -> PropertyCalibration:
+        """The same error bars, widened for having been fitted on few frames.
+
+        A width estimated from F independent frames is right for *these* frames. For a new one the
+        estimate's own error adds: to first order the variance grows by (F + 1) / (F - 1), as that of
+        the predictive Student-t of a Gaussian sample with unknown mean and variance. Components of
+        one frame are not independent, so frames are what is counted. Unchanged below three frames.
+        """
+        if self.n_frames < 3:
+            return self
+        factor = math.sqrt((self.n_frames + 1) / (self.n_frames - 1))
+        return replace(self, aleatoric=factor * self.aleatoric, scale=factor * self.scale)
+
     def total(self, epistemic: ArrayLike | None) -> FloatArray:
         """Total std for an epistemic std of the same unit; ``None`` counts as no spread."""
         spread = np.asarray(0.0 if epistemic is None else epistemic, dtype=np.float64)
@@ -148,6 +161,12 @@ class Calibration:
         """One std for all (eV/atom, eV/Å, eV/Å^3) and no spread; 0 means no error bar."""
         values = {"energy": energy, "forces": forces, "stress": stress}
         return cls(**{k: PropertyCalibration(v, 0.0) for k, v in values.items()})
+
+    def for_new_frames(self) -> Calibration:
+        """Every property widened; see :meth:`PropertyCalibration.for_new_frames`."""
+        return Calibration(
+            self.energy.for_new_frames(), self.forces.for_new_frames(), self.stress.for_new_frames()
+        )
 
     @classmethod
     def rmse(cls, prediction: SetPrediction) -> Calibration:

@@ -2,7 +2,9 @@
 
 Every draw is an ordinary potential; energy, forces and stress of one draw belong together. The
 mean over draws is reported, so mean forces are the gradient of the mean energy. Draws are
-centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1.
+centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1. They are drawn at
+``BayesianPotential.amplitude`` of the posterior's width, where the model is still close to linear
+in its weights, and their stds are divided by it.
 """
 
 from __future__ import annotations
@@ -70,22 +72,24 @@ def predict_batch(
             draws = [_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
     finally:
         potential.n_draws = previous
+    width = potential.amplitude
     energy = torch.stack([d.energy for d in draws])
     forces = torch.stack([d.forces for d in draws if d.forces is not None])
-    off = forces - forces.mean(dim=0)
+    off = (forces - forces.mean(dim=0)) / width
     out = BatchMoments(
         mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)),
-        energy_std=energy.std(dim=0, correction=0),
+        energy_std=energy.std(dim=0, correction=0) / width,
         forces_cov=torch.einsum("kni,knj->nij", off, off) / n,
     )
     stresses = [d.stress for d in draws if d.stress is not None]
     if stresses:
         stacked = torch.stack(stresses)
-        out.mean.stress, out.stress_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+        out.mean.stress, out.stress_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0) / width
     nodes = [d.node_energy for d in draws if d.node_energy is not None]
     if nodes:
         stacked = torch.stack(nodes)
-        out.mean.node_energy, out.node_energy_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0)
+        out.mean.node_energy = stacked.mean(dim=0)
+        out.node_energy_std = stacked.std(dim=0, correction=0) / width
     return out
 
 

@@ -108,7 +108,7 @@ def test_page_says_everything(whole):
         "-110.25",
         "layer39",
         "2.13.0",
-        "prior_scale: 0.1",
+        "prior_scale: auto",
         "energy per atom",
     ):
         assert expected in text, expected

@@ -288,3 +288,22 @@ def test_constant_error_bars_of_a_model_without_spread(make_prediction):
     fitted = calibrate(p)
     assert fitted.forces.scale == 0.0
     assert fitted.forces.aleatoric == pytest.approx(calibration.forces.aleatoric)
+
+
+def test_few_frames_widen_the_bars_as_much_as_their_own_error():
+    """Frames share one unknown width each: coverage of new frames is nominal only after widening."""
+    rng = np.random.default_rng(0)
+    frames, inside_raw, inside_wide = 8, [], []
+    for _ in range(4000):
+        # one residual per frame: components of a frame count once
+        a = float(np.sqrt(np.mean(rng.normal(size=frames) ** 2)))
+        raw = PropertyCalibration(a, n_residuals=frames, n_frames=frames)
+        new = rng.normal()
+        inside_raw.append(abs(new) < 1.645 * raw.aleatoric)
+        inside_wide.append(abs(new) < 1.645 * raw.for_new_frames().aleatoric)
+    assert np.mean(inside_raw) < 0.875
+    assert 0.88 < np.mean(inside_wide) < 0.92
+
+
+def test_widening_leaves_unfitted_properties_alone():
+    assert Calibration.identity().for_new_frames() == Calibration.identity()
