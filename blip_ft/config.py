@@ -105,9 +105,9 @@ class PosteriorConfig(Strict):
     (``subspace`` only): chosen by leaving groups of training frames out"""
     init_std: Positive = 0.003
     """std of the posterior at the start, in the same units (factorised families)"""
-    rank: Annotated[int, Field(ge=1)] = 128
+    rank: Annotated[int, Field(ge=1)] = 64
     """``subspace``: number of directions r"""
-    projections: Annotated[int, Field(ge=1)] = 12
+    projections: Annotated[int, Field(ge=1)] = 8
     """``subspace``: random projections of each structure's forces that directions are taken from"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,

@@ -1,0 +1,100 @@
+"""Every shipped recipe through the real entry point: real weights, real frames, few of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from ase.io import read
+
+from blip_ft.cli import main
+from blip_ft.config import load_recipe, shipped
+
+MODELS = ("pretrained", "plain", "blip")
+KEYS = (
+    "energy_mae_mev_per_atom",
+    "force_mae_mev_per_ang",
+    "force_crps_mev_per_ang",
+    "coverage90",
+    "n_structures",
+)
+#: as small as a run can be and still take every step of a real one
+SMALL = [
+    "data.train=sio2_polymorphs@train",
+    "data.validation=sio2_polymorphs@validation",
+    "data.calibration=sio2_polymorphs@calibration",
+    "data.test={seen: sio2_polymorphs@test, stishovite: sio2_polymorphs@stishovite}",
+    "posterior.rank=6",
+    "posterior.projections=1",
+    "posterior.context=0.1",
+    "posterior.start=0.5",
+    "uncertainty.n_draws=2",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.limit_train_batches=2",
+]
+
+
+def run(recipe: str, folder: Path) -> None:
+    overrides = [f"output={folder}", "name=small", *SMALL]
+    assert main(["fit", recipe, *overrides]) == 0
+    metrics = json.loads((folder / "small/metrics.json").read_text())
+    for model in MODELS:
+        for group in ("seen", "unseen", "all", "stishovite"):
+            for key in KEYS:
+                assert math.isfinite(metrics[model][group][key]), (model, group, key)
+    # two epochs of two batches are enough to learn something
+    assert (
+        metrics["blip"]["seen"]["force_mae_mev_per_ang"]
+        < metrics["pretrained"]["seen"]["force_mae_mev_per_ang"]
+    )
+    receipt = json.loads((folder / "small/receipt.json").read_text())
+    assert receipt["base"]["sha256"]
+    assert receipt["references"]["rank"] == 1
+    assert receipt["step_zero"]["n_frames"] > 20
+    assert {r["action"] for r in receipt["conversion"]["modules"]} == {"converted", "left"}
+    assert all(r["reason"] for r in receipt["conversion"]["modules"] if r["action"] == "left")
+
+
+def predict(folder: Path) -> None:
+    """The trained model on new structures, through a file."""
+    frames = read(Path(__file__).parent / "quartz.extxyz", ":")
+    turned = frames[0].copy()
+    turned.rotate(40, (1, 2, 3), rotate_cell=True)
+    source, target = folder / "in.extxyz", folder / "out.extxyz"
+    from ase.io import write
+
+    write(source, [frames[0], turned])
+    assert main(["predict", str(folder / "small"), str(source), "-o", str(target)]) == 0
+    a, b = read(target, ":")
+    assert a.info["energy_std"] == pytest.approx(b.info["energy_std"], rel=1e-4)
+    assert a.arrays["forces_std_norm"] == pytest.approx(b.arrays["forces_std_norm"], rel=1e-4)
+    assert a.get_potential_energy() == pytest.approx(b.get_potential_energy(), abs=1e-5)
+    assert a.info["stress_std"].shape == (6,)
+
+
+def test_every_recipe_is_tested_here() -> None:
+    assert set(shipped()) == {"sio2_sevennet", "sio2_chgnet"}
+
+
+@pytest.mark.backend("sevennet")
+def test_sio2_sevennet(tmp_path: Path) -> None:
+    run("sio2_sevennet", tmp_path)
+    predict(tmp_path)
+
+
+@pytest.mark.backend("chgnet")
+def test_sio2_chgnet(tmp_path: Path) -> None:
+    run("sio2_chgnet", tmp_path)
+    predict(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_recipes_do_not_look_at_test_frames(name: str) -> None:
+    """The embedded set's own split decides; a recipe that names test frames elsewhere is a defect."""
+    recipe = load_recipe(name)
+    assert recipe.data.train == "sio2_polymorphs"
+    assert recipe.data.validation is None
+    assert recipe.plain.enabled
