@@ -32,7 +32,7 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from blip_ft.errors import BlipError, DataError, nearest
+from blip_ft.errors import BlipError, DataError, MissingBackendError, nearest
 
 ENTRY_POINT_GROUP = "blip_ft.adapters"
 
@@ -252,14 +252,14 @@ FAMILIES = {
 }
 
 
-def missing_backend(adapter: str, package: str) -> ImportError:
+def missing_backend(adapter: str, package: str) -> MissingBackendError:
     """The error to raise when a backend's package is absent."""
     family = FAMILIES.get(adapter, "either")
     clash = ", ".join(n for n, f in FAMILIES.items() if {f, family} == {"a", "b"})
     note = f" It cannot share an environment with {clash} (different e3nn)." if clash else ""
-    return ImportError(
-        f"adapter '{adapter}' needs the package '{package}': pip install 'blip-ft[{adapter}]'.{note}",
-        name=package,
+    return MissingBackendError(
+        f"adapter '{adapter}' needs the package '{package}', which is not installed",
+        remedy=f"pip install 'blip-ft[{adapter}]'.{note}",
     )
 
 

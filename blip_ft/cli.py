@@ -64,8 +64,7 @@ def _is_users(error: Exception) -> bool:
     """True for an error that the user can mend."""
     if isinstance(error, OSError):
         return error.errno in _USERS_ERRNO
-    # of all ImportErrors only backbone.missing_backend names an extra to install
-    return isinstance(error, BlipError) or "pip install 'blip-ft[" in str(error)
+    return isinstance(error, BlipError)
 
 
 def _complain(message: str) -> None:
@@ -165,7 +164,7 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionRe
         return potential.backbone, potential.converted.report
     adapter, colon, checkpoint = spec.partition(":")
     if colon and not Path(spec).exists():
-        tree = {"name": "-", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
+        tree = {"name": "inspect", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
         for override in overrides:
             apply_override(tree, override)
         model = parse_recipe(tree).model

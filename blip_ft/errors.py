@@ -68,6 +68,10 @@ class GateError(BlipError):
     """A safety check failed: step 0 is not the pretrained model, or references do not fit."""
 
 
+class MissingBackendError(BlipError, ImportError):
+    """An adapter's package is not installed; the remedy names the extra to install."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Suggestion for a misspelt name: ``"did you mean 'x'?"`` or the list of valid names."""
     names = sorted(valid)

@@ -20,6 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from blip_ft import cli
+from blip_ft.backbone import missing_backend
 from blip_ft.checkpoint import load_model, save_model
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
 from blip_ft.errors import BlipError
@@ -153,9 +154,10 @@ def raising(error: BaseException) -> Callable[[Any], None]:
             "error: no [bold]way[/]\n  What to do: go [home]\n",
         ),
         (
-            ImportError("pip install 'blip-ft[mace]'.", name="mace"),
+            missing_backend("mace", "mace"),
             2,
-            "error: pip install 'blip-ft[mace]'.\n",
+            "pip install 'blip-ft[mace]'. It cannot share an environment with fairchem, sevennet, orb "
+            "(different e3nn).\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "No space left on device: '/x'\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'\n"),

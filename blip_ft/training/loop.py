@@ -80,6 +80,7 @@ def train(
         with warnings.catch_warnings():
             # few steps per epoch, few workers: right for data sets of this size
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
             # the log folder of the plain training lies inside that of the run
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
             trainer.fit(module, datamodule=data)
