@@ -164,7 +164,11 @@ def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionRe
         return potential.backbone, potential.converted.report
     adapter, colon, checkpoint = spec.partition(":")
     if colon and not Path(spec).exists():
-        tree = {"name": "inspect", "data": {"train": "-"}, "model": {"adapter": adapter, "checkpoint": checkpoint}}
+        tree = {
+            "name": "inspect",
+            "data": {"train": "-"},
+            "model": {"adapter": adapter, "checkpoint": checkpoint},
+        }
         for override in overrides:
             apply_override(tree, override)
         model = parse_recipe(tree).model

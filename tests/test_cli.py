@@ -156,8 +156,7 @@ def raising(error: BaseException) -> Callable[[Any], None]:
         (
             missing_backend("mace", "mace"),
             2,
-            "pip install 'blip-ft[mace]'. It cannot share an environment with fairchem, sevennet, orb "
-            "(different e3nn).\n",
+            "with fairchem, sevennet, orb (different e3nn).\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "No space left on device: '/x'\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'\n"),
