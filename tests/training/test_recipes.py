@@ -25,7 +25,7 @@ SMALL = [
     "data.train=sio2_polymorphs@train",
     "data.validation=sio2_polymorphs@validation",
     "data.calibration=sio2_polymorphs@calibration",
-    "data.test={seen: sio2_polymorphs@test, stishovite: sio2_polymorphs@stishovite}",
+    "data.test={seen: sio2_polymorphs@test, tridymite: sio2_polymorphs@tridymite}",
     "posterior.rank=6",
     "posterior.projections=1",
     "posterior.context=0.1",
@@ -42,7 +42,7 @@ def run(recipe: str, folder: Path) -> None:
     assert main(["fit", recipe, *overrides]) == 0
     metrics = json.loads((folder / "small/metrics.json").read_text())
     for model in MODELS:
-        for group in ("seen", "unseen", "all", "stishovite"):
+        for group in ("seen", "unseen", "all", "tridymite"):
             for key in KEYS:
                 assert math.isfinite(metrics[model][group][key]), (model, group, key)
     # two epochs of two batches are enough to learn something
