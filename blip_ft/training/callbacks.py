@@ -75,36 +75,6 @@ class FitPosterior(Callback):
             self._fit()
 
 
-class AverageMean(Callback):
-    """Running average of the mean's parameters over the steps from one epoch on.
-
-    Iterates of a training with noise wander around the posterior mean; their average lies closer to
-    it (Polyak and Juditsky, SIAM J. Control Optim. 30, 838, 1992).
-
-    Args:
-        epoch: first epoch that counts.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self._epoch, self._count = epoch, 0
-        self.average: list[Tensor] = []
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Take the step's parameters in."""
-        del args, kwargs
-        if trainer.current_epoch < self._epoch:
-            return
-        assert isinstance(pl_module, FineTuneModule)
-        now = [p.detach() for p in pl_module.potential.mean_parameters]
-        self._count += 1
-        if not self.average:
-            self.average = [p.clone() for p in now]
-        for mean, value in zip(self.average, now, strict=True):
-            mean.add_((value - mean) / self._count)
-
-
 class History(Callback):
     """One row per epoch, for the report: means of the training losses, held-out scores.
 

@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
-from torch import Tensor
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.callbacks import AverageMean, FitPosterior, History, KeepBest, SetEpoch
+from blip_ft.training.callbacks import FitPosterior, History, KeepBest, SetEpoch
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.subspace import SubspaceFitter
-from blip_ft.uncertainty.predict import predict_set
 
 DEFAULT_EPOCHS = 24
 
@@ -68,12 +65,11 @@ def train(
     terminal = console.is_terminal
     best, history = KeepBest(), History(None if terminal else console.print)
     callbacks: list[Callback] = [SetEpoch(), best, history]
-    fitter, averaged = None, None
+    fitter = None
     if not plain and recipe.posterior.family == "subspace":
         fitter = SubspaceFitter(recipe, potential, sets, console)
         start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
-        averaged = AverageMean(start)
-        callbacks += [FitPosterior(fitter.fit, start), averaged]
+        callbacks.append(FitPosterior(fitter.fit, start))
     trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
     steps = len(data.sampler(trainer.world_size))
@@ -94,34 +90,9 @@ def train(
         ) from error
     best.restore(module)
     console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
-    if fitter is not None and averaged is not None:
-        keep_better_mean(potential, averaged.average, sets["validation"], console)
+    if fitter is not None:
         fitter.fit(final=True)
     return history.rows
-
-
-def keep_better_mean(
-    potential: BayesianPotential, average: list[Tensor], validation: FrameDataset, console: Console
-) -> None:
-    """Take the averaged mean if its force error on the validation frames is smaller."""
-
-    def score() -> float:
-        prediction = predict_set(potential, validation, "validation", n_draws=0, stress=False)
-        return 1e3 * float(np.nanmean(np.abs(prediction.forces_error)))
-
-    if not average:
-        return
-    best, now = score(), [p.detach().clone() for p in potential.mean_parameters]
-    for parameter, value in zip(potential.mean_parameters, average, strict=True):
-        parameter.data.copy_(value)
-    averaged = score()
-    if not averaged < best:
-        for parameter, value in zip(potential.mean_parameters, now, strict=True):
-            parameter.data.copy_(value)
-    console.print(
-        f"force MAE on the validation frames: best epoch {best:.2f}, average over steps {averaged:.2f} meV/Å: "
-        f"{'average' if averaged < best else 'best epoch'} taken"
-    )
 
 
 def make_trainer(
