@@ -33,6 +33,7 @@ from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_s
 from blip_ft.data.checks import Finding
 from blip_ft.data.references import References, fit_references
 from blip_ft.errors import BlipError, RecipeError
+from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
@@ -283,7 +284,8 @@ def write_run(
         "metrics.json": json.dumps(metrics, indent=1),
     }
     for name, text in files.items():
-        write_text(folder / name, text)
+        with whole_file(folder / name) as file:
+            file.write(text)
     (folder / "predictions").mkdir(exist_ok=True)
     for model, result in results.items():
         for name, prediction in result.predictions.items():
@@ -306,10 +308,3 @@ def write_run(
     Console().print(demo_table(metrics))
     console.print(f"report: {folder / 'report.html'}   model: {folder / 'model'}")
     return metrics
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whose name appears only when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -125,8 +125,8 @@ class SubspaceFitter:
         for index, batch, values, rows in self._gradients([*items, *self.context]):
             labelled = bool(batch.labels)
             moved = self._change(batch) if labelled else []
-            for k, (value, gradient) in enumerate(zip(values, rows, strict=True)):
-                label, noise = self._label(batch, k)
+            outputs = zip(values, rows, self._labels(batch), strict=True)
+            for k, (value, gradient, (label, noise)) in enumerate(outputs):
                 gradients.append(gradient / noise[:, None])
                 # label minus the model linearised at its mean, moved back to the pretrained weights
                 target = (label - value + moved[k]) / noise if labelled else torch.full_like(noise, torch.nan)
@@ -164,17 +164,17 @@ class SubspaceFitter:
             for direction in self._signs(batch)
         ]
 
-    def _label(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """Label (B,) of output k (0: energy; then projected forces) and its noise (B,)."""
+    def _labels(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Label (B,) and its noise (B,) of every output: the energy, then the projected forces."""
         objective, n = self.recipe.objective, batch.n_structures
         nan = torch.full((n,), torch.nan, dtype=torch.float64)
-        if k == 0:
-            label = batch.labels.get("energy", nan) - self.potential.reference_energy(batch)
-            return label, objective.energy_std * batch.n_atoms.double()
+        energy = batch.labels.get("energy", nan) - self.potential.reference_energy(batch)
         noise = torch.full((n,), objective.forces_std, dtype=torch.float64)
-        if "forces" not in batch.labels:
-            return nan, noise
-        return self._project_forces(batch, batch.labels["forces"])[k - 1], noise
+        if "forces" in batch.labels:
+            forces = self._project_forces(batch, batch.labels["forces"])
+        else:
+            forces = [nan] * self.projections
+        return [(energy, objective.energy_std * batch.n_atoms.double()), *((f, noise) for f in forces)]
 
     def _signs(self, batch: Batch) -> list[Tensor]:
         return random_signs(batch, self.projections, self.recipe.seed)
@@ -213,8 +213,8 @@ class SubspaceFitter:
     ) -> Iterator[tuple[Batch, int, Any, Any]]:
         """(batch, output k, label minus output over noise (B,), gradients over noise V^T (B, r))."""
         for _, batch, values, rows in self._gradients(items, draw=draw):
-            for k, (value, gradient) in enumerate(zip(values, rows, strict=True)):
-                label, noise = self._label(batch, k)
+            outputs = zip(values, rows, self._labels(batch), strict=True)
+            for k, (value, gradient, (label, noise)) in enumerate(outputs):
                 projected = (gradient @ self.posterior.directions.T).double() / noise[:, None]
                 yield batch, k, ((label - value) / noise).numpy(), projected.cpu().numpy()
 
