@@ -256,7 +256,9 @@ class SubspaceFitter:
         by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma.
         """
         trial = 0.5
-        batch = self._batch(self.context or [self.sets["validation"][i] for i in range(BATCH)])
+        validation = self.sets["validation"]
+        frames = self.context or [validation[i] for i in range(min(BATCH, len(validation)))]
+        batch = self._batch(frames)
         mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
         self.potential.amplitude = trial
         moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
