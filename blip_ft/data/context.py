@@ -49,6 +49,8 @@ def perturbed(atoms: Atoms, rng: np.random.Generator) -> Atoms:
 
 def make_context(frames: Sequence[Atoms], count: int, seed: int) -> list[Atoms]:
     """``count`` perturbed copies of frames drawn without replacement as far as they reach."""
+    if count == 0:
+        return []
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(frames)) for _ in range(-(-count // len(frames)))])
     return [perturbed(frames[int(i)], rng) for i in order[:count]]
