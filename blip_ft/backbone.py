@@ -26,13 +26,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from ase import Atoms
 from torch import Tensor, nn
 
 from blip_ft.errors import BlipError, DataError, MissingBackendError, nearest
+
+if TYPE_CHECKING:
+    from blip_ft.variational.layers import VariationalLayer
 
 ENTRY_POINT_GROUP = "blip_ft.adapters"
 
@@ -118,6 +121,11 @@ class Backbone(nn.Module, ABC):
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": (".*",), "scalar": (".*",)}
     #: regular expressions on module names that must stay as they are: ``{pattern: reason}``
     keep: ClassVar[Mapping[str, str]] = {}
+    #: whether forces and stress are exact derivatives of the energy; a model that predicts them by
+    #: layers of their own ("direct") says ``False``
+    conservative: bool = True
+    #: whether the model predicts a stress at all; without one ``Prediction.stress`` is ``None``
+    has_stress: bool = True
 
     model: nn.Module
     #: radius of the neighbour list, Å
@@ -176,6 +184,20 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def row_kind(self, module_name: str) -> str:
         """Which of ``Batch.rows`` a linear module's input rows are: ``atom``, ``edge``, ..."""
+
+    def layer_type(self, name: str, module: nn.Module) -> type[VariationalLayer] | str:
+        """The variational form of one of the vendor's modules, or the reason why there is none.
+
+        Overridden where a vendor has linear layers of its own, or where a plain linear layer sees more
+        than scalars.
+
+        Args:
+            name: the module's name inside ``model``.
+            module: the module; has parameters of its own.
+        """
+        from blip_ft.variational.layers import layer_type
+
+        return layer_type(module)
 
     @abstractmethod
     def stock_calculator(self) -> Any:

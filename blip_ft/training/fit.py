@@ -133,6 +133,12 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     options = recipe.model
     splits = load_splits(recipe.data)
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
+    if recipe.objective.use_stress and not backbone.has_stress:
+        raise RecipeError(
+            f"'{options.checkpoint}' predicts no stress, so it cannot be trained on stress labels",
+            field="objective.use_stress",
+            remedy="objective.use_stress=false, or a model whose forces and stress come from its energy",
+        )
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone)

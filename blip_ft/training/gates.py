@@ -50,7 +50,7 @@ def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str,
             "forces": copy.get_forces(),
             "stress": None,
         }
-        if copy.pbc.all():
+        if copy.pbc.all() and "stress" in calculator.implemented_properties:
             item["stress"] = copy.get_stress()
         out.append(item)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, matches
 from blip_ft.errors import ConversionError, nearest
-from blip_ft.variational.layers import VariationalLayer, layer_type
+from blip_ft.variational.layers import VariationalLayer
 from blip_ft.variational.noise import NoiseState
 from blip_ft.variational.sites import Site
 
@@ -137,20 +138,27 @@ def plan(
         if not own:
             continue
         reason = _reason(name, module, backbone, owners)
-        weight = getattr(module, "weight", None)
-        twin = isinstance(weight, nn.Parameter) and id(weight) in seen
+        kind = backbone.layer_type(name, module)
+        weight = module._parameters.get("weight") if isinstance(kind, str) else kind.parameter(module)
+        twin = weight is not None and id(weight) in seen
         seen.update(id(p) for p in own)
         converted = not reason
         # a tied weight goes by all of its names: what holds for one place holds for the others
         names = [n for n, _ in owners[id(weight)]] if converted else [name]
+        shape = tuple(own[0].shape)
+        size = sum(p.numel() for p in own)
+        if converted:
+            assert not isinstance(kind, str)
+            shape = kind.shape(module)
+            size = math.prod(shape)
         convertible.update(names if converted else [])
         is_trained = any(matches(trained, n) for n in names)
         rows.append(
             Row(
                 name=name,
                 type=type(module).__name__,
-                shape=tuple(own[0].shape),
-                n_weights=0 if twin else (own[0].numel() if converted else sum(p.numel() for p in own)),
+                shape=shape,
+                n_weights=0 if twin else size,
                 action="converted" if converted else "left",
                 trained=is_trained if converted else rest and not matches(list(backbone.keep), name),
                 noisy=converted and any(matches(noisy, n) for n in names),
@@ -175,13 +183,14 @@ def _reason(
     for pattern, why in backbone.keep.items():
         if matches([pattern], name):
             return why
-    kind = layer_type(module)
+    kind = backbone.layer_type(name, module)
     if isinstance(kind, str):
         return kind
-    if id(module.weight) not in owners:
+    weight = kind.parameter(module)
+    if id(weight) not in owners:
         return "its weight is computed from other parameters"
-    for other, holder in owners[id(module.weight)]:
-        if matches(list(backbone.keep), other) or isinstance(layer_type(holder), str):
+    for other, holder in owners[id(weight)]:
+        if matches(list(backbone.keep), other) or isinstance(backbone.layer_type(other, holder), str):
             return f"its weight is shared with {other}, which stays as it is"
     return ""
 
@@ -216,13 +225,13 @@ def convert(
         if row.action != "converted":
             continue
         module = model.get_submodule(row.name)
-        kind = layer_type(module)
+        kind = backbone.layer_type(row.name, module)
         assert not isinstance(kind, str)
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        weight = kind.parameter(module)
         first = by_weight.setdefault(id(weight), row.name)
         if first == row.name:
-            sites[first] = Site(first, tuple(weight.shape), kind.blocks(module))
-            delta = nn.Parameter(torch.zeros_like(weight), requires_grad=row.trained)
+            sites[first] = Site(first, kind.shape(module), kind.blocks(module))
+            delta = nn.Parameter(weight.new_zeros(kind.shape(module)), requires_grad=row.trained)
         else:
             delta = layers[first].delta
         layer = kind(module, sites[first], delta, state, backbone.row_kind(row.name))
@@ -232,7 +241,7 @@ def convert(
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
     others: dict[str, nn.Parameter] = {}
     if _patterns(train, backbone)[1]:
-        weights = {id(layer.pretrained) for layer in layers.values()} | {id(x.delta) for x in layers.values()}
+        weights = {id(p) for x in layers.values() for p in (x.parameter(x.base), x.delta)}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
                 parameter.requires_grad_(True)

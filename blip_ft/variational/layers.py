@@ -12,6 +12,7 @@ bit for bit, and noise is added as a separate term, so that a zero perturbation 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -27,7 +28,7 @@ class VariationalLayer(nn.Module, ABC):
     """Common part of all converted layers.
 
     Args:
-        base: the vendor's module; its ``weight`` is frozen and stays the prior's centre.
+        base: the vendor's module; its weight is frozen and stays the prior's centre.
         site: description of the weight.
         delta: the mean's difference from the pretrained weight; shared between tied layers.
         noise: shared noise state of the model.
@@ -42,9 +43,20 @@ class VariationalLayer(nn.Module, ABC):
         self.delta = delta
         self.site, self.rows = site, rows
         self.noise = noise
-        base.weight.requires_grad_(False)  # type: ignore[union-attr]
+        self.parameter(base).requires_grad_(False)
 
     # ---- for convert ---------------------------------------------------------------------
+    @staticmethod
+    def parameter(base: Any) -> nn.Parameter:
+        """The vendor's parameter by which layers that share a weight are known."""
+        weight: nn.Parameter = base.weight
+        return weight
+
+    @classmethod
+    def shape(cls, base: Any) -> tuple[int, ...]:
+        """Shape of the weight that is varied, and of its delta."""
+        return tuple(cls.parameter(base).shape)
+
     @staticmethod
     @abstractmethod
     def blocks(base: Any) -> tuple[Block, ...]:
@@ -73,7 +85,7 @@ class VariationalLayer(nn.Module, ABC):
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, in) -> (rows, out)."""
+        """(rows, ..., in) -> (rows, ..., out)."""
         out = self.mean(x, self.weight)
         name = self.site.name
         if self.noise.mode == "structure" and name in self.noise.weights:
@@ -82,7 +94,8 @@ class VariationalLayer(nn.Module, ABC):
         elif self.noise.mode == "local" and name in self.noise.variances:
             assert self.noise.row_normal is not None
             variance = self.row_variance(x, self.noise.variances[name])
-            eps = self.noise.row_normal(name, self._layout(x), variance.shape[1], variance)
+            width = math.prod(variance.shape[1:])
+            eps = self.noise.row_normal(name, self._layout(x), width, variance).reshape(variance.shape)
             # where: exactly nothing at zero variance, and a finite gradient of the root there
             positive = variance > 0
             out = out + torch.where(positive, variance, 1.0).sqrt() * positive * eps

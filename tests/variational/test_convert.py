@@ -12,6 +12,7 @@ from blip_ft.errors import ConversionError
 from blip_ft.fake import FakeBackbone
 from blip_ft.variational import convert, plan, unload
 from blip_ft.variational.layers import VariationalLayer, VariationalLinear
+from blip_ft.variational.sites import Block
 
 NAMES = ["embedding", "radial.0", "radial.2", "update", "readout.0", "readout.2"]
 
@@ -334,3 +335,74 @@ class TestFrozen:
 
     def test_no_rest_by_default(self):
         assert convert(FakeBackbone()).rest == {}
+
+
+class Scaled(nn.Module):
+    """A vendor's own layer: its parameter has another name and another shape than the weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.halves = nn.Parameter(0.1 * torch.randn(2, width, width, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.halves.sum(dim=0).T
+
+
+class VariationalScaled(VariationalLinear):
+    """Varies the sum of the halves, which stay."""
+
+    @staticmethod
+    def parameter(base):
+        return base.halves
+
+    @classmethod
+    def shape(cls, base):
+        return tuple(base.halves.shape[1:])
+
+    @staticmethod
+    def blocks(base):
+        return (Block(0, tuple(base.halves.shape[1:]), output_axis=0),)
+
+    @property
+    def pretrained(self):
+        return self.base.halves.sum(dim=0)
+
+    def mean(self, x, weight):
+        return x @ weight.T
+
+
+class OwnLayers(FakeBackbone):
+    """An adapter that brings a variational form for its vendor's layer, and refuses another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model.update = self.model.update_again = Scaled(8)
+
+    def layer_type(self, name, module):
+        if isinstance(module, Scaled):
+            return VariationalScaled
+        return "too important" if name == "embedding" else super().layer_type(name, module)
+
+
+def test_an_adapter_says_what_its_layers_become():
+    backbone = OwnLayers()
+    before, state = evaluate(backbone), copy.deepcopy(backbone.state_dict())
+    c = convert(backbone, train="rest")
+    rows = {r["name"]: r for r in c.report.rows}
+    assert (rows["update"]["action"], rows["update"]["shape"], rows["update"]["n_weights"]) == (
+        "converted",
+        [8, 8],
+        64,
+    )
+    assert (rows["embedding"]["action"], rows["embedding"]["reason"]) == ("left", "too important")
+    assert c.sites["update"].shape == c.deltas["update"].shape == (8, 8)
+    # the vendor's parameter is frozen, also where everything else is trained
+    assert not any("halves" in name for name in c.rest)
+    assert not backbone.model.update.base.halves.requires_grad
+    for one, two in zip(evaluate(backbone), before, strict=True):
+        assert (one - two).abs().max() < 1e-12
+    random_deltas(c)
+    assert (evaluate(backbone)[0] - before[0]).abs().min() > 1e-4
+    unload(backbone, merge=False)
+    assert all(torch.equal(p, q) for p, q in zip(backbone.state_dict().values(), state.values(), strict=True))
