@@ -26,6 +26,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -126,6 +127,8 @@ class Backbone(nn.Module, ABC):
     conservative: bool = True
     #: whether the model predicts a stress at all; without one ``Prediction.stress`` is ``None``
     has_stress: bool = True
+    #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
+    native_suffix: ClassVar[str] = ""
 
     model: nn.Module
     #: radius of the neighbour list, Å
@@ -205,6 +208,43 @@ class Backbone(nn.Module, ABC):
 
         Call before conversion. Used by the step-0 gate only.
         """
+
+    # ---- export --------------------------------------------------------------------------
+    def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
+        """Write the model as a file that the vendor's own programs open without this package.
+
+        ``blip_ft.export`` calls it on a backbone whose vendor modules are all back in place
+        (``variational.unload``), in the precision it was trained in, with the weights of the mean or
+        of one draw. The file must hold vendor's classes and tensors only.
+
+        Args:
+            path: where to write; ends in :attr:`native_suffix`. It is a temporary name: no sibling
+                files, and no mention of the name inside.
+            shift: {atomic number: eV} to be added to the vendor's own energy of each atom of that
+                element (elements not named: 0), so that the vendor's total energy is that of the
+                trained potential. A model with several heads or tasks gets it in the one in use.
+                Leave ``self`` as it is: write a shifted copy.
+
+        Raises:
+            BlipError: the adapter cannot write files, or this model cannot hold the shift.
+        """
+        raise BlipError(
+            f"the {self.name} adapter cannot write its vendor's format",
+            remedy="use the model folder with blip_ft.load, or blip_ft's calculator",
+        )
+
+    def open_native(self, path: Path) -> Any:
+        """The vendor's own ASE calculator on a file from :meth:`write_native`.
+
+        The file is opened by the *vendor's* loader, so that what is compared with the trained
+        potential is what a user without this package gets. Head, task or modality are those of
+        ``self``. Computes in float64 where the vendor's program can be made to, since the comparison
+        is then limited by the rounding of the stored weights alone.
+
+        Args:
+            path: a file in the vendor's format.
+        """
+        raise BlipError(f"the {self.name} adapter cannot open its vendor's format")
 
     # ---- shared --------------------------------------------------------------------------
     def check(self, atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:

@@ -214,6 +214,34 @@ def recipe_summary(path: Path) -> tuple[str, str]:
     return f"{model['adapter']}:{model['checkpoint']}", " ".join(line[2:].strip() for line in words)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from blip_ft.checkpoint import find_model, load_model
+    from blip_ft.export import export_native
+
+    folder = Path(args.output) if args.output else find_model(args.model).parent / f"export-{args.to}"
+    potential = load_model(args.model)
+    done = export_native(
+        potential,
+        folder,
+        draws=args.draws,
+        amplitude=args.amplitude,
+        overwrite=args.overwrite,
+        progress=lambda name: print(
+            f"{name} written, read back by the vendor's loader, equal", file=sys.stderr
+        ),
+    )
+    table = _table("file", "eV/atom", "eV/Å", title=f"{folder}: largest differences from the trained model")
+    for item in done:
+        table.add_row(item.file, f"{item.energy_ev_per_atom:.1e}", f"{item.forces_ev_per_ang:.1e}")
+    _show(table)
+    width = potential.amplitude if args.amplitude is None else args.amplitude
+    if args.draws and width != 1:
+        print(
+            f"The draws have {width:.3g} of the posterior's width, where the model is linear in its weights: "
+            f"multiply the spread of their outputs by {1 / width:.3g} (export.json)."
+        )
+
+
 def _report(args: argparse.Namespace) -> None:
     from blip_ft.rewrite_report import rewrite_report
 
@@ -309,6 +337,23 @@ def _parser() -> argparse.ArgumentParser:
 
     command("recipes", _recipes, "list the shipped recipes")
 
+    export = command("export", _export, "write the mean and draws as files that the vendor's programs open")
+    _add_model(export)
+    export.add_argument(
+        "--to", choices=("native",), default="native", help="the vendor's own format (native)"
+    )
+    export.add_argument(
+        "--draws", type=_draws, default=0, metavar="K", help="also K posterior draws, at least 2 (0)"
+    )
+    export.add_argument(
+        "--amplitude",
+        type=_amplitude,
+        metavar="A",
+        help="width of the draws, 1 for the posterior's own (by default the width that predict draws at)",
+    )
+    export.add_argument("-o", "--output", metavar="DIR", help="new folder (RUN/export-native)")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+
     report = command("report", _report, "write the report of a run again")
     report.add_argument("run_folder", metavar="RUN", help="a run's folder")
     return parser
@@ -348,6 +393,22 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1, not '{text}'")
     return int(text)
+
+
+def _draws(text: str) -> int:
+    if not text.isdecimal() or int(text) == 1:
+        raise argparse.ArgumentTypeError(f"0, or at least 2 since one draw has no spread, not '{text}'")
+    return int(text)
+
+
+def _amplitude(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1, not '{text}'")
+    return value
 
 
 class _Version(argparse.Action):

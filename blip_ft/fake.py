@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,6 +108,7 @@ class FakeBackbone(ConservativeBackbone):
         "readout": (r"readout\.\d+",),
         "radial": (r"radial\.\d+",),
     }
+    native_suffix: ClassVar[str] = ".pt"
 
     def __init__(self, size: str = "tiny", seed: int = 0) -> None:
         super().__init__()
@@ -196,6 +198,21 @@ class FakeBackbone(ConservativeBackbone):
     def stock_calculator(self) -> Calculator:
         """A calculator around a copy, one structure at a time."""
         return _FakeCalculator(copy.deepcopy(self))
+
+    # ---- export --------------------------------------------------------------------------
+    def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
+        """Size and state dict, by ``torch.save``."""
+        state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        for number, energy in shift.items():
+            state["model.references"][_ELEMENTS.index(number)] += energy
+        torch.save({"size": self.size, "state": state}, path)
+
+    def open_native(self, path: Path) -> Calculator:
+        """A calculator on what the file holds, in float64."""
+        content = torch.load(path, weights_only=True)
+        twin = FakeBackbone(content["size"])
+        twin.load_state_dict(content["state"])
+        return _FakeCalculator(twin.double())
 
 
 class _FakeCalculator(Calculator):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -249,21 +249,21 @@ def convert(
     return Converted(sites, layers, noisy, others, state, report)
 
 
-def unload(backbone: Backbone, *, merge: bool) -> None:
+def unload(backbone: Backbone, *, merge: bool, perturbation: Mapping[str, Tensor] | None = None) -> None:
     """Put the vendor's modules back in place.
 
     Args:
         backbone: a converted backbone.
         merge: write the trained mean into the weights; ``False`` restores the pretrained ones,
             bit for bit.
+        perturbation: with ``merge``, what a draw adds to the mean, {site: (*shape)}.
     """
     if merge:
         done: set[int] = set()
         for layer in [m for m in backbone.model.modules() if isinstance(m, VariationalLayer)]:
-            if id(layer.pretrained) not in done:
-                done.add(id(layer.pretrained))
-                with torch.no_grad():
-                    layer.pretrained.add_(layer.delta)
+            if id(layer.delta) not in done:  # shared by layers with one weight
+                done.add(id(layer.delta))
+                layer.merge((perturbation or {}).get(layer.site.name))
     _swap(backbone.model, lambda m: m.base if isinstance(m, VariationalLayer) else None)
 
 

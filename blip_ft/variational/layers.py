@@ -101,6 +101,11 @@ class VariationalLayer(nn.Module, ABC):
             out = out + torch.where(positive, variance, 1.0).sqrt() * positive * eps
         return self.activate(out)
 
+    def merge(self, perturbation: Tensor | None = None) -> None:
+        """Write the mean, and a draw's perturbation (*shape), into the vendor's weight."""
+        with torch.no_grad():
+            self.pretrained.add_(self.delta if perturbation is None else self.delta + perturbation)
+
     def _layout(self, x: Tensor) -> Rows:
         rows = self.noise.rows[self.rows]
         if x.shape[0] != len(rows.index):
