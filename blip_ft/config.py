@@ -19,14 +19,41 @@ from blip_ft.errors import RecipeError, nearest
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-#: a source: path, glob, ``path@selector``, hub id, name of an embedded set, or a list of these
-Source = str | list[str]
 
 
 class Strict(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked when they are set."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+Quantity = Literal["energy", "length", "forces", "stress", "virial"]
+StressOrder = Literal["ase", "vasp"]
+
+
+class SourceConfig(Strict):
+    """A source with options of its own: in place of a path, anywhere in ``data``."""
+
+    path: str
+    """file, folder, glob, hub id or embedded set, with ``@selector`` if wanted"""
+    config: str | None = None
+    """hub: configuration (subset) of the set"""
+    revision: str | None = None
+    """hub: branch, tag or commit; give a commit for a run that can be repeated"""
+    stream: bool = False
+    """hub: read over the network row by row instead of downloading the files first"""
+    split: str | None = None
+    """name of a split, as ``@split``"""
+    fields: dict[str, str] | None = None
+    """in place of ``data.fields``"""
+    units: dict[Quantity, str] | None = None
+    """in place of ``data.units``"""
+    stress_order: StressOrder | None = None
+    """in place of ``data.stress_order``"""
+
+
+#: a source: path, glob, ``path@selector``, hub id, name of an embedded set, options, or a list of these
+Source = str | SourceConfig | list[str | SourceConfig]
 
 
 class SplitConfig(Strict):
@@ -60,9 +87,14 @@ class DataConfig(Strict):
     split: SplitConfig = SplitConfig()
     fields: dict[str, str] = {}
     """names of the labels in the source, where they are not found by themselves:
-    ``{energy: my_energy, forces: my_forces, stress: my_stress, group: run}``"""
-    units: dict[Literal["energy", "length", "forces", "stress"], str] = {}
-    """units of the source where they are not eV, Å, eV/Å, eV/Å^3 (names of ``ase.units``)"""
+    ``{energy: my_energy, forces: my_forces, stress: my_stress, group: run}``; also ``virial``,
+    ``energy_per_atom``, ``weight``, ``atom_weight``, ``split``, and for tables ``numbers``,
+    ``positions``, ``cell``, ``pbc``"""
+    units: dict[Quantity, str] = {}
+    """units of the source where they are not eV, Å, eV/Å, eV/Å^3 (names of ``ase.units``); a factor
+    of -1 turns the sign"""
+    stress_order: StressOrder = "ase"
+    """order of six stress components: ``ase`` (xx yy zz yz xz xy) or ``vasp`` (xx yy zz xy yz zx)"""
     references: Literal["shift", "keep"] = "shift"
     """``shift``: add the minimum-norm energy per element that fits the training residual"""
     batch_size: Annotated[int, Field(ge=1)] = 4

@@ -67,7 +67,10 @@ def main() -> int:
 def page() -> str:
     """The whole page as Markdown."""
     schema = Recipe.model_json_schema()
-    return HEAD + shipped_table() + section(schema, schema["$defs"], prefix="") + TAIL
+    definitions = schema["$defs"]
+    source = section(definitions["SourceConfig"], definitions, prefix="data.train.")
+    source += "\nThe type *source* is a path (text), this mapping, or a list of both: see [data](data.md).\n"
+    return HEAD + shipped_table() + section(schema, definitions, prefix="") + source + TAIL
 
 
 def shipped_table() -> str:
@@ -109,6 +112,10 @@ def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str) -> s
 def type_text(field: dict[str, Any]) -> str:
     """The type of a key in words: ``number > 0``, ``one of a, b``, ``text or list of text``."""
     if "anyOf" in field:
+        options = field["anyOf"]
+        if any(is_source(option) for option in options):
+            rest = [o for o in options if not is_source(o) and o.get("type") not in ("string", "array")]
+            return " or ".join(["source", *(type_text(option) for option in rest)])
         return " or ".join(type_text(option) for option in field["anyOf"])
     if "enum" in field:
         return "one of " + ", ".join(f"`{value}`" for value in field["enum"])
@@ -124,6 +131,11 @@ def type_text(field: dict[str, Any]) -> str:
             words = {"string": "text", "integer": "whole number", "boolean": "true or false", "null": "null"}
             limits = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
             return " ".join([words.get(str(kind), str(kind or "anything")), ", ".join(limits)]).strip()
+
+
+def is_source(option: dict[str, Any]) -> bool:
+    """The mapping that may stand for a path."""
+    return str(option.get("$ref", "")).endswith("/SourceConfig")
 
 
 def one_line(text: str) -> str:

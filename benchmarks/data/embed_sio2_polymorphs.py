@@ -21,6 +21,8 @@ from blip_ft.data.sources import load_source
 
 SHA256 = "a3fc80029e89a32b004bc5042f53ec5ee0ca57585f76664449b88d1b20208a58"
 EXTRA = {"phase": pa.string(), "temperature_K": pa.int64(), "trajectory": pa.string(), "step": pa.int64()}
+#: columns that say nothing about this set
+LEFT_OUT = ["weight", "atom_weight", "mapping"]
 
 
 def main() -> None:
@@ -31,13 +33,13 @@ def main() -> None:
     found = hashlib.sha256(gzip.decompress(args.source.read_bytes())).hexdigest()
     if found != SHA256:
         parser.error(f"{args.source} has SHA-256 {found}, expected {SHA256}")
-    table = load_source(str(args.source)).with_format("arrow")[:]
+    table = load_source(str(args.source)).remove_columns(LEFT_OUT).with_format("arrow")[:]
     names = table.column_names
     table = table.set_column(names.index("source"), "source", pa.array(["sio2_polymorphs"] * len(table)))
     infos = [atoms.info for atoms in ase.io.read(args.source, ":")]
     for name, kind in EXTRA.items():
         table = table.append_column(name, pa.array([info[name] for info in infos], kind))
-    assert table.column_names == [*FEATURES, *EXTRA]
+    assert table.column_names == [*(name for name in FEATURES if name not in LEFT_OUT), *EXTRA]
     # Without the Hugging Face metadata, which names a type of the library's present version.
     pq.write_table(table.replace_schema_metadata(None), args.output, compression="zstd", compression_level=19)
     print(f"{args.output}: {len(table)} frames, {args.output.stat().st_size / 1e3:.0f} kB")

@@ -18,7 +18,7 @@ import datasets
 import huggingface_hub
 from datasets.exceptions import DatasetGenerationError
 
-from blip_ft.errors import BlipError, DataError
+from blip_ft.errors import BlipError, DataError, first_line
 
 
 @contextmanager
@@ -61,6 +61,33 @@ def cached_dataset(
         raise
     except OSError as error:
         raise _unwritable(error) from error
+
+
+def load_hub(
+    name: str, *, config: str | None = None, revision: str | None = None, stream: bool = False
+) -> Any:
+    """The hub's data set as it is.
+
+    Args:
+        name: ``organisation/name``.
+        config: configuration (subset).
+        revision: branch, tag or commit.
+        stream: an ``IterableDataset`` that reads over the network.
+
+    Raises:
+        DataError: no network, no such set, configuration or revision, or no access.
+    """
+    options: dict[str, Any] = {"name": config, "revision": revision, "streaming": stream or None}
+    try:
+        with quiet():
+            return datasets.load_dataset(name, **{k: v for k, v in options.items() if v is not None})
+    except Exception as error:
+        raise DataError(
+            f"neither a file or folder here nor a data set that the hub gives: {first_line(error)}",
+            file=name,
+            remedy="check the name, config and revision; for a hub id connect to the network once (later "
+            "runs use the cache), or download the set and give its folder",
+        ) from error
 
 
 def _unwritable(error: OSError) -> DataError:

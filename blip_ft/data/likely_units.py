@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from blip_ft.data.units import conversion
 
 #: a slope this close to a unit's factor is explained by it
 TOLERANCE = 0.2
+
+#: frames and rms shear of the model, eV/Å^3, that an order of components can be told from
+_ORDER_FRAMES, _ORDER_SHEAR = 4, 1e-4
 
 #: units that labels come in, as ``data.units`` takes them; all differ from eV and Å by more than two
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -99,7 +103,7 @@ def likely_unit(quantity: str, compared: Comparison) -> Suspicion | None:
     if unit and virial:
         # In one cell both explain the same slope; over several, the better correlation decides.
         return virial if abs(virial.correlation) > abs(unit.correlation) + 1e-4 else unit
-    return unit or virial or _sign(quantity, compared)
+    return unit or virial or _sign(quantity, compared) or (_order(compared) if quantity == "stress" else None)
 
 
 def _unit(quantity: str, compared: Comparison) -> Suspicion | None:
@@ -151,7 +155,8 @@ def _virial(compared: Comparison) -> Suspicion | None:
         return None
     return Suspicion(
         f"virials in eV ({'-' if value < 0 else ''}stress times volume), not stresses in eV/Å^3",
-        "divide by the volume of the cell; the sign is that of ASE (positive = tensile)",
+        "name them as such, data.fields: {virial: NAME}"
+        + (", and turn their sign, data.units: {virial: -1 * eV}" if value > 0 else ""),
         cosine(compared.label, compared.virial),
     )
 
@@ -166,6 +171,26 @@ def _sign(quantity: str, compared: Comparison) -> Suspicion | None:
         compared.correlation,
         sign_only=True,
     )
+
+
+def _order(compared: Comparison) -> Suspicion | None:
+    """Shear components in another order than yz xz xy: by how each of the six regresses on the model's."""
+    if compared.label.size % 6 or compared.label.size < 6 * _ORDER_FRAMES:
+        return None
+    label, model = compared.label.reshape(-1, 6)[:, 3:], compared.model.reshape(-1, 6)[:, 3:]
+    if float(np.sqrt(np.mean(model**2))) < _ORDER_SHEAR:
+        return None
+    scores = {p: cosine(label[:, p].ravel(), model.ravel()) for p in permutations(range(3))}
+    best = max(scores, key=lambda p: scores[p])
+    if best == (0, 1, 2) or scores[0, 1, 2] > 0.5 or scores[best] < 0.8:
+        return None
+    if best == (1, 2, 0):
+        text, remedy = "stresses in VASP's order xx yy zz xy yz zx", "set data.stress_order: vasp"
+    else:
+        order = " ".join(("yz", "xz", "xy")[best.index(i)] for i in range(3))
+        text = f"stresses with their shear components in the order {order}"
+        remedy = "give the stress as 3 x 3 numbers, or in the order xx yy zz yz xz xy"
+    return Suspicion(text, remedy, scores[best])
 
 
 _OURS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}

@@ -1,25 +1,29 @@
 """The written schema of a frame, and how labels are found in what people have.
 
-========== ============== ========= ===================================================
-column     shape          unit      meaning
-========== ============== ========= ===================================================
-numbers    (n,)                     atomic numbers
-positions  (n, 3)         Å
-cell       (3, 3)         Å         rows are the lattice vectors; zeros without a cell
-pbc        (3,)                     periodic along each lattice vector
-energy     ()             eV        total energy, or None
-forces     (n, 3)         eV/Å      or None
-stress     (6,)           eV/Å^3    ASE sign (positive = tensile) and Voigt order
-                                    xx yy zz yz xz xy, or None
-group      text                     trajectory, phase, ... the frame belongs to, or ""
-split      text                     split the source itself names, or ""
-source     text                     file or set, as the user wrote it
-frame      ()                       number of the frame in that file, from 0
-========== ============== ========= ===================================================
+=========== ============== ========= ==================================================
+column      shape          unit      meaning
+=========== ============== ========= ==================================================
+numbers     (n,)                     atomic numbers
+positions   (n, 3)         Å
+cell        (3, 3)         Å         rows are the lattice vectors; zeros without a cell
+pbc         (3,)                     periodic along each lattice vector
+energy      ()             eV        total energy, or None
+forces      (n, 3)         eV/Å      or None
+stress      (6,)           eV/Å^3    ASE sign (positive = tensile) and Voigt order
+                                     xx yy zz yz xz xy, or None
+weight      ()                       factor of the frame's log likelihood
+atom_weight (n,)                     factor of each atom's force terms, or None
+group       text                     trajectory, phase, ... it belongs to, or ""
+split       text                     split the source itself names, or ""
+source      text                     file or set, as the user wrote it
+frame       ()                       number of the frame in that file, from 0
+mapping     text                     layout, and the name each label was found under
+=========== ============== ========= ==================================================
 
 A label is looked for under the names of :data:`LABELS`, or under the one name that ``fields``
 gives. Two names with different values in one frame, or different names in different frames, are
-refused: nobody should train on a guess.
+refused: nobody should train on a guess. Virials are turned into stresses, stress = -virial / volume
+(the sign of MACE, GAP and ASE's ``virial``).
 """
 
 from __future__ import annotations
@@ -29,14 +33,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ase.data import atomic_numbers, chemical_symbols
 from datasets import Features, Sequence, Value
 from numpy.typing import NDArray
 
+from blip_ft.data.frames import (
+    RawFrame,
+    check_geometry,
+    number,
+    numeric,
+    shape_error,
+    stress,
+    to_numbers,
+    vectors,
+    voigt,
+)
+from blip_ft.data.layouts import STRUCTURE
+from blip_ft.data.units import conversion
 from blip_ft.errors import DataError, nearest
 
+__all__ = ["FEATURES", "Mapper", "RawFrame", "canonical_split", "to_numbers", "voigt"]
+
 #: part of the cache key: raise it when a source must be read anew
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _VECTORS = Sequence(Sequence(Value("float64")))
 FEATURES = Features(
@@ -48,24 +66,59 @@ FEATURES = Features(
         "energy": Value("float64"),
         "forces": _VECTORS,
         "stress": Sequence(Value("float64")),
+        "weight": Value("float64"),
+        "atom_weight": Sequence(Value("float64")),
         "group": Value("string"),
         "split": Value("string"),
         "source": Value("string"),
         "frame": Value("int64"),
+        "mapping": Value("string"),
     }
 )
 
 _PREFIXES = ("", "REF_", "ref_", "dft_", "DFT_")
 #: names under which a label is looked for when ``fields`` does not name it
 LABELS: dict[str, tuple[str, ...]] = {
-    "energy": (*(p + "energy" for p in _PREFIXES), "Energy", "total_energy", "potential_energy"),
+    "energy": (
+        *(p + "energy" for p in _PREFIXES),
+        "Energy",
+        "total_energy",
+        "potential_energy",
+        "uncorrected_total_energy",
+        "corrected_total_energy",
+    ),
     "forces": (*(p + "forces" for p in _PREFIXES), *(p + "force" for p in _PREFIXES), "atomic_forces"),
-    "stress": (*(p + "stress" for p in _PREFIXES), "cauchy_stress"),
+    "stress": (*(p + "stress" for p in _PREFIXES), "cauchy_stress", "stress_tensor"),
+}
+#: labels that are turned into one of the above, and their known names
+DERIVED: dict[str, tuple[str, ...]] = {"virial": ("REF_virials", "REF_virial"), "energy_per_atom": ()}
+#: known names of weights
+WEIGHTS = {"weight": ("config_weight",), "atom_weight": ("atom_weight",)}
+#: weights of single labels in MACE's files: 0 leaves the label out
+LABEL_WEIGHTS = {
+    "config_energy_weight": "energy",
+    "config_forces_weight": "forces",
+    "config_stress_weight": "stress",
+    "config_virials_weight": "stress",
 }
 #: the first of these that a frame has names its group
-GROUPS = ("trajectory", "trajectory_id", "traj", "run", "phase", "framework", "config_type", "group")
+GROUPS = (
+    "trajectory",
+    "trajectory_id",
+    "traj",
+    "run",
+    "phase",
+    "framework",
+    "config_type",
+    "group",
+    "mp_id",
+    "material_id",
+    "provenance.original_mp_id",
+)
 #: keys of ``data.fields``
-FIELDS = (*LABELS, "group", "split")
+FIELDS = (*LABELS, *DERIVED, *WEIGHTS, "group", "split", *STRUCTURE)
+#: order of six stress components in the source -> places of xx yy zz yz xz xy in it
+STRESS_ORDERS = {"ase": (0, 1, 2, 3, 4, 5), "vasp": (0, 1, 2, 4, 5, 3)}
 _SPLIT_ALIASES = {
     "training": "train",
     "valid": "validation",
@@ -78,33 +131,6 @@ _SPLIT_ALIASES = {
 _ROLES = frozenset(_SPLIT_ALIASES.values())
 #: two candidates for a label count as equal within this (eV, eV/Å, eV/Å^3)
 _EQUAL = 1e-6
-
-
-@dataclass
-class RawFrame:
-    """A frame as a reader found it, before labels are looked for.
-
-    Attributes:
-        numbers: (n,) atomic numbers.
-        positions: (n, 3), unit of the source.
-        cell: (3, 3), unit of the source, zeros without a cell.
-        pbc: (3,).
-        values: everything else: ASE results, info, arrays, columns.
-        source: file or set, as the user wrote it.
-        frame: number in that file, from 0.
-    """
-
-    numbers: NDArray[np.int64]
-    positions: NDArray[np.float64]
-    cell: NDArray[np.float64]
-    pbc: NDArray[np.bool_]
-    values: dict[str, Any]
-    source: str
-    frame: int
-
-    def error(self, problem: str, *, field: str | None = None, remedy: str = "") -> DataError:
-        """A :class:`DataError` that names this frame."""
-        return DataError(problem, file=self.source, frame=self.frame, field=field, remedy=remedy)
 
 
 def canonical_split(name: str) -> str:
@@ -121,11 +147,15 @@ class Mapper:
         fields: explicit names (``data.fields``): only these are looked at then.
         factors: factor of each quantity to eV, Å, eV/Å, eV/Å^3 (:func:`blip_ft.data.units.factors`).
         require_labels: refuse a frame that has neither energy nor forces.
+        given: quantities whose unit the user gave: what a layout says about them does not count.
+        stress_order: order of six stress components, a key of :data:`STRESS_ORDERS`.
     """
 
     fields: Mapping[str, str]
     factors: Mapping[str, float]
     require_labels: bool = True
+    given: frozenset[str] = frozenset()
+    stress_order: str = "ase"
     #: names that held each label in every frame so far
     _names: dict[str, set[str]] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
@@ -136,6 +166,12 @@ class Mapper:
                 raise DataError(
                     f"there is no field '{key}' to name", field="data.fields", remedy=nearest(key, FIELDS)
                 )
+        if self.stress_order not in STRESS_ORDERS:
+            raise DataError(
+                f"there is no order of stress components '{self.stress_order}'",
+                field="data.stress_order",
+                remedy=nearest(self.stress_order, STRESS_ORDERS),
+            )
         self._missing = set(self.fields)
 
     def row(self, raw: RawFrame) -> dict[str, Any]:
@@ -144,11 +180,16 @@ class Mapper:
         Raises:
             DataError: no atoms, NaN, wrong shape, no labels, or two candidates for one label.
         """
-        _check_geometry(raw)
-        self._missing -= {key for key, name in self.fields.items() if name in raw.values}
-        energy = self._label(raw, "energy")
-        forces = self._label(raw, "forces")
-        stress = self._label(raw, "stress")
+        check_geometry(raw)
+        self._missing -= {k for k, name in self.fields.items() if name in raw.values or name in raw.used}
+        scale, units = self._units(raw)
+        labels: dict[str, NDArray[np.float64] | None] = {}
+        found: dict[str, str] = {}
+        for label in LABELS:
+            labels[label], found[label] = self._label(raw, label, scale)
+        self._derive(raw, labels, found, scale)
+        self._leave_out(raw, labels)
+        energy, forces = labels["energy"], labels["forces"]
         if self.require_labels and energy is None and forces is None:
             raise raw.error(
                 "the frame has neither energy nor forces",
@@ -156,23 +197,28 @@ class Mapper:
                 remedy="label the frame or remove it; if its labels have other names, give them in "
                 f"data.fields (this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
             )
+        group, group_name = self._text(raw, "group", GROUPS)
+        weight, atom_weight = self._weight(raw, "weight"), self._weight(raw, "atom_weight")
         return {
             "numbers": raw.numbers,
-            "positions": raw.positions * self.factors["length"],
-            "cell": raw.cell * self.factors["length"],
+            "positions": raw.positions * scale["length"],
+            "cell": raw.cell * scale["length"],
             "pbc": raw.pbc,
             "energy": None if energy is None else float(energy),
             "forces": forces,
-            "stress": stress,
-            "group": self._text(raw, "group", GROUPS),
+            "stress": labels["stress"],
+            "weight": 1.0 if weight is None else float(weight),
+            "atom_weight": atom_weight,
+            "group": group,
             "split": self.split(raw),
             "source": raw.source,
             "frame": raw.frame,
+            "mapping": _mapping(raw.layout.name, found | {"group": group_name}, units),
         }
 
     def split(self, raw: RawFrame) -> str:
         """The split that the source itself names for this frame, or ``""``."""
-        return canonical_split(self._text(raw, "split", ("split",)))
+        return canonical_split(self._text(raw, "split", ("split",))[0])
 
     def finish(self, source: str, available: set[str]) -> None:
         """After the last frame: every name in ``fields`` must have been found somewhere.
@@ -192,14 +238,43 @@ class Mapper:
                 remedy=nearest(self.fields[key], available) if available else "the frames have no labels",
             )
 
+    # ---- units ---------------------------------------------------------------------------
+    def _units(self, raw: RawFrame) -> tuple[Mapping[str, float], dict[str, str]]:
+        """Factors for this frame, and the units that its layout brought, for the mapping."""
+        layout = raw.layout
+        own = {q: u for q, u in layout.units.items() if q not in self.given}
+        for quantity, column in layout.unit_columns.items():
+            unit = raw.values.get(column)
+            if quantity not in self.given and isinstance(unit, str) and unit.strip():
+                own[quantity] = unit
+        if not own:
+            return self.factors, {}
+        try:
+            brought = {q: conversion(u, q) for q, u in own.items()}
+        except DataError as error:
+            raise raw.error(
+                f"the {layout.name} layout gives a unit that is not known: {error.problem}",
+                field=error.field,
+                remedy="say the unit in data.units, which then counts",
+            ) from error
+        return {**self.factors, **brought}, own
+
     # ---- one label -----------------------------------------------------------------------
-    def _label(self, raw: RawFrame, label: str) -> NDArray[np.float64] | None:
+    def _label(
+        self, raw: RawFrame, label: str, scale: Mapping[str, float]
+    ) -> tuple[NDArray[np.float64] | None, str]:
+        """A label and the name it was found under."""
         names = (self.fields[label],) if label in self.fields else LABELS[label]
+        if label not in self.fields and any(
+            key in self.fields and _DERIVES[key] == label and raw.values.get(self.fields[key]) is not None
+            for key in DERIVED
+        ):
+            return None, ""  # the recipe says where it comes from
         found = {
-            n: _SHAPERS[label](raw, n) * self.factors[label] for n in names if raw.values.get(n) is not None
+            n: self._shaped(raw, label, n) * scale[label] for n in names if raw.values.get(n) is not None
         }
         if not found:
-            return None
+            return None, ""
         (first, value), *others = found.items()
         for name, other in others:
             if not np.allclose(value, other, rtol=0.0, atol=_EQUAL):
@@ -217,124 +292,91 @@ class Mapper:
                 remedy=f"rename it, or say which one to take: data.fields: {{{label}: {first}}}",
             )
         self._names[label] = common
+        return value, next(n for n in names if n in common)
+
+    def _shaped(self, raw: RawFrame, label: str, name: str) -> NDArray[np.float64]:
+        if label == "stress":
+            if label not in self.fields and bool(raw.values.get("cauchy_stress_volume_normalized")):
+                raise raw.error(
+                    "the stress is marked as normalised by volume: stress or virial, nobody can tell",
+                    field=name,
+                    remedy=f"say which it is: data.fields: {{stress: {name}}} or {{virial: {name}}}",
+                )
+            return stress(raw, name, STRESS_ORDERS[self.stress_order])
+        return (number if label == "energy" else vectors)(raw, name)
+
+    def _derive(
+        self,
+        raw: RawFrame,
+        labels: dict[str, NDArray[np.float64] | None],
+        found: dict[str, str],
+        scale: Mapping[str, float],
+    ) -> None:
+        """Stress from a virial, total energy from one per atom, where the label itself is not there."""
+        for key, label in _DERIVES.items():
+            names = (self.fields[key],) if key in self.fields else DERIVED[key]
+            name = next((n for n in names if raw.values.get(n) is not None), None)
+            if name is None or labels[label] is not None:
+                continue
+            if key == "energy_per_atom":
+                labels[label] = number(raw, name) * (scale["energy"] * len(raw.numbers))
+            elif raw.pbc.all():
+                volume = abs(np.linalg.det(raw.cell * scale["length"]))
+                virial = stress(raw, name, STRESS_ORDERS[self.stress_order])
+                labels[label] = virial * (-scale.get("virial", 1.0) / volume)
+            found[label] = f"{name} ({key})"
+
+    def _leave_out(self, raw: RawFrame, labels: dict[str, NDArray[np.float64] | None]) -> None:
+        """Labels whose own weight in the file is 0."""
+        for name, label in LABEL_WEIGHTS.items():
+            value = raw.values.get(name)
+            if value is None:
+                continue
+            weight = float(number(raw, name))
+            if weight == 0.0:
+                labels[label] = None
+            elif weight != 1.0:
+                raise raw.error(
+                    f"a weight of {weight:g} for one kind of label: only 0 (left out) and 1 are known",
+                    field=name,
+                    remedy="weigh the whole frame (config_weight), or set objective.*_std for all frames",
+                )
+
+    def _weight(self, raw: RawFrame, key: str) -> NDArray[np.float64] | None:
+        """Weight of the frame () or of its atoms (n,); ``None`` where there is none."""
+        names = (self.fields[key],) if key in self.fields else WEIGHTS[key]
+        name = next((n for n in names if raw.values.get(n) is not None), None)
+        if name is None:
+            return None
+        value = number(raw, name) if key == "weight" else numeric(raw, name)
+        if key == "atom_weight" and value.shape != (len(raw.numbers),):
+            raise shape_error(raw, name, value, f"({len(raw.numbers)},)")
+        if (value < 0).any() or (key == "weight" and value == 0):
+            raise raw.error(
+                "a weight must be positive" if key == "weight" else "weights must not be negative",
+                field=name,
+                remedy="remove the frame if it shall not count",
+            )
         return value
 
-    def _text(self, raw: RawFrame, key: str, names: tuple[str, ...]) -> str:
+    def _text(self, raw: RawFrame, key: str, names: tuple[str, ...]) -> tuple[str, str]:
+        """A text and the name it was found under."""
         for name in (self.fields[key],) if key in self.fields else names:
             value = raw.values.get(name)
             if value is not None and np.ndim(value) == 0:
-                return str(value)
-        return ""
+                return str(value), name
+        return "", ""
 
 
-def _check_geometry(raw: RawFrame) -> None:
-    n = len(raw.numbers)
-    if n == 0:
-        raise raw.error("the frame has no atoms", remedy="remove it")
-    for name, value, shape in (
-        ("positions", raw.positions, (n, 3)),
-        ("cell", raw.cell, (3, 3)),
-        ("pbc", raw.pbc, (3,)),
-    ):
-        if value.shape != shape:
-            raise raw.error(
-                f"shape {value.shape}, expected {shape}", field=name, remedy="mend or remove the frame"
-            )
-        if not np.isfinite(value).all():
-            raise raw.error("NaN or infinite value", field=name, remedy="mend or remove the frame")
-    known = (raw.numbers >= 1) & (raw.numbers < len(chemical_symbols))
-    if not known.all():
-        raise raw.error(
-            f"{raw.numbers[~known][0]} is not an atomic number",
-            field="numbers",
-            remedy="give chemical elements from 1 (H) on",
-        )
-    periodic = raw.cell[raw.pbc]
-    if len(periodic) and np.linalg.matrix_rank(periodic, tol=1e-6) < len(periodic):
-        raise raw.error(
-            "the frame is periodic but the lattice vectors do not span a cell",
-            field="cell",
-            remedy="give the lattice, or set pbc to F F F for a molecule",
-        )
+#: label that a derived one stands for
+_DERIVES = {"virial": "stress", "energy_per_atom": "energy"}
 
 
-# ---- shapes ------------------------------------------------------------------------------------
-
-
-def _numeric(raw: RawFrame, name: str) -> NDArray[np.float64]:
-    value = raw.values[name]
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise raw.error(
-            f"not a number or an even table of numbers: {error}",
-            field=name,
-            remedy="mend the label, or name another one in data.fields",
-        ) from error
-    if not np.isfinite(array).all():
-        raise raw.error(
-            "the label is NaN or infinite",
-            field=name,
-            remedy="remove the label (it is then left out of the loss) or the frame",
-        )
-    return array
-
-
-def _energy(raw: RawFrame, name: str) -> NDArray[np.float64]:
-    value = _numeric(raw, name)
-    if value.size != 1:
-        raise _shape_error(raw, name, value, "one number")
-    return value.reshape(())
-
-
-def _forces(raw: RawFrame, name: str) -> NDArray[np.float64]:
-    value = _numeric(raw, name)
-    if value.shape != (len(raw.numbers), 3):
-        raise _shape_error(raw, name, value, f"({len(raw.numbers)}, 3)")
-    return value
-
-
-def _stress(raw: RawFrame, name: str) -> NDArray[np.float64]:
-    value = _numeric(raw, name)
-    if value.size == 6 and value.ndim <= 2:
-        return value.reshape(6)
-    if value.shape not in ((9,), (3, 3), (1, 9)):
-        raise _shape_error(raw, name, value, "(6,) or (3, 3)")
-    full = value.reshape(3, 3)
-    if np.abs(full - full.T).max() > 1e-2 * np.abs(full).max() + 1e-8:
-        raise raw.error("the stress is not symmetric", field=name, remedy="mend or remove the label")
-    return voigt(full)
-
-
-_SHAPERS = {"energy": _energy, "forces": _forces, "stress": _stress}
-
-
-def _shape_error(raw: RawFrame, name: str, value: NDArray[np.float64], expected: str) -> DataError:
-    return raw.error(
-        f"shape {value.shape}, expected {expected}",
-        field=name,
-        remedy="mend the label, or name another one in data.fields",
-    )
-
-
-def voigt(stress: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(3, 3) to (6,) in Voigt order xx yy zz yz xz xy, off-diagonal pairs averaged."""
-    s = 0.5 * (stress + stress.T)
-    return np.array([s[0, 0], s[1, 1], s[2, 2], s[1, 2], s[0, 2], s[0, 1]])
-
-
-def to_numbers(species: Any) -> NDArray[np.int64]:
-    """Atomic numbers from numbers or chemical symbols.
-
-    Raises:
-        ValueError: a symbol is no chemical element, or the values are neither.
-    """
-    array = np.asarray(species)
-    if array.dtype.kind in "UO" and all(isinstance(s, str) for s in array.ravel()):
-        unknown = [s for s in array.ravel().tolist() if s not in atomic_numbers]
-        if unknown:
-            raise ValueError(f"'{unknown[0]}' is not a chemical element")
-        return np.array([atomic_numbers[s] for s in array.ravel().tolist()], dtype=np.int64)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError("atomic numbers must be integers or chemical symbols")
-    return array.reshape(-1).astype(np.int64)
+def _mapping(layout: str, found: Mapping[str, str], units: Mapping[str, str]) -> str:
+    """``layout: label <- name [unit], ...``."""
+    parts = [
+        f"{label} <- {name}{f' [{units[label]}]' if label in units else ''}"
+        for label, name in found.items()
+        if name
+    ]
+    return f"{layout}: {', '.join(parts) or 'no labels'}"

@@ -3,10 +3,13 @@
 A source is, optionally followed by ``@selector``,
 
 - a file that ASE reads (extended XYZ, trajectories, OUTCAR, ...), compressed or not;
+- fairchem's LMDB database (``.aselmdb``), or a folder of these;
 - a parquet, arrow or json file, or a folder of these or saved by ``Dataset.save_to_disk``;
+- an ``.npz`` archive of many frames;
 - a pattern such as ``runs/*.xyz``;
 - the name of an embedded set (:data:`blip_ft.data.embedded.SETS`);
 - a hub id ``organisation/name``;
+- a :class:`blip_ft.config.SourceConfig`: one of these with options of its own;
 
 or a list of these. A selector is the name of a split (``@validation``) or a slice in ASE's way
 (``@0:50``, ``@::2``, ``@-1``), which applies to each file. Frames that are not selected need no
@@ -28,8 +31,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from blip_ft.data import embedded, readers, units
-from blip_ft.data.hub import cached_dataset
+from blip_ft.config import Source, SourceConfig
+from blip_ft.data import embedded, readers, tables, units
+from blip_ft.data.hub import cached_dataset, load_hub
 from blip_ft.data.schema import FEATURES, SCHEMA_VERSION, Mapper, RawFrame, canonical_split
 from blip_ft.errors import DataError, nearest
 
@@ -37,8 +41,9 @@ _SLICE = re.compile(r"-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?\d+)?)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: endings of a name that is certainly meant as a file, not as a hub id
 _FILE_ENDINGS = frozenset(
-    {".xyz", ".extxyz", ".gz", ".bz2", ".xz", ".traj", ".db", ".cif", ".vasp", ".xml", ".out", ".zip"}
-    | set(readers.TABLES)
+    {".xyz", ".extxyz", ".gz", ".bz2", ".xz", ".traj", ".db", ".cif", ".vasp", ".xml", ".out", ".zip", ".npz"}
+    | set(tables.TABLES)
+    | readers.LMDB
 )
 
 
@@ -54,6 +59,8 @@ class Reading:
         fields: explicit names of labels.
         units: units of the source.
         labels: frames must have labels.
+        stress_order: of six stress components.
+        hub: options of a hub set (``config``, ``revision``, ``stream``).
         version: of the schema.
     """
 
@@ -64,15 +71,18 @@ class Reading:
     fields: tuple[tuple[str, str], ...]
     units: tuple[tuple[str, str], ...]
     labels: bool
+    stress_order: str = "ase"
+    hub: tuple[tuple[str, Any], ...] = ()
     version: int = SCHEMA_VERSION
 
 
 def load_source(
-    spec: str | list[str],
+    spec: Source,
     *,
     fields: Mapping[str, str] | None = None,
     units: Mapping[str, str] | None = None,
     labels: bool = True,
+    stress_order: str = "ase",
 ) -> datasets.Dataset:
     """Read one source, or several one after the other.
 
@@ -81,6 +91,7 @@ def load_source(
         fields: names of labels where they are not found by themselves (``data.fields``).
         units: units of the source (``data.units``).
         labels: refuse frames that have neither energy nor forces.
+        stress_order: ``ase`` or ``vasp`` (``data.stress_order``).
 
     Returns:
         A data set with the columns of :data:`blip_ft.data.schema.FEATURES`, memory-mapped where
@@ -89,11 +100,95 @@ def load_source(
     Raises:
         DataError: missing, empty, truncated or unreadable file, bad selector, bad labels.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
+    readings = plan(spec, fields=fields, units=units, labels=labels, stress_order=stress_order)
+    parts = [cached_dataset(_rows, FEATURES, reading=reading) for reading in readings]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def iterate_source(
+    spec: Source,
+    *,
+    fields: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
+    labels: bool = True,
+    stress_order: str = "ase",
+) -> Iterator[dict[str, Any]]:
+    """The same rows one by one, without a cache: for sources larger than the disk.
+
+    Args:
+        spec: as for :func:`load_source`, like all that follow.
+        fields: names of labels.
+        units: units of the source.
+        labels: refuse frames that have neither energy nor forces.
+        stress_order: ``ase`` or ``vasp``.
+
+    Raises:
+        DataError: as for :func:`load_source`, when the row is reached.
+    """
+    for reading in plan(
+        spec, fields=fields, units=units, labels=labels, stress_order=stress_order, digest=False
+    ):
+        yield from _rows(reading)
+
+
+def mappings(dataset: datasets.Dataset) -> list[str]:
+    """How labels were found, one sentence for each source: ``a.xyz: MACE: energy <- REF_energy, ...``."""
+    found: dict[tuple[str, str], None] = {}
+    for source, mapping in zip(dataset["source"], dataset["mapping"], strict=True):
+        found.setdefault((source, mapping))
+    many = 4  # the files of a pattern mostly agree: one line then
+    by_text: dict[str, list[str]] = {}
+    for source, mapping in found:
+        by_text.setdefault(mapping, []).append(source)
+    return [
+        f"{', '.join(sources[:many])}{f' and {len(sources) - many} more' if len(sources) > many else ''}: {text}"
+        for text, sources in by_text.items()
+    ]
+
+
+def plan(
+    spec: Source,
+    *,
+    fields: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
+    labels: bool = True,
+    stress_order: str = "ase",
+    digest: bool = True,
+) -> list[Reading]:
+    """What has to be read for a source; opens no more than it needs to identify the files.
+
+    Args:
+        spec: as for :func:`load_source`, like all that follow.
+        fields: names of labels.
+        units: units of the source.
+        labels: refuse frames that have neither energy nor forces.
+        stress_order: ``ase`` or ``vasp``.
+        digest: hash the contents of the files (for the cache).
+
+    Raises:
+        DataError: no source, no such file, bad unit.
+    """
+    specs = list(spec) if isinstance(spec, list) else [spec]
     if not specs:
         raise DataError("no source is given", field="data", remedy="name at least one file or set")
-    parts = [_load_one(s, fields or {}, units or {}, labels) for s in specs]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return [
+        _plan(
+            one if isinstance(one, SourceConfig) else SourceConfig(path=one),
+            fields or {},
+            units or {},
+            labels,
+            stress_order,
+            digest,
+        )
+        for one in specs
+    ]
+
+
+def as_text(spec: Source) -> str:
+    """A source as the user wrote it, for messages."""
+    if isinstance(spec, list):
+        return ", ".join(as_text(one) for one in spec)
+    return spec if isinstance(spec, str) else spec.path
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
@@ -120,22 +215,51 @@ def grid(values: Any, step: float) -> Any:
     return np.floor(shifted).astype("<i8")
 
 
-def _load_one(
-    spec: str, fields: Mapping[str, str], unit_names: Mapping[str, str], labels: bool
-) -> datasets.Dataset:
-    units.factors(unit_names)  # a bad unit is reported before a file is opened
-    source, selector = split_selector(spec)
+def _plan(
+    spec: SourceConfig,
+    fields: Mapping[str, str],
+    unit_names: Mapping[str, str],
+    labels: bool,
+    stress_order: str,
+    digest: bool,
+) -> Reading:
+    own_fields = fields if spec.fields is None else spec.fields
+    own_units = unit_names if spec.units is None else {str(k): v for k, v in spec.units.items()}
+    units.factors(own_units)  # a bad unit is reported before a file is opened
+    source, selector = split_selector(spec.path)
+    if spec.split:
+        if selector:
+            raise DataError(
+                f"'{spec.path}' has a selector and the option split={spec.split}",
+                field="data",
+                remedy="give one of them",
+            )
+        selector = spec.split
     paths = _paths(source)
-    reading = Reading(
+    options = {k: v for k in ("config", "revision", "stream") if (v := getattr(spec, k))}
+    if options and paths:
+        raise DataError(
+            f"{', '.join(options)}: only a set on the hub has that",
+            file=source,
+            remedy="remove the option, or give a hub id organisation/name",
+        )
+    if not digest:
+        content = ""
+    elif paths:
+        content = _digest([p for p, _ in paths])
+    else:
+        content = str(_hub_fingerprint(source, options))
+    return Reading(
         source=source,
         paths=tuple((str(p), name) for p, name in paths),
-        digest=_digest([p for p, _ in paths]) if paths else str(_hub_fingerprint(source)),
+        digest=content,
         selector=selector,
-        fields=tuple(sorted(fields.items())),
-        units=tuple(sorted(unit_names.items())),
+        fields=tuple(sorted(own_fields.items())),
+        units=tuple(sorted(own_units.items())),
         labels=labels,
+        stress_order=spec.stress_order or stress_order,
+        hub=tuple(sorted(options.items())),
     )
-    return cached_dataset(_rows, FEATURES, reading=reading)
 
 
 def split_selector(spec: str) -> tuple[str, str]:
@@ -180,8 +304,8 @@ def _paths(source: str) -> list[tuple[Path, str]]:
     )
 
 
-def _hub_fingerprint(source: str) -> str:
-    table = readers.load_hub(source)
+def _hub_fingerprint(source: str, options: Mapping[str, Any]) -> str:
+    table = load_hub(source, **options)
     parts = table if isinstance(table, Mapping) else {"": table}
     return ",".join(f"{split}={part._fingerprint}" for split, part in parts.items())
 
@@ -206,11 +330,18 @@ def _digest(paths: list[Path]) -> str:
 
 def _rows(reading: Reading) -> Iterator[dict[str, Any]]:
     """Rows of the schema; the generator behind :func:`load_source`."""
-    mapper = Mapper(dict(reading.fields), units.factors(dict(reading.units)), require_labels=reading.labels)
+    fields, given = dict(reading.fields), dict(reading.units)
+    mapper = Mapper(
+        fields,
+        units.factors(given),
+        require_labels=reading.labels,
+        given=frozenset(given),
+        stress_order=reading.stress_order,
+    )
     files: Iterable[Iterator[RawFrame]] = (
-        (readers.read_frames(Path(path), name) for path, name in reading.paths)
+        (readers.read_frames(Path(path), name, fields) for path, name in reading.paths)
         if reading.paths
-        else (readers.hub_frames(reading.source) for _ in range(1))
+        else (tables.hub_frames(reading.source, fields, **dict(reading.hub)) for _ in range(1))
     )
     count = 0
     splits: set[str] = set()

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 
 import datasets
 
-from blip_ft.config import DataConfig
+from blip_ft.config import DataConfig, Source
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.division import by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
-from blip_ft.data.sources import load_source
+from blip_ft.data.sources import as_text, load_source
 from blip_ft.errors import DataError
 
 HELD_OUT = ("validation", "calibration", "test")
@@ -74,7 +74,7 @@ def load_splits(config: DataConfig) -> Splits:
             has a reserved name, or a frame stands in two roles.
     """
     given = _load_given(config)
-    source = _load(config, config.train)
+    source = load_role(config, config.train)
     wanted = [role for role in HELD_OUT if not _has(given, role)]
     parts, rules, dropped = _divide(source, config, wanted)
     divided = set(parts)
@@ -141,8 +141,24 @@ def check_disjoint(splits: Splits, divided: Collection[str] = ()) -> None:
 _GIVE = "give more frames, files for data.validation, data.calibration, data.test, or another data.split"
 
 
-def _load(config: DataConfig, spec: str | list[str]) -> datasets.Dataset:
-    return load_source(spec, fields=config.fields, units={str(k): v for k, v in config.units.items()})
+def load_role(config: DataConfig, spec: Source, *, labels: bool = True) -> datasets.Dataset:
+    """One source of a recipe, with the recipe's names and units.
+
+    Args:
+        config: the recipe's ``data``.
+        spec: the source.
+        labels: refuse frames without energy and forces.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return load_source(
+        spec,
+        fields=config.fields,
+        units={str(k): v for k, v in config.units.items()},
+        labels=labels,
+        stress_order=config.stress_order,
+    )
 
 
 def _load_given(config: DataConfig) -> Parts:
@@ -151,7 +167,7 @@ def _load_given(config: DataConfig) -> Parts:
     sources = {"validation": config.validation, "calibration": config.calibration} | {
         f"test/{name}": spec for name, spec in tests.items()
     }
-    return {name: _load(config, spec) for name, spec in sources.items() if spec is not None}
+    return {name: load_role(config, spec) for name, spec in sources.items() if spec is not None}
 
 
 def _divide(
@@ -266,4 +282,4 @@ def _place(row: dict[str, object]) -> str:
 
 
 def _text(config: DataConfig) -> str:
-    return config.train if isinstance(config.train, str) else ", ".join(config.train)
+    return as_text(config.train)

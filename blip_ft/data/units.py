@@ -20,12 +20,14 @@ DIMENSIONS: dict[str, tuple[int, int]] = {
     "length": (0, 1),
     "forces": (1, -1),
     "stress": (1, -3),
+    "virial": (1, 0),
 }
 _EXAMPLES = {
     "energy": "eV, kcal/mol or Hartree",
     "length": "Ang or Bohr",
     "forces": "eV/Ang, kcal/mol/Ang or Hartree/Bohr",
     "stress": "eV/Ang^3, GPa or -1 * kbar",
+    "virial": "eV, or -1 * eV where it has the sign of the stress",
 }
 
 _ENERGY, _LENGTH, _PRESSURE, _NUMBER = (1, 0), (0, 1), (1, -3), (0, 0)
@@ -67,7 +69,7 @@ def conversion(text: str, quantity: str) -> float:
 
     Args:
         text: the unit, see the module's description.
-        quantity: ``energy``, ``length``, ``forces`` or ``stress``.
+        quantity: a key of :data:`DIMENSIONS`.
 
     Raises:
         DataError: unknown unit, bad expression, or a unit of something else.
@@ -108,7 +110,7 @@ def conversion(text: str, quantity: str) -> float:
 
 
 def factors(given: Mapping[str, str] | None) -> dict[str, float]:
-    """Factors of all four quantities; those not given are in eV, Å, eV/Å, eV/Å^3 already.
+    """Factors of all quantities; those not given are in eV, Å, eV/Å, eV/Å^3 already.
 
     Raises:
         DataError: unknown quantity, or a bad unit.

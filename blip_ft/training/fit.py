@@ -32,6 +32,7 @@ from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
 from blip_ft.data.checks import Finding
 from blip_ft.data.references import References, fit_references
+from blip_ft.data.sources import mappings
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
@@ -147,6 +148,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     console.print(
         "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})"
     )
+
+    for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
+        console.print(f"labels of {line}")
 
     calculator = backbone.stock_calculator()
     double = copy.deepcopy(backbone).double().stock_calculator()

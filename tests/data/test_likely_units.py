@@ -118,3 +118,34 @@ def test_virials_are_told_from_stresses_in_gpa_by_the_volumes(sign: int) -> None
     assert found is not None
     assert found.text.startswith("GPa")
     assert likely_unit("stress", stresses(lambda s, v: s)) is None
+
+
+def hydrostatic(n: int = 16, seed: int = 0) -> np.ndarray:
+    """Mostly hydrostatic, as real ones are: the shear hardly shows in one slope over all components."""
+    rng = np.random.default_rng(seed)
+    return np.hstack([rng.normal(0, 0.05, (n, 1)) + rng.normal(0, 0.01, (n, 3)), rng.normal(0, 0.01, (n, 3))])
+
+
+def test_order_of_vasp_is_named() -> None:
+    model = hydrostatic()
+    label = model[:, [0, 1, 2, 5, 3, 4]] * 1.05
+    assert cosine(label.ravel(), model.ravel()) > 0.8, "one slope over all six does not show it"
+    found = likely_unit("stress", Comparison(label.ravel(), model.ravel()))
+    assert found is not None
+    assert found.remedy == "set data.stress_order: vasp"
+    assert found.correlation > 0.99
+
+
+@pytest.mark.parametrize(
+    "label", [hydrostatic(), hydrostatic() + 0.5 * hydrostatic(seed=1), hydrostatic(2)[:, [0, 1, 2, 5, 3, 4]]]
+)
+def test_right_order_noise_and_few_frames_raise_no_suspicion(label: np.ndarray) -> None:
+    model = hydrostatic()[: len(label)]
+    assert likely_unit("stress", Comparison(label.ravel(), model.ravel())) is None
+
+
+def test_another_order_is_spelt_out() -> None:
+    model = hydrostatic()
+    found = likely_unit("stress", Comparison(model[:, [0, 1, 2, 5, 4, 3]].ravel(), model.ravel()))
+    assert found is not None
+    assert found.text == "stresses with their shear components in the order xy xz yz"
