@@ -59,10 +59,14 @@ Source = str | SourceConfig | list[str | SourceConfig]
 class SplitConfig(Strict):
     """How a single source is divided when no files are given for the other roles."""
 
-    by: Literal["auto", "given", "group", "random"] = "auto"
-    """``given``: the source's own ``split`` column; ``group``: whole trajectories (or phases,
-    compositions) stay together; ``random``: frame by frame; ``auto``: the first of these that
-    the source can serve."""
+    by: Literal["auto", "given", "group", "composition", "structure", "block", "random", "file"] = "auto"
+    """``given``: the source's own ``split`` column; ``group``: whole trajectories (or phases, files)
+    stay together; ``composition``: frames of one reduced formula do; ``structure``: copies of one
+    structure do; ``block``: contiguous blocks in file order inside each group; ``random``: frame by
+    frame; ``file``: as ``data.split.file`` says; ``auto``: the first of given, group and random that
+    the source can serve"""
+    file: str | None = None
+    """the ``splits.json`` of an earlier run: every frame gets the role it had there, by content"""
     validation: Fraction = 0.15
     """share of the frames for choosing the checkpoint"""
     calibration: Fraction = 0.15

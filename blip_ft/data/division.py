@@ -93,6 +93,24 @@ def by_group(
     return roles, f"Divided by whole groups ({len(members)} groups, seed {seed})."
 
 
+def by_block(groups: Sequence[str], shares: Mapping[str, float]) -> tuple[dict[str, list[int]], str]:
+    """Contiguous blocks in file order of every group: train first, then the others.
+
+    Args:
+        groups: group of each frame; all the same where there are none.
+        shares: share of each role.
+
+    Returns:
+        Indices of each role, and what was done in a sentence.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    roles, _ = _by_block(list(members.values()), len(groups), shares)
+    what = f" inside each of {len(members)} groups" if len(members) > 1 else ""
+    return roles, f"Divided into contiguous blocks in file order{what}."
+
+
 def _by_block(
     members: list[list[int]], n: int, shares: Mapping[str, float]
 ) -> tuple[dict[str, list[int]], str]:

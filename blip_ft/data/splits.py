@@ -9,8 +9,14 @@ Roles that the recipe gives are loaded as given. The others are divided off ``da
 ``group``
     Whole groups (trajectories, phases, ...; files where the frames name no group) go to one role
     each. With fewer groups than roles, every group is cut into contiguous blocks in file order.
+``composition``, ``structure``
+    The same with groups of one reduced formula, or of one structure (copies stay together).
+``block``
+    Every group is cut into contiguous blocks in file order.
 ``random``
     Frame by frame.
+``file``
+    As ``splits.json`` of an earlier run says (:mod:`blip_ft.data.splits_file`).
 ``auto``
     The source's own column if it names ``train`` and some other role (roles it lacks are divided
     off its ``train`` frames), else by group, else at random.
@@ -25,12 +31,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import datasets
+import numpy as np
 
 from blip_ft.config import DataConfig, Source
 from blip_ft.data.dataset import to_atoms
-from blip_ft.data.division import by_group, by_random, fractions
+from blip_ft.data.division import by_block, by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.sources import as_text, load_source
+from blip_ft.data.splits_file import from_file
 from blip_ft.errors import DataError
 
 HELD_OUT = ("validation", "calibration", "test")
@@ -175,6 +183,8 @@ def _divide(
 ) -> tuple[Parts, list[str], list[str]]:
     """Parts of ``data.train``, sentences on how they were made, frames left out."""
     by, names = config.split.by, set(source["split"]) - {""}
+    if by == "file":
+        return from_file(config.split.file, source, wanted, _text(config))
     own = by == "given" or (by == "auto" and "train" in names and len(names) > 1)
     parts: Parts = {"train": source}
     rules: list[str] = []
@@ -186,7 +196,7 @@ def _divide(
     if not wanted:
         return parts, rules, dropped
     pool = parts["train"]
-    groups = _groups(pool)
+    groups = _groups(pool, by)
     if by == "group" and not any(groups):
         raise DataError(
             "the frames name no groups",
@@ -195,10 +205,14 @@ def _divide(
             remedy="name the key that holds them: data.fields: {group: my_key}, or split at random",
         )
     shares = fractions({role: getattr(config.split, role) for role in wanted}, len(pool), _text(config))
-    if by != "random" and any(groups):
+    if by == "block":
+        indices, rule = by_block(groups, shares)
+    elif by != "random" and any(groups):
         indices, rule = by_group(groups, shares, config.split.seed)
     else:
         indices, rule = by_random(len(pool), shares, config.split.seed)
+    if by in ("composition", "structure"):
+        rule = f"Groups: {by}. {rule}"
     indices, twins = _without_twins(pool, indices)
     dropped += twins
     for role, chosen in indices.items():
@@ -243,13 +257,24 @@ def _own_column(source: datasets.Dataset, config: DataConfig, wanted: list[str])
     return parts, dropped
 
 
-def _groups(frames: datasets.Dataset) -> list[str]:
+def _groups(frames: datasets.Dataset, by: str) -> list[str]:
     """Group of every frame; a frame that names none belongs to its file if there are several."""
+    if by == "composition":
+        return [_formula(numbers) for numbers in frames["numbers"]]
+    if by == "structure":
+        return [str(head) for head in first_same([to_atoms(row, labels=False) for row in frames])]
     several = len(set(frames["source"])) > 1
     return [
         group or (source if several else "")
         for group, source in zip(frames["group"], frames["source"], strict=True)
     ]
+
+
+def _formula(numbers: list[int]) -> str:
+    """Reduced formula: ``2x8 1x14`` for SiO2, whatever the number of units."""
+    zs, counts = np.unique(numbers, return_counts=True)
+    unit = int(np.gcd.reduce(counts))
+    return " ".join(f"{count // unit}x{z}" for z, count in zip(zs, counts, strict=True))
 
 
 def _without_twins(

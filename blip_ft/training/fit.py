@@ -29,8 +29,9 @@ from rich.console import Console
 from blip_ft.backbone import get_adapter
 from blip_ft.checkpoint import require_space, save_model
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
+from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
 from blip_ft.data.checks import Finding
+from blip_ft.data.leaks import group_leaks
 from blip_ft.data.references import References, fit_references
 from blip_ft.data.sources import mappings
 from blip_ft.errors import BlipError, RecipeError
@@ -142,7 +143,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         )
     if options.dtype == "float64":
         backbone.double()
-    findings = check_frames(splits, backbone)
+    findings = check_frames(splits, backbone) + group_leaks(splits)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     sets = {name: FrameDataset(d, backbone) for name, d in {**roles, **splits.test}.items()}
     console.print(
@@ -286,8 +287,10 @@ def write_run(
     metrics = {name: r.metrics for name, r in results.items()}
     calibration = results["blip"].calibration
     signatures = find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"])
+    splits = prepared.splits
     files = {
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        "splits.json": json.dumps(splits_file.to_json(splits.roles(), splits.rule, splits.dropped)),
         "receipt.json": json.dumps(receipt, indent=1),
         "calibration.json": json.dumps(calibration.to_dict(), indent=1),
         "history.json": json.dumps(history, indent=1),
