@@ -99,8 +99,13 @@ class DataConfig(Strict):
     of -1 turns the sign"""
     stress_order: StressOrder = "ase"
     """order of six stress components: ``ase`` (xx yy zz yz xz xy) or ``vasp`` (xx yy zz xy yz zx)"""
-    references: Literal["shift", "keep"] = "shift"
-    """``shift``: add the minimum-norm energy per element that fits the training residual"""
+    references: Literal["shift", "keep", "refit", "given", "isolated_atoms"] = "shift"
+    """energy per element added to the model. ``shift``: of least norm that fits label minus pretrained
+    energy; ``keep``: none; ``refit``: the atomic energies of the labels of least norm, in place of the
+    pretrained ones; ``given``: so that isolated atoms have ``data.reference_energies``;
+    ``isolated_atoms``: the same with the energies of one-atom frames in the training source"""
+    reference_energies: dict[str, float] = {}
+    """``given``: energy of each isolated atom at the level of the labels, eV: ``{Si: -0.8, O: -1.9}``"""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """structures per rank and step"""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -324,7 +329,26 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
         ) from error
     _check_trainer(recipe.trainer, file)
     _check_family(recipe, file)
+    _check_data(recipe.data, file)
     return recipe
+
+
+def _check_data(data: DataConfig, file: Path | None) -> None:
+    """Options of the data that belong together."""
+    if (data.references == "given") != bool(data.reference_energies):
+        raise RecipeError(
+            "data.references: given and data.reference_energies need each other",
+            file=file,
+            field="data.references",
+            remedy="set both: references: given, reference_energies: {Si: -0.8, O: -1.9}",
+        )
+    if (data.split.by == "file") != (data.split.file is not None):
+        raise RecipeError(
+            "data.split.by: file and data.split.file need each other",
+            file=file,
+            field="data.split",
+            remedy="set both, the file being the splits.json of a run's folder",
+        )
 
 
 def _check_family(recipe: Recipe, file: Path | None) -> None:

@@ -11,11 +11,19 @@ per atom, as energies enter the likelihood. Where the training compositions do n
 it is the projection on the span of the compositions, computed by the singular value
 decomposition inside ``numpy.linalg.lstsq``. Energies of compositions outside that span are then
 undetermined, which :meth:`References.warn_outside_span` says.
+
+Two other choices need the energies e_z that the pretrained model gives to isolated atoms.
+:func:`refit_references` fits the atomic energies of the labels themselves,
+
+    min_c  sum_frames [ (r + sum_z n_z e_z - sum_z n_z c_z) / n ]^2,        shift c_z - e_z,
+
+which differs from the shift only where the compositions leave c open: there nothing of the
+pretrained e_z stays. :func:`given_references` takes c_z from isolated-atom calculations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +49,7 @@ class References:
         rms_before: rms of the residual per atom, eV/atom.
         rms_after: the same after the shift.
         n_frames: frames with an energy that went into the fit.
+        mode: ``shift``, ``refit``, ``given`` or ``isolated_atoms``.
     """
 
     shift: dict[int, float]
@@ -50,6 +59,7 @@ class References:
     rms_before: float
     rms_after: float
     n_frames: int
+    mode: str = "shift"
 
     def energy(self, numbers: ArrayLike) -> float:
         """Shift of a structure, eV; elements that were not seen add nothing."""
@@ -73,7 +83,7 @@ class References:
     def describe(self) -> str:
         """The fit in a few lines: shift, rank, null space, residual."""
         lines = [
-            f"reference shift from {self.n_frames} frames, rank {self.rank} of {len(self.elements)}: "
+            f"{_HEADS[self.mode].format(self.n_frames)}, rank {self.rank} of {len(self.elements)}: "
             + ", ".join(f"{chemical_symbols[z]} {e:+.4f} eV" for z, e in self.shift.items()),
             f"residual energy rms {1e3 * self.rms_before:.1f} -> {1e3 * self.rms_after:.1f} meV/atom",
         ]
@@ -83,6 +93,14 @@ class References:
             for v in self.null_space
         ]
         return "\n".join(lines)
+
+
+_HEADS = {
+    "shift": "reference shift from {} frames",
+    "refit": "atomic energies refitted on {} frames; shift",
+    "given": "given energies of isolated atoms, compared on {} frames; shift",
+    "isolated_atoms": "energies of isolated atoms in the data, compared on {} frames; shift",
+}
 
 
 def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> References:
@@ -95,6 +113,66 @@ def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> Referen
     Raises:
         DataError: no frame has an energy, or a residual is infinite.
     """
+    return _fit(*_labelled(numbers, residual), {}, "shift")
+
+
+def refit_references(
+    numbers: Sequence[ArrayLike], residual: ArrayLike, isolated: Mapping[int, float]
+) -> References:
+    """Fit the atomic energies of the labels, of least norm, in place of the pretrained ones.
+
+    Args:
+        numbers: atomic numbers of each frame.
+        residual: label - model of each frame, eV (total); NaN where there is no energy label.
+        isolated: energy that the pretrained model gives to a lone atom of each element, eV.
+
+    Raises:
+        DataError: as for :func:`fit_references`.
+    """
+    return _fit(*_labelled(numbers, residual), isolated, "refit")
+
+
+def given_references(
+    numbers: Sequence[ArrayLike],
+    residual: ArrayLike,
+    isolated: Mapping[int, float],
+    energies: Mapping[int, float],
+    mode: str = "given",
+) -> References:
+    """The shift that gives lone atoms the energies ``energies``.
+
+    Args:
+        numbers: atomic numbers of each frame.
+        residual: label - model of each frame, eV (total); NaN where there is no energy label.
+        isolated: energy that the pretrained model gives to a lone atom of each element, eV.
+        energies: energy of the isolated atom of each element at the level of the labels, eV.
+        mode: where they come from, ``given`` or ``isolated_atoms``.
+
+    Raises:
+        DataError: as for :func:`fit_references`, or an element of the frames has no energy.
+    """
+    labelled, r = _labelled(numbers, residual)
+    elements = tuple(sorted({int(z) for zs in labelled for z in zs}))
+    missing = [chemical_symbols[z] for z in elements if z not in energies]
+    if missing:
+        raise DataError(
+            f"no energy of the isolated atom of {', '.join(missing)}",
+            field="data.reference_energies" if mode == "given" else "data.references",
+            remedy="give it, or use data.references: shift",
+        )
+    shift = {z: energies[z] - isolated[z] for z in sorted(energies) if z in isolated}
+    counts = _counts(labelled, elements)
+    composition = counts / counts.sum(axis=1)[:, None]
+    per_atom = r / counts.sum(axis=1)
+    after = per_atom - composition @ np.array([shift[z] for z in elements])
+    # nothing is fitted, so every composition of these elements is determined
+    return References(shift, len(shift), tuple(shift), [], _rms(per_atom), _rms(after), len(r), mode)
+
+
+def _labelled(
+    numbers: Sequence[ArrayLike], residual: ArrayLike
+) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
+    """Numbers and residuals of the frames that have an energy."""
     r = np.asarray(residual, dtype=np.float64).ravel()
     if len(r) != len(numbers):
         raise ValueError(f"{len(numbers)} structures but {len(r)} residuals")
@@ -112,12 +190,20 @@ def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> Referen
             field="energy",
             remedy="add energies, or set data.references to keep",
         )
-    r = r[np.isfinite(r)]
+    return labelled, r[np.isfinite(r)]
+
+
+def _fit(
+    labelled: list[NDArray[np.int64]], r: NDArray[np.float64], base: Mapping[int, float], mode: str
+) -> References:
+    """Least squares for shift + base, of least norm; the shift is what is returned."""
     elements = tuple(sorted({int(z) for zs in labelled for z in zs}))
     counts = _counts(labelled, elements)
     atoms = counts.sum(axis=1)
     composition = counts / atoms[:, None]
-    shift, _, rank, _ = np.linalg.lstsq(composition, r / atoms, rcond=None)
+    own = np.array([base.get(z, 0.0) for z in elements])
+    total, _, rank, _ = np.linalg.lstsq(composition, r / atoms + composition @ own, rcond=None)
+    shift = total - own
     # The triangular factor has the same right singular vectors, and few rows for many frames.
     null = np.linalg.svd(np.linalg.qr(composition, mode="r"))[2][rank:]
     return References(
@@ -128,6 +214,7 @@ def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> Referen
         rms_before=_rms(r / atoms),
         rms_after=_rms(r / atoms - composition @ shift),
         n_frames=len(r),
+        mode=mode,
     )
 
 

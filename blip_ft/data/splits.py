@@ -59,6 +59,8 @@ class Splits:
         test: ``seen`` and one entry per unseen set; may be empty.
         rule: what was done, in sentences.
         dropped: frames that no role took, each as ``"file, frame: reason"``.
+        isolated: energies of isolated atoms in the source of ``train``, eV by atomic number; they
+            are references and no frames to train on.
     """
 
     train: datasets.Dataset
@@ -67,6 +69,7 @@ class Splits:
     test: dict[str, datasets.Dataset]
     rule: str
     dropped: list[str] = field(default_factory=list)
+    isolated: dict[int, float] = field(default_factory=dict)
 
     def roles(self) -> Parts:
         """All sets by name; test sets as ``test/seen``, ``test/<unseen>``."""
@@ -82,9 +85,10 @@ def load_splits(config: DataConfig) -> Splits:
             has a reserved name, or a frame stands in two roles.
     """
     given = _load_given(config)
-    source = load_role(config, config.train)
+    source, isolated, alone = _without_isolated(load_role(config, config.train))
     wanted = [role for role in HELD_OUT if not _has(given, role)]
     parts, rules, dropped = _divide(source, config, wanted)
+    dropped += alone
     divided = set(parts)
     parts |= given
     if given:
@@ -111,6 +115,7 @@ def load_splits(config: DataConfig) -> Splits:
         test={n.removeprefix("test/"): frames for n, frames in parts.items() if n.startswith("test/")},
         rule=" ".join(rules),
         dropped=dropped,
+        isolated=isolated,
     )
     check_disjoint(splits, divided)
     return splits
@@ -176,6 +181,37 @@ def _load_given(config: DataConfig) -> Parts:
         f"test/{name}": spec for name, spec in tests.items()
     }
     return {name: load_role(config, spec) for name, spec in sources.items() if spec is not None}
+
+
+def _without_isolated(source: datasets.Dataset) -> tuple[datasets.Dataset, dict[int, float], list[str]]:
+    """Take out single atoms: those without periodicity, or marked ``IsolatedAtom`` as MACE has it.
+
+    Raises:
+        DataError: two different energies for one element.
+    """
+    alone = [
+        i
+        for i, (numbers, pbc, group) in enumerate(
+            zip(source["numbers"], source["pbc"], source["group"], strict=True)
+        )
+        if len(numbers) == 1 and (not any(pbc) or group == "IsolatedAtom")
+    ]
+    if not alone or len(alone) == len(source):
+        return source, {}, []
+    energies: dict[int, float] = {}
+    for row in source.select(alone):
+        z, energy = row["numbers"][0], row["energy"]
+        if energy is not None and abs(energies.setdefault(z, energy) - energy) > 1e-4:
+            raise DataError(
+                f"an isolated atom of element {z} has {energy:.6f} eV here and {energies[z]:.6f} eV before",
+                file=row["source"],
+                frame=row["frame"],
+                field="energy",
+                remedy="keep one of them",
+            )
+    places = [f"{_place(row)}: an isolated atom, kept as reference" for row in source.select(alone)]
+    rest = sorted(set(range(len(source))) - set(alone))
+    return source.select(rest), energies, places
 
 
 def _divide(

@@ -32,7 +32,7 @@ from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
 from blip_ft.data.checks import Finding
 from blip_ft.data.leaks import group_leaks
-from blip_ft.data.references import References, fit_references
+from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
@@ -41,6 +41,7 @@ from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
 from blip_ft.training.loop import train
 from blip_ft.training.receipt import make_receipt
+from blip_ft.training.reference_shift import set_references, warn_outside
 
 #: frames compared with the vendor's calculator in the step-0 gate
 GATE_FRAMES = 48
@@ -187,15 +188,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             else ""
         )
     )
-    references: References | None = None
-    check: dict[str, float] = {}
-    if recipe.data.references == "shift":
-        references, check = _shift(potential, sets["train"], console)
+    references, check, notes = set_references(recipe.data, potential, sets["train"], splits.isolated, console)
+    findings += notes
     if references is not None:
-        for name, dataset in sets.items():
-            compositions = {tuple(sorted(z)) for z in dataset.frames["numbers"]}
-            notes = {n for z in compositions if (n := references.warn_outside_span(z)) is not None}
-            findings += [Finding("coverage", "warning", [name], f"{name}: {n}") for n in sorted(notes)]
+        findings += warn_outside(references, sets)
     for finding in findings:
         console.print(str(finding), style=None if finding.severity == "info" else "yellow", soft_wrap=True)
     return Prepared(potential, splits, sets, findings, step_zero, references, check)
@@ -209,28 +205,6 @@ def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
         share = min(len(dataset), max(1, round(n * len(dataset) / total)))
         out += [dataset[int(i)].atoms for i in torch.linspace(0, len(dataset) - 1, share).round()]
     return out
-
-
-def _shift(
-    potential: BayesianPotential, train: FrameDataset, console: Console
-) -> tuple[References | None, dict[str, float]]:
-    """Fit the energy references on the training residual and verify them in the assembled model."""
-    items = [train[i] for i in range(len(train))]
-    items = [item for item in items if not bool(torch.isnan(item.labels["energy"]))]
-    if not items:
-        console.print("no energies to fit references on: kept as they are", style="yellow")
-        return None, {}
-    from blip_ft.uncertainty.predict import predict_atoms
-
-    atoms = [item.atoms for item in items]
-    labels = [float(item.labels["energy"]) for item in items]
-    model = [p["energy"] for p in predict_atoms(potential, atoms, n_draws=0)]
-    residual = torch.tensor(labels, dtype=torch.float64) - torch.tensor(model, dtype=torch.float64)
-    references = fit_references([a.numbers for a in atoms], residual.numpy())
-    potential.references = dict(references.shift)
-    check = gates.check_references(potential, atoms, labels, references)
-    console.print(references.describe())
-    return references, check
 
 
 # ---- training and judgement ----------------------------------------------------------------

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_ft.data import fit_references
+from blip_ft.data.references import given_references, refit_references
 from blip_ft.errors import DataError
 
 SIO2 = [14, 8, 8]
@@ -121,3 +122,46 @@ def test_lengths_must_agree() -> None:
 def test_many_frames_need_little_memory() -> None:
     references = fit_references([SIO2] * 20000, np.full(20000, -9.0))  # U alone would be 3.2 GB
     assert references.rank == 1
+
+
+# ---- other choices -----------------------------------------------------------------------------
+
+ALONE = {8: -1.9, 14: -0.8}
+
+
+def test_refitted_energies_keep_nothing_of_the_pretrained_ones_in_the_null_space() -> None:
+    frames = [SIO2 * 3, SIO2 * 4]
+    residual = np.array([-337.0 * len(z) for z in frames])
+    shift, refit = fit_references(frames, residual), refit_references(frames, residual, ALONE)
+    assert refit.mode == "refit"
+    assert refit.rms_after == pytest.approx(0, abs=1e-9)
+    for frame in (SIO2, SIO2 * 5):
+        assert refit.energy(frame) == pytest.approx(shift.energy(frame))  # the same inside the span
+    atomic = np.array([refit.shift[z] + ALONE[z] for z in (8, 14)])
+    assert atomic @ [1, -2] == pytest.approx(0)  # no component where the compositions are silent
+    assert np.array([shift.shift[z] for z in (8, 14)]) @ [1, -2] == pytest.approx(0)
+    assert refit.null_space[0] == pytest.approx(shift.null_space[0])
+
+
+def test_full_rank_leaves_no_choice() -> None:
+    frames = [SIO2, WATER, [8, 8], [1, 1]]
+    residual = np.random.default_rng(0).normal(size=4)
+    shift = fit_references(frames, residual)
+    refit = refit_references(frames, residual, {1: -3.0, **ALONE})
+    assert refit.shift == pytest.approx(shift.shift)
+
+
+def test_given_energies_are_those_of_lone_atoms_afterwards() -> None:
+    truth = {8: -432.1, 14: -105.9}
+    frames = [SIO2, SIO2 * 2]
+    binding = -20.0
+    labels = np.array([(sum(truth[z] for z in f) + binding * len(f) / 3) for f in frames])
+    model = np.array([(sum(ALONE[z] for z in f) + binding * len(f) / 3) for f in frames])
+    found = given_references(frames, labels - model, ALONE, truth)
+    assert found.shift == pytest.approx({z: truth[z] - ALONE[z] for z in truth})
+    assert found.rms_after == pytest.approx(0, abs=1e-9)
+    assert found.null_space == []
+    assert found.warn_outside_span([14]) is None
+    assert "given energies of isolated atoms" in found.describe()
+    with pytest.raises(DataError, match="isolated atom of Si"):
+        given_references(frames, labels - model, ALONE, {8: -432.1})

@@ -1,0 +1,134 @@
+"""The recipe's choice of energy references (``data.references``), put into the model and verified there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
+from rich.console import Console
+
+from blip_ft.config import DataConfig
+from blip_ft.data import FrameDataset
+from blip_ft.data.checks import Finding
+from blip_ft.data.references import References, fit_references, given_references, refit_references
+from blip_ft.errors import DataError, nearest
+from blip_ft.potential import BayesianPotential
+from blip_ft.training import gates
+from blip_ft.uncertainty.predict import predict_atoms
+
+#: a residual this many times that of a fit says that given energies do not belong to this model
+WORSE = 5.0
+#: eV/atom; a larger residual of kept references is an offset and no error of the model
+OFFSET = 0.5
+
+
+def set_references(
+    config: DataConfig,
+    potential: BayesianPotential,
+    train: FrameDataset,
+    isolated: Mapping[int, float],
+    console: Console,
+) -> tuple[References | None, dict[str, float], list[Finding]]:
+    """Choose the energy per element, put it into the model, verify it in the assembled model.
+
+    Args:
+        config: the recipe's ``data``.
+        potential: pretrained; its ``references`` are set.
+        train: training frames.
+        isolated: labels of isolated atoms that the training source holds, eV.
+        console: where the fit is described.
+
+    Returns:
+        The references (``None`` for ``keep`` and without energy labels), the residual in the
+        assembled model, and what a user should know.
+
+    Raises:
+        DataError: an energy that is missing or of an unknown element.
+        GateError: the model's residual is not the one that was promised.
+    """
+    items = [train[i] for i in range(len(train))]
+    items = [item for item in items if not bool(item.labels["energy"].isnan())]
+    if not items:
+        if config.references != "keep":
+            console.print("no energies to fit references on: kept as they are", style="yellow")
+        return None, {}, []
+    atoms = [item.atoms for item in items]
+    labels = np.array([float(item.labels["energy"]) for item in items])
+    model = np.array([p["energy"] for p in predict_atoms(potential, atoms, n_draws=0)])
+    numbers, residual = [a.numbers for a in atoms], labels - model
+    fitted = fit_references(numbers, residual)
+    if config.references == "keep":
+        return None, {}, _offset(fitted)
+    references, findings = _choose(config, potential, numbers, residual, isolated, fitted)
+    potential.references = dict(references.shift)
+    check = gates.check_references(potential, atoms, labels.tolist(), references)
+    console.print(references.describe())
+    return references, check, findings
+
+
+def warn_outside(references: References, sets: Mapping[str, FrameDataset]) -> list[Finding]:
+    """A warning for every set with compositions whose reference energy the training frames leave open."""
+    findings = []
+    for name, dataset in sets.items():
+        compositions = {tuple(sorted(z)) for z in dataset.frames["numbers"]}
+        notes = {n for z in compositions if (n := references.warn_outside_span(z)) is not None}
+        findings += [Finding("coverage", "warning", [name], f"{name}: {n}") for n in sorted(notes)]
+    return findings
+
+
+def _choose(
+    config: DataConfig,
+    potential: BayesianPotential,
+    numbers: list[np.ndarray],
+    residual: np.ndarray,
+    isolated: Mapping[int, float],
+    fitted: References,
+) -> tuple[References, list[Finding]]:
+    mode = config.references
+    if mode == "shift":
+        return fitted, []
+    energies = dict(isolated) if mode == "isolated_atoms" else _given(config)
+    alone = lone_atoms(potential, {*fitted.elements, *energies})
+    if mode == "refit":
+        return refit_references(numbers, residual, alone), []
+    references = given_references(numbers, residual, alone, energies, mode)
+    if references.rms_after <= WORSE * fitted.rms_after + 1e-3:
+        return references, []
+    message = (
+        f"the energies of isolated atoms leave {1e3 * references.rms_after:.0f} meV/atom on the training "
+        f"frames, a fit would leave {1e3 * fitted.rms_after:.0f}"
+    )
+    remedy = "use data.references: shift, unless the pretrained model describes lone atoms"
+    return references, [Finding("label", "warning", [], message, remedy)]
+
+
+def _given(config: DataConfig) -> dict[int, float]:
+    for symbol in config.reference_energies:
+        if symbol not in atomic_numbers:
+            raise DataError(
+                f"'{symbol}' is not a chemical element",
+                field="data.reference_energies",
+                remedy=nearest(symbol, chemical_symbols[1:]),
+            )
+    return {atomic_numbers[symbol]: energy for symbol, energy in config.reference_energies.items()}
+
+
+def lone_atoms(potential: BayesianPotential, elements: Iterable[int]) -> dict[int, float]:
+    """Energy that the model's mean gives to a lone atom of each element it knows, eV."""
+    known = sorted(set(elements) & potential.backbone.elements)
+    structures = [Atoms(numbers=[z], positions=[(0.0, 0.0, 0.0)]) for z in known]
+    predictions = predict_atoms(potential, structures, n_draws=0)
+    return {z: float(p["energy"]) for z, p in zip(known, predictions, strict=True)}
+
+
+def _offset(fitted: References) -> list[Finding]:
+    if fitted.rms_before < OFFSET or fitted.rms_after > 0.2 * fitted.rms_before:
+        return []
+    message = (
+        f"the energies differ from the pretrained model by {fitted.rms_before:.3g} eV/atom, of which a constant "
+        f"per element explains all but {1e3 * fitted.rms_after:.0f} meV/atom"
+    )
+    remedy = "use data.references: shift; with keep the weights must learn the constant"
+    return [Finding("label", "warning", [], message, remedy)]
