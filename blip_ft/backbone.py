@@ -12,7 +12,8 @@ quantity                  shape               unit, sign
 ``stress``                (B, 6)              eV/Å^3, ASE sign (positive = tensile) and
                                               Voigt order xx yy zz yz xz xy; NaN where the
                                               structure is not periodic in all directions
-``node_energy``           (n,)                eV, sums to ``energy`` per structure
+``node_energy``           (n,)                eV, sums to ``energy`` per structure; ``None``
+                                              where the energy is no sum over atoms
 ``node_features``         (n, f)              invariant features of the atoms (optional)
 ========================  ==================  ===========================================
 

@@ -30,13 +30,13 @@ class Evaluation:
     """Energies of a batch and the leaves that forces are gradients with respect to.
 
     Attributes:
-        node_energy: (n,) eV.
+        node_energy: (n,) eV, or ``None`` where the energy is no sum over atoms.
         energy: (B,) eV.
         leaves: tensors that require grad; the adapter's ``_assemble`` knows their meaning.
         node_features: (n, f) invariant features of the atoms, or ``None``.
     """
 
-    node_energy: Tensor
+    node_energy: Tensor | None
     energy: Tensor
     leaves: tuple[Tensor, ...]
     node_features: Tensor | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from torch import nn
 
 from blip_ft.backbone import Backbone, Prediction
@@ -33,7 +34,11 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def close(one: torch.Tensor, two: torch.Tensor, tolerance: float) -> None:
+def close(one: torch.Tensor | None, two: torch.Tensor | None, tolerance: float) -> None:
+    """Equal to a tolerance; a property that a model does not predict is missing from both."""
+    if one is None or two is None:
+        assert one is two
+        return
     torch.testing.assert_close(one.detach(), two.detach(), rtol=0, atol=tolerance, equal_nan=True)
 
 
@@ -42,6 +47,29 @@ def same(one: Prediction, two: Prediction, tolerance: float) -> None:
     close(one.forces, two.forces, tolerance)
     close(one.stress, two.stress, tolerance)
     close(one.node_energy, two.node_energy, tolerance)
+
+
+def rotation_defect(
+    evaluated: Callable[[Atoms], Prediction], atoms: Atoms, turned: Atoms, turn: np.ndarray
+) -> np.ndarray:
+    """By how much energy (eV), forces (eV/Å) and stress (eV/Å^3) do not turn with the structure.
+
+    Args:
+        evaluated: the model.
+        atoms: a structure.
+        turned: the same, rotated.
+        turn: (3, 3) the rotation.
+
+    Returns:
+        (3,) largest differences; 0 for a stress that is missing.
+    """
+    before, after = evaluated(atoms), evaluated(turned)
+    forces = array(after.forces) - array(before.forces) @ turn.T
+    out = [abs(after.energy.item() - before.energy.item()), np.abs(forces).max(), 0.0]
+    if before.stress is not None and atoms.pbc.all():
+        one, two = (voigt_6_to_full_3x3_stress(array(p.stress[0])) for p in (before, after))
+        out[2] = np.abs(two - turn @ one @ turn.T).max()
+    return np.array(out)
 
 
 def trainable(backbone: nn.Module) -> list[nn.Parameter]:
