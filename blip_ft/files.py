@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,33 @@ def whole_file(target: Path) -> Iterator[IO[str]]:
             remedy="free some space, or choose a folder that you may write to",
         ) from error
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_path(target: Path) -> Iterator[Path]:
+    """A path of the same ending, for a file or a folder that gets its name when it is complete.
+
+    An exception inside leaves nothing behind, and an existing ``target`` as it was.
+
+    Raises:
+        BlipError: no space, no permission.
+    """
+    temporary = target.with_name(f".{os.getpid()}.part.{target.name}")
+    try:
+        yield temporary
+        if target.is_dir():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    except OSError as error:
+        raise BlipError(
+            f"cannot write: {error.strerror or error}",
+            file=target,
+            remedy="free some space, or choose a folder that you may write to",
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 

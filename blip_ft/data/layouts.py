@@ -69,6 +69,8 @@ class Layout:
 
 
 PLAIN = Layout("plain")
+#: columns that tell a table written by this package
+OWN = frozenset({"numbers", "positions", "weight", "atom_weight", "mapping"})
 _KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/Ang"}
 _COLABFIT_UNITS = {
     "energy": "energy_unit",
@@ -77,6 +79,7 @@ _COLABFIT_UNITS = {
 }
 #: in the order in which they are tried
 LAYOUTS = (
+    Layout("blip_ft", OWN),
     Layout("MatPES", frozenset({"matpes_id", "structure"}), units={"stress": "-1 * kbar"}),
     Layout("MPtrj", frozenset({"structure", "uncorrected_total_energy"}), units={"stress": "-1 * kbar"}),
     Layout(

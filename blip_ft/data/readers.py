@@ -131,11 +131,14 @@ def _database(path: Path) -> Iterator[Atoms]:
         yield row.toatoms(add_additional_information=True)
 
 
-def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
-    """Rows of fairchem's LMDB files, through ASE's own backend for them.
+def lmdb_backend(name: str) -> Any:
+    """ASE's database class for LMDB files.
+
+    Args:
+        name: the file, for the error.
 
     Raises:
-        DataError: the backend is not installed, or the file is no ASE database.
+        DataError: the package that has it is not installed.
     """
     try:
         from ase_db_backends.aselmdb import LMDBDatabase
@@ -145,8 +148,18 @@ def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
             file=name,
             remedy="pip install 'blip-ft[lmdb]' (fairchem-core brings it too)",
         ) from error
+    return LMDBDatabase
+
+
+def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
+    """Rows of fairchem's LMDB files, through ASE's own backend for them.
+
+    Raises:
+        DataError: the backend is not installed, or the file is no ASE database.
+    """
+    backend = lmdb_backend(name)
     try:
-        database = LMDBDatabase(path, readonly=True, use_lock_file=False)
+        database = backend(path, readonly=True, use_lock_file=False)
         ids = list(database.ids)
     except Exception as error:  # lmdb and zlib raise their own
         raise unreadable(name, error, "aselmdb") from error

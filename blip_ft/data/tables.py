@@ -204,6 +204,8 @@ def from_row(
     layout = layout or recognise(set(values))
     for own in ("source", "frame", "mapping"):
         values.pop(own, None)
+    if layout.name == "blip_ft":  # elsewhere a column of this name may be anything, a mass for instance
+        values["config_weight"] = values.pop("weight")
     if split and not values.get("split"):
         values["split"] = split
     used: set[str] = set()
