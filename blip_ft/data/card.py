@@ -27,8 +27,7 @@ _COLUMNS = """| column | shape | unit | |
 | `atom_weight` | (n,) | | factor of each atom's force terms, or null |
 | `group` | text | | trajectory, phase, ... or empty |
 | `split` | text | | split, or empty |
-| `source`, `frame` | text, () | | file that the frame was read from, and its number there |
-| `mapping` | text | | names under which the labels were found there |
+| `mapping` | text | | names under which the labels were found in the source |
 """
 
 
@@ -84,7 +83,7 @@ def write_card(path: Path, frames: datasets.Dataset, splits: Mapping[str, int], 
         _COLUMNS,
         "## How labels were found",
         "",
-        *(f"- {line}" for line in mappings(frames)),
+        *(f"- {line}" for line in mappings(frames, paths=False)),
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -200,8 +200,9 @@ def _hub_folder(frames: datasets.Dataset, folder: Path, card: Card) -> None:
     splits: dict[str, list[int]] = {}
     for index, split in enumerate(frames["split"]):
         splits.setdefault(split or "train", []).append(index)
+    public = frames.remove_columns(["source", "frame"])  # paths of the owner's machine
     for split, indices in splits.items():
-        part = frames if len(splits) == 1 else frames.select(indices)
+        part = public if len(splits) == 1 else public.select(indices)
         shards = max(1, math.ceil(part._estimate_nbytes() / SHARD))
         for k in range(shards):
             shard = part.shard(shards, k, contiguous=True)

@@ -131,15 +131,20 @@ def iterate_source(
         yield from _rows(reading)
 
 
-def mappings(dataset: datasets.Dataset) -> list[str]:
-    """How labels were found, one sentence for each source: ``a.xyz: MACE: energy <- REF_energy, ...``."""
+def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
+    """How labels were found, one sentence for each source: ``a.xyz: MACE: energy <- REF_energy, ...``.
+
+    Args:
+        dataset: rows of the schema.
+        paths: name files with their folders.
+    """
     found: dict[tuple[str, str], None] = {}
     for source, mapping in zip(dataset["source"], dataset["mapping"], strict=True):
         found.setdefault((source, mapping))
     many = 4  # the files of a pattern mostly agree: one line then
     by_text: dict[str, list[str]] = {}
     for source, mapping in found:
-        by_text.setdefault(mapping, []).append(source)
+        by_text.setdefault(mapping, []).append(source if paths else Path(source).name)
     return [
         f"{', '.join(sources[:many])}{f' and {len(sources) - many} more' if len(sources) > many else ''}: {text}"
         for text, sources in by_text.items()
