@@ -136,31 +136,67 @@ class ModelConfig(Strict):
 class PosteriorConfig(Strict):
     """The distribution over the weights."""
 
-    family: Literal["channel", "weight", "subspace"] = "subspace"
-    """``channel``: one std per output channel; ``weight``: one per weight; ``subspace``: a
-    correlated Gaussian along the strongest directions of the data"""
-    mode: Literal["local", "structure"] = "structure"
-    """noise in training: independent per row (scalars only), or one weight sample per structure"""
+    family: Literal["channel", "weight", "adaptive", "subspace"] = "subspace"
+    """``channel``: one std per output channel; ``weight``: one per weight; ``adaptive``: one per row
+    of a layer's input, from an inference network; ``subspace``: a correlated Gaussian along the
+    strongest directions of the data"""
+    mode: Literal["local", "structure", "flipout"] = "structure"
+    """noise in training: ``local``: independent per row (scalars only); ``structure``: one weight
+    sample per structure; ``flipout``: one per step with random signs per structure, cheaper, but
+    only uncorrelated between structures. ``local`` and ``flipout`` need independent weights, not
+    ``subspace``"""
+    prior: Literal["pretrained", "dropout"] = "pretrained"
+    """``pretrained``: N(w0, s^2) around the pretrained weights; ``dropout``: N(0, s^2 theta^2) around
+    zero with the mean's own size (variational dropout, alpha0 = s^2), which does not hold the mean;
+    all stds are then in units of abs(theta). For comparison; not for ``subspace``"""
     prior_scale: Positive | Literal["auto"] = "auto"
-    """std of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
+    """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
     (``subspace`` only): chosen by leaving groups of training frames out"""
+    empirical_bayes: bool = False
+    """give every matrix and e3nn path its own s, the one that maximises the ELBO, fitted after every
+    epoch; ``prior_scale`` is where they start and what small paths keep (``channel``, ``weight``)"""
     init_std: Positive = 0.003
-    """std of the posterior at the start, in the same units (factorised families)"""
+    """std of the posterior at the start, in the same units (``channel``, ``weight``, ``adaptive``)"""
+    min_std: Positive = 1e-4
+    """``adaptive``: least std that the inference network can give, in the same units"""
+    max_std: Positive = 0.3
+    """``adaptive``: greatest; training says where the clamp binds"""
     rank: Annotated[int, Field(ge=1)] = 64
     """``subspace``: number of directions r"""
     projections: Annotated[int, Field(ge=1)] = 8
     """``subspace``: random projections of each structure's forces that directions are taken from"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
-    per training frame"""
+    per training frame; ``objective.kind: function_kl`` compares on as many"""
     start: Annotated[float, Field(ge=0, le=1)] = 0.6
     """``subspace``: share of the epochs after which the posterior is fitted for the first time and
     the noise comes in; it is fitted again at the end"""
 
 
 class ObjectiveConfig(Strict):
-    """The negative ELBO."""
+    """What training minimises."""
 
+    kind: Literal["elbo", "crps", "elbo+crps", "function_kl"] = "elbo"
+    """``elbo``: expected NLL and T/N times the KL from the prior; ``crps``: fair CRPS of ``draws``
+    samples over the label noise, with the KL of the mean alone: the spread learns the errors of the
+    training frames; ``elbo+crps``: their sum; ``function_kl``: expected NLL, and the KL of the
+    predictions from the pretrained model's on unlabelled frames in place of the KL of the weights.
+    With CRPS only for ``channel``, ``weight`` and ``adaptive``, whose spread is learned step by step"""
+    draws: Annotated[int, Field(ge=1)] | None = None
+    """independent noise samples per step, each a pass through the model; by default 1 for ``elbo``,
+    2 for the others (CRPS needs two or more)"""
+    crps_weight: Positive = 1.0
+    """``elbo+crps``: weight of the CRPS beside the NLL, both summed over labels in units of the noise"""
+    replay: Source | None = None
+    """``function_kl``: frames, with or without labels, on which the pretrained model is to be
+    remembered; by default perturbed copies of the training frames (``posterior.context`` of them)"""
+    likelihood: Literal["gaussian", "student_t", "joint_student_t"] = "gaussian"
+    """law of the label noise: ``student_t``: single outliers pull less; ``joint_student_t``: one
+    unknown noise level per structure for its energy, forces and stress together, so that a badly
+    converged frame loses weight as a whole. For ``subspace`` the mean is trained with it, the
+    covariance keeps Gaussian noise of the same std"""
+    degrees_of_freedom: Annotated[float, Field(gt=2)] = 4.0
+    """of the two laws of Student; large is Gaussian. Noise stds below are stds for all laws"""
     energy_std: Positive = 2e-3
     """noise of the energy label, eV/atom"""
     forces_std: Positive = 2e-2
@@ -352,26 +388,73 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
 
 
 def _check_family(recipe: Recipe, file: Path | None) -> None:
-    """Options that only some posterior families have."""
-    if recipe.posterior.family == "subspace":
-        if recipe.posterior.mode == "local":
-            raise RecipeError(
-                "'local' noise needs independent weights, the subspace posterior correlates them",
-                file=file,
-                field="posterior.mode",
-                remedy="use posterior.mode=structure",
-            )
+    """Options that only some posterior families and objectives have."""
+    options, objective = recipe.posterior, recipe.objective
+    closed = options.family == "subspace"  # the covariance has a closed form
+
+    def refuse(message: str, field: str, remedy: str) -> None:
+        raise RecipeError(message, file=file, field=field, remedy=remedy)
+
+    if closed and options.mode != "structure":
+        refuse(
+            f"'{options.mode}' noise needs independent weights, the {options.family} posterior correlates them",
+            "posterior.mode",
+            "use posterior.mode=structure",
+        )
+    if closed and options.prior == "dropout":
+        refuse(
+            f"the closed form of posterior.family={options.family} needs a prior of fixed width",
+            "posterior.prior",
+            "use posterior.prior=pretrained, or posterior.family=weight",
+        )
+    if options.empirical_bayes and (
+        options.family not in ("channel", "weight") or options.prior == "dropout"
+    ):
+        refuse(
+            "empirical Bayes scales need a 'pretrained' prior and posterior.family 'channel' or 'weight', not "
+            f"'{options.prior}' and '{options.family}'",
+            "posterior.empirical_bayes",
+            "remove the key"
+            + (": prior_scale=auto already chooses the scale from the data" if closed else ""),
+        )
+    if closed and "crps" in objective.kind:
+        refuse(
+            f"objective.kind '{objective.kind}' learns the spread step by step, that of '{options.family}' has "
+            "a closed form",
+            "objective.kind",
+            "use objective.kind=elbo, or posterior.family=channel, weight or adaptive",
+        )
+    if "crps" in objective.kind and objective.draws == 1:
+        refuse("the fair CRPS needs two draws or more", "objective.draws", "use objective.draws=2 or more")
+    if "crps" in objective.kind and objective.learn_noise:
+        refuse(
+            "the CRPS is measured in units of the label noise, which cannot be learned from it",
+            "objective.learn_noise",
+            "use objective.kind=elbo, or fixed noise",
+        )
+    if objective.replay is not None and objective.kind != "function_kl":
+        refuse(
+            f"objective.kind '{objective.kind}' replays no frames",
+            "objective.replay",
+            "use objective.kind=function_kl, or remove the key",
+        )
+    if objective.kind == "function_kl" and objective.replay is None and options.context == 0:
+        refuse(
+            "objective.kind 'function_kl' has no frames to compare on",
+            "objective.replay",
+            "give frames, or posterior.context > 0",
+        )
+    if closed:
         return
     for key, value in (
-        ("posterior.prior_scale", recipe.posterior.prior_scale),
-        ("objective.temperature", recipe.objective.temperature),
+        ("posterior.prior_scale", options.prior_scale),
+        ("objective.temperature", objective.temperature),
     ):
         if value == "auto":
-            raise RecipeError(
-                f"'auto' has a closed form for posterior.family=subspace only, not for '{recipe.posterior.family}'",
-                file=file,
-                field=key,
-                remedy="give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
+            refuse(
+                f"'auto' has a closed form for posterior.family=subspace only, not for '{options.family}'",
+                key,
+                "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )
 
 

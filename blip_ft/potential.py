@@ -21,18 +21,17 @@ from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.errors import BlipError, ConversionError
+from blip_ft.errors import BlipError
 from blip_ft.uncertainty.calibration import Calibration
-from blip_ft.variational import Mode, PretrainedPrior, Rows, convert
-from blip_ft.variational.noise import keyed_row_normal
-from blip_ft.variational.posteriors import FAMILIES, Posterior
+from blip_ft.variational import Mode, Rows, convert
+from blip_ft.variational.build import make_posterior, make_prior
+from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
+from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
 
 MAX_ATOMIC_NUMBER = 119
-#: prior scale until it is chosen from the data; holds the mean only
-START_PRIOR_SCALE = 0.3
 
 
 class BayesianPotential(nn.Module):
@@ -64,30 +63,11 @@ class BayesianPotential(nn.Module):
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
         self.converted = convert(backbone, train=model.train, noise=model.noise)
-        self.prior = PretrainedPrior(
-            self.converted.sites,
-            self.converted.pretrained,
-            START_PRIOR_SCALE if posterior.prior_scale == "auto" else posterior.prior_scale,
-            self.converted.rest,
-        )
-        family = FAMILIES[posterior.family]
-        if posterior.mode == "local" and not family.factorised:
-            raise ConversionError(
-                f"posterior.mode 'local' needs independent weights, '{posterior.family}' correlates them",
-                remedy="use posterior.mode=structure",
-                field="posterior.mode",
-            )
-        noisy = [self.converted.sites[name] for name in self.converted.noisy]
-        mixed = [s.name for s in noisy if not all(b.scalar for b in s.blocks)]
-        if posterior.mode == "local" and mixed:
-            raise ConversionError(
-                f"posterior.mode 'local' reaches scalar paths only: {len(mixed)} noisy modules (first: "
-                f"{mixed[0]}) have others, whose spread no data would ever narrow",
-                remedy="use model.noise=scalar, or posterior.mode=structure",
-                field="model.noise",
-            )
-        options = {"rank": posterior.rank} if posterior.family == "subspace" else {}
-        self.posterior: Posterior = family(noisy, self.prior, posterior.init_std, **options)
+        self.prior = make_prior(self.converted, posterior)
+        self.posterior = make_posterior(self.converted, self.prior, posterior)
+        #: (B,) KL of each structure's own weights in the last call with training noise, nats;
+        #: None for families whose weights are shared by all structures
+        self.structure_kl: Tensor | None = None
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
         #: width of the fixed draws in units of the posterior's; stds are divided by it
@@ -105,7 +85,7 @@ class BayesianPotential(nn.Module):
         """KL(q || p) of mean and spread, nats, a scalar."""
         deltas: dict[str, Tensor] = dict(self.converted.deltas)
         mean = self.prior.kl_mean(deltas)
-        return mean + self.posterior.kl().to(mean)
+        return mean + self.posterior.kl().to(mean) + self.prior.kl_scale().to(mean)
 
     def reference_energy(self, batch: Batch) -> Tensor:
         """(B,) sum of the per-element references of each structure, eV, float64."""
@@ -121,15 +101,26 @@ class BayesianPotential(nn.Module):
 
     # ---- noise ---------------------------------------------------------------------------
     @contextmanager
-    def noise(self, mode: Mode, batch: Batch, *, epoch: int = 0, draw: int | None = None) -> Iterator[None]:
+    def noise(
+        self,
+        mode: Mode,
+        batch: Batch,
+        *,
+        epoch: int = 0,
+        draw: int | None = None,
+        step: int = 0,
+        sample: int = 0,
+    ) -> Iterator[None]:
         """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes.
 
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        if mode in ("structure", "local") and len(batch.keys) != batch.n_structures:
+        if mode in ("structure", "local", "flipout") and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
+        recorder: Recorder | None = None
+        self.structure_kl = None
         state.clear()
         if mode != "off" and self.posterior.ready:
             dtype, device = self.backbone.dtype, self.backbone.device
@@ -137,19 +128,28 @@ class BayesianPotential(nn.Module):
                 latent = self.draw_latents(self.n_draws)[[0 if draw is None else draw]]
                 sampled = self.posterior.sample(self.amplitude * latent.to(device, dtype))
                 state.weights = {name: w[0] for name, w in sampled.items()}
-            elif mode == "structure":
-                keys = [("structure", self.seed, epoch, key) for key in batch.keys]
+            elif mode == "local":
+                state.variances = self.posterior.row_variances()
+                state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys, sample)
+            else:
+                if mode == "structure":
+                    keys = [("structure", self.seed, epoch, key, *numbered(sample)) for key in batch.keys]
+                else:
+                    keys = [("flipout", self.seed, step, *numbered(sample))]
+                    state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
                 latent = self.posterior.latent(keys, dtype)
                 state.weights = self.posterior.sample(latent.to(device, dtype))
-            else:
-                state.variances = {n: s.square() for n, s in self.posterior.std().items()}
-                state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys)
             if mode != "draw":
                 n = batch.n_structures
                 state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
+            if isinstance(self.posterior, AdaptivePosterior):
+                recorder = Recorder(self.posterior, state.rows) if mode != "draw" else None
+                state.row_amplitude = recorder or self.posterior.amplitude
             state.mode = mode
         try:
             yield
+            if recorder is not None:
+                self.structure_kl = recorder.kl()
         finally:
             state.clear()
 
@@ -185,6 +185,8 @@ class BayesianPotential(nn.Module):
         mode: Mode = "off",
         epoch: int = 0,
         draw: int | None = None,
+        step: int = 0,
+        sample: int = 0,
         forces: bool = True,
         stress: bool = False,
         create_graph: bool = False,
@@ -194,8 +196,10 @@ class BayesianPotential(nn.Module):
         Args:
             batch: from ``backbone.collate``.
             mode: noise mode; ``draw`` takes the fixed draw number ``draw``.
-            epoch: part of the noise's key in ``structure`` and ``local`` mode.
+            epoch: part of the noise's key in ``structure``, ``local`` and ``flipout`` mode.
             draw: number of the draw, 0 to ``n_draws - 1``.
+            step: part of the key of the sample that all structures share in ``flipout`` mode.
+            sample: numbers independent samples under one such key.
             forces: compute forces.
             stress: compute stress.
             create_graph: keep the graph, to train on forces.
@@ -204,7 +208,7 @@ class BayesianPotential(nn.Module):
             Energies, also those of the atoms, in float64 on the user's reference; other
             quantities as the backbone gives them (``blip_ft.backbone``).
         """
-        with self.noise(mode, batch, epoch=epoch, draw=draw):
+        with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample):
             out: Prediction = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
         out.energy = out.energy.double() + self.reference_energy(batch)
         if out.node_energy is not None:

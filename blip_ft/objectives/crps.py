@@ -10,8 +10,13 @@ The factor 1/2 matters: without it the score falls without bound as the spread g
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from blip_ft.backbone import Batch, Prediction
+from blip_ft.objectives.likelihood import compared
 
 
 def fair_crps(samples: Tensor, label: Tensor) -> Tensor:
@@ -37,3 +42,29 @@ def fair_crps(samples: Tensor, label: Tensor) -> Tensor:
     spread: Tensor = torch.tensordot(weights, ordered, dims=1) / (k * (k - 1))
     score: Tensor = distance - spread
     return score
+
+
+def label_crps(
+    samples: Sequence[Prediction], batch: Batch, noise: Mapping[str, float], *, stress: bool
+) -> Tensor:
+    """Fair CRPS of each structure's labels, every one over the noise std of its kind, summed; (B,).
+
+    A sum over labels and in units of the noise, so that it can stand beside the NLL or in its place:
+    energies (eV/atom) and forces (eV/Å) then weigh as they do there. Labels that are NaN are left out.
+    The samples are compared as they are, without label noise on top: their spread is what the score
+    makes equal to the error.
+
+    Args:
+        samples: K >= 2 predictions of the batch with independent noise.
+        batch: with labels.
+        noise: std by kind.
+        stress: score the stress too.
+    """
+    sides = [compared(p, batch, stress=stress) for p in samples]
+    out = samples[0].energy.new_zeros(batch.n_structures, dtype=torch.float64)
+    for kind, (_, label, rows) in sides[0].items():
+        known = ~torch.isnan(label)
+        off = torch.stack([torch.where(known, side[kind][0] - label, 0.0) for side in sides])
+        score = fair_crps(off, torch.zeros_like(label)) * known / noise[kind]
+        out = out.index_add(0, rows, score.flatten(1).sum(dim=1))
+    return out

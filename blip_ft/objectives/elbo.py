@@ -43,11 +43,15 @@ class ElboScale:
         ramp = min(1.0, epoch / self.kl_warmup) if self.kl_warmup else 1.0
         return self.temperature / self.n_train * ramp
 
+    def structure_weight(self, epoch: float) -> float:
+        """T times the warm-up factor: weight of a KL that each structure has of its own."""
+        return self.kl_weight(epoch) * self.n_train
+
     def loss(self, nll: Tensor, kl: Tensor, *, epoch: float, world: int = 1) -> Tensor:
         """Loss of one rank's share of a step.
 
         Args:
-            nll: (b,) NLL of the structures this rank has.
+            nll: (b,) NLL of the structures this rank has, with what else each structure adds.
             kl: KL of the whole posterior (spread and mean), a scalar.
             epoch: for the warm-up.
             world: number of ranks; gradients are averaged over ranks, so the share is scaled up.

@@ -11,7 +11,9 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from blip_ft.potential import BayesianPotential
 from blip_ft.training.module import FineTuneModule
+from blip_ft.variational.posteriors import AdaptivePosterior
 
 
 class SetEpoch(Callback):
@@ -73,6 +75,38 @@ class FitPosterior(Callback):
         del pl_module
         if trainer.current_epoch == self._epoch:
             self._fit()
+
+
+class UpdatePrior(Callback):
+    """Empirical Bayes: the prior's scales at their best for the posterior, after every epoch."""
+
+    def __init__(self, potential: BayesianPotential) -> None:
+        self.potential = potential
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A function of the parameters alone, hence the same on every rank."""
+        del trainer, pl_module
+        self.update()
+
+    def update(self) -> dict[str, list[float]]:
+        """The new scales, as ``PretrainedPrior.update`` returns them."""
+        deltas = self.potential.converted.deltas
+        return self.potential.prior.update(deltas, self.potential.posterior.std())
+
+
+class WatchClamp(Callback):
+    """Keep the share of rows of the last epoch whose spread the clamp of ``adaptive`` holds back."""
+
+    def __init__(self, posterior: AdaptivePosterior) -> None:
+        self.posterior = posterior
+        self.shares: dict[str, float] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log ``posterior/clamped_message`` and ``posterior/clamped_update``."""
+        self.shares = self.posterior.clamped()
+        if trainer.is_global_zero:
+            for kind, share in self.shares.items():
+                pl_module.log(f"posterior/clamped_{kind}", share, rank_zero_only=True)
 
 
 class History(Callback):

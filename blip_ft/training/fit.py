@@ -42,6 +42,7 @@ from blip_ft.training.evaluate import Judgement, judge
 from blip_ft.training.loop import train
 from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
+from blip_ft.training.replay import replayed
 
 #: frames compared with the vendor's calculator in the step-0 gate
 GATE_FRAMES = 48
@@ -60,6 +61,7 @@ class Prepared:
     step_zero: gates.StepZero
     references: References | None
     references_check: dict[str, float] = field(default_factory=dict)
+    replay: list[Atoms] = field(default_factory=list)
 
 
 def is_rank_zero() -> bool:
@@ -145,6 +147,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
+    replay = replayed(recipe, splits.train, backbone)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     sets = {name: FrameDataset(d, backbone) for name, d in {**roles, **splits.test}.items()}
     console.print(
@@ -194,7 +197,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         findings += warn_outside(references, sets)
     for finding in findings:
         console.print(str(finding), style=None if finding.severity == "info" else "yellow", soft_wrap=True)
-    return Prepared(potential, splits, sets, findings, step_zero, references, check)
+    return Prepared(potential, splits, sets, findings, step_zero, references, check, replay)
 
 
 def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
@@ -223,7 +226,7 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         if is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
         reset_mean(potential)
-    history["blip"] = train(recipe, potential, sets, folder, console, plain=False)
+    history["blip"] = train(recipe, potential, sets, folder, console, plain=False, replay=prepared.replay)
     if not is_rank_zero():
         return {}
     results["blip"] = judge(

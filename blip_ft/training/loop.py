@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from ase import Atoms
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -18,12 +20,30 @@ from blip_ft.data import FrameDataset
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.callbacks import FitPosterior, History, KeepBest, SetEpoch
+from blip_ft.training.callbacks import (
+    FitPosterior,
+    History,
+    KeepBest,
+    SetEpoch,
+    UpdatePrior,
+    WatchClamp,
+)
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.module import FineTuneModule
+from blip_ft.training.replay import make_replay
 from blip_ft.training.subspace import SubspaceFitter
+from blip_ft.variational.posteriors import AdaptivePosterior
 
 DEFAULT_EPOCHS = 24
+#: share of the rows from which on a clamp is worth a line
+CLAMP_SHARE = 0.01
+#: kinds of objectives in words
+OBJECTIVES = {
+    "elbo": "the ELBO",
+    "crps": "the CRPS",
+    "elbo+crps": "the ELBO and the CRPS",
+    "function_kl": "the likelihood and the KL of the predictions",
+}
 
 
 def train(
@@ -34,6 +54,7 @@ def train(
     console: Console,
     *,
     plain: bool,
+    replay: Sequence[Atoms] = (),
 ) -> list[dict[str, float]]:
     """Train, and leave the potential in the state of its best epoch on the validation frames.
 
@@ -44,6 +65,8 @@ def train(
         folder: for ``metrics.csv`` and the TensorBoard log.
         console: for progress where there is no terminal.
         plain: without noise and KL.
+        replay: structures on which the pretrained model, which the potential must then still be, is to
+            be remembered.
 
     Returns:
         One row per epoch (``callbacks.History``).
@@ -52,7 +75,9 @@ def train(
         BlipError: training broke down.
     """
     console.print(
-        "plain fine-tuning" if plain else f"training by the ELBO ({recipe.posterior.family} posterior)"
+        "plain fine-tuning"
+        if plain
+        else f"training by {OBJECTIVES[recipe.objective.kind]} ({recipe.posterior.family} posterior)"
     )
     data = FrameDataModule(
         potential.backbone,
@@ -70,12 +95,27 @@ def train(
         fitter = SubspaceFitter(recipe, potential, sets, console)
         start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
         callbacks.append(FitPosterior(fitter.fit, start))
+    prior = UpdatePrior(potential) if not plain and recipe.posterior.empirical_bayes else None
+    clamp = None
+    if not plain and isinstance(potential.posterior, AdaptivePosterior):
+        clamp = WatchClamp(potential.posterior)
+    callbacks += [c for c in (prior, clamp) if c is not None]
     trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
     steps = len(data.sampler(trainer.world_size))
     temperature = 1.0 if objective.temperature == "auto" else objective.temperature
     scale = ElboScale(len(sets["train"]), steps, temperature, objective.kl_warmup)
     module = FineTuneModule(potential, recipe, scale, plain=plain)
+    if not plain and objective.kind == "function_kl":
+        module.objective.replay = make_replay(
+            potential,
+            replay,
+            sets["train"],
+            module.likelihood,
+            seed=recipe.seed,
+            world=trainer.world_size,
+            rank=trainer.global_rank,
+        )
     try:
         with warnings.catch_warnings():
             # few steps per epoch, few workers: right for data sets of this size
@@ -90,6 +130,16 @@ def train(
         ) from error
     best.restore(module)
     console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
+    if prior is not None:
+        scales = [s for paths in prior.update().values() for s in paths]
+        console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")
+    for kind, share in (clamp.shares if clamp is not None else {}).items():
+        if share > CLAMP_SHARE:
+            console.print(
+                f"the std of {kind} blocks meets its clamp on {100 * share:.0f} % of the rows: "
+                "see posterior.min_std and posterior.max_std",
+                style="yellow",
+            )
     if fitter is not None:
         fitter.fit(final=True)
     return history.rows

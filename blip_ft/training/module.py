@@ -1,4 +1,4 @@
-"""The Lightning module: one training step of the ELBO, one validation pass of the CRPS."""
+"""The Lightning module: one training step of the objective, one validation pass of the CRPS."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.config import Recipe
-from blip_ft.objectives import ElboScale, GaussianLikelihood
+from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential import BayesianPotential
+from blip_ft.training.objective import Objective
 from blip_ft.uncertainty.predict import predict_batch
 
 #: draws per validation pass; few, as they only rank epochs against each other
@@ -40,33 +41,30 @@ class FineTuneModule(lightning.LightningModule):
         super().__init__()
         self.potential = potential
         self.recipe, self.scale, self.plain = recipe, scale, plain
-        self.likelihood = GaussianLikelihood(recipe.objective)
+        self.likelihood = Likelihood(recipe.objective)
+        # set by `train`, which knows the ranks and the frames to replay
+        self.objective = Objective(potential, self.likelihood, scale, recipe, plain=plain)
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
 
     # ---- training ------------------------------------------------------------------------
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share of a step (``ElboScale.loss``)."""
-        prediction = self.potential(
+        step = self.objective(
             batch,
-            mode="off" if self.plain else self.recipe.posterior.mode,
             epoch=self.current_epoch,
-            stress=self.recipe.objective.use_stress,
-            create_graph=True,
+            batch_index=batch_idx,
+            step=self.global_step,
+            world=self.trainer.world_size,
         )
-        nll = self.likelihood(prediction, batch).total
-        kl = nll.new_zeros(()) if self.plain else self.potential.kl().double()
-        epoch = self.current_epoch + batch_idx / self.scale.steps_per_epoch
-        world = self.trainer.world_size
-        loss = self.scale.loss(nll, kl, epoch=epoch, world=world)
+        loss = step.loss
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss is not finite at step {self.global_step}: lower optimizer.learning_rate or "
                 "posterior.init_std, and look at the data report for outliers"
             )
-        data = nll.detach().sum() * (world / self.scale.divisor)
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
-        self._log("train/nll", data, batch=batch)
-        self._log("train/kl", kl.detach(), batch=batch)
+        self._log("train/nll", step.data, batch=batch)
+        self._log("train/kl", step.kl, batch=batch)
         return loss
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:

@@ -72,10 +72,14 @@ class VariationalLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the mean part; vendors that look at ``.weight`` see it too."""
+        """Weight of the mean part; vendors that look at ``.weight`` see it too.
+
+        A draw is part of it, unless its size depends on the input row.
+        """
         mean = self.pretrained + self.delta
-        if self.noise.mode == "draw" and self.site.name in self.noise.weights:
-            return mean + self.noise.weights[self.site.name]
+        state = self.noise
+        if state.mode == "draw" and state.row_amplitude is None and self.site.name in state.weights:
+            return mean + state.weights[self.site.name]
         return mean
 
     @property
@@ -87,19 +91,42 @@ class VariationalLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(rows, ..., in) -> (rows, ..., out)."""
         out = self.mean(x, self.weight)
-        name = self.site.name
-        if self.noise.mode == "structure" and name in self.noise.weights:
-            rows = self._layout(x)
-            out = out + self.sampled(x, self.noise.weights[name], rows)
-        elif self.noise.mode == "local" and name in self.noise.variances:
-            assert self.noise.row_normal is not None
-            variance = self.row_variance(x, self.noise.variances[name])
+        noise = self._perturbation(x)
+        return self.activate(out if noise is None else out + noise)
+
+    def _perturbation(self, x: Tensor) -> Tensor | None:
+        """(rows, ..., out) noise beside the mean part; ``None`` if there is none, or the weight has it."""
+        state, name = self.noise, self.site.name
+        if state.mode == "local" and name in state.variances:
+            assert state.row_normal is not None
+            variance = self.row_variance(x, state.variances[name])
             width = math.prod(variance.shape[1:])
-            eps = self.noise.row_normal(name, self._layout(x), width, variance).reshape(variance.shape)
+            eps = state.row_normal(name, self._layout(x), width, variance).reshape(variance.shape)
             # where: exactly nothing at zero variance, and a finite gradient of the root there
             positive = variance > 0
-            out = out + torch.where(positive, variance, 1.0).sqrt() * positive * eps
-        return self.activate(out)
+            noise = torch.where(positive, variance, 1.0).sqrt() * positive * eps
+        elif name not in state.weights:
+            return None
+        elif state.mode == "structure":
+            noise = self.sampled(x, state.weights[name], self._layout(x))
+        elif state.mode == "flipout":
+            noise = self._flipped(x, state.weights[name])
+        elif state.mode == "draw" and state.row_amplitude is not None:
+            noise = self.sampled(x, state.weights[name][None], Rows.single(x))
+        else:
+            return None
+        return noise if state.row_amplitude is None else _like(state.row_amplitude(self, x), noise) * noise
+
+    def _flipped(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sampled map with the signs of each structure's channels."""
+        channels = self.channels()
+        assert channels is not None, "convert refuses layers without channels in flipout mode"
+        assert self.noise.signs is not None
+        into, outof = (c.to(x.device) for c in channels)
+        index = self._layout(x).index
+        signs = self.noise.signs(self.site.name, int(into.max()) + 1, int(outof.max()) + 1, x)
+        first, second = (_like(s[index][:, c], x) for s, c in zip(signs, (into, outof), strict=True))
+        return second * self.sampled(first * x, weight, Rows.single(x))
 
     def merge(self, perturbation: Tensor | None = None) -> None:
         """Write the mean, and a draw's perturbation (*shape), into the vendor's weight."""
@@ -127,9 +154,40 @@ class VariationalLayer(nn.Module, ABC):
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """(rows, out) variance of the map for independent weights of variance (*shape)."""
 
+    # ---- what only some noise needs ------------------------------------------------------
+    def channels(self) -> tuple[Tensor, Tensor] | None:
+        """Channel number of every input component (in,) and output component (out,).
+
+        Components of one irrep share a channel. ``None`` where flipped signs have no meaning: by
+        default for weights of more than one block or with components of l > 0.
+        """
+        if len(self.site.blocks) != 1 or not self.site.blocks[0].scalar:
+            return None
+        block = self.site.blocks[0]
+        return torch.arange(block.shape[1 - block.output_axis]), torch.arange(block.channels)
+
+    @property
+    def n_invariants(self) -> int | None:
+        """How many numbers :meth:`invariants` gives.
+
+        ``None`` where the layer does not know which they are: by default for weights of more than
+        one block or with components of l > 0.
+        """
+        channels = self.channels()
+        return None if channels is None else int(channels[0].max()) + 1
+
+    def invariants(self, x: Tensor) -> Tensor:
+        """(rows, ..., in) input -> (rows, k) smooth numbers that no rotation changes."""
+        return x if x.dim() == 2 else x.square().flatten(1, -2).mean(dim=1)
+
     def activate(self, x: Tensor) -> Tensor:
         """What the vendor does after the linear map."""
         return x
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """(rows, k) -> (rows, 1, ..., k) with as many dimensions as ``other``."""
+    return x.reshape(x.shape[0], *[1] * (other.dim() - 2), x.shape[1])
 
 
 class VariationalLinear(VariationalLayer):
@@ -205,6 +263,27 @@ class VariationalIrrepsLinear(VariationalLayer):
                 v = x[:, s_in].square() @ w
                 out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
         return self._join(out, x.new_zeros(x.shape[0], 0))
+
+    def channels(self) -> tuple[Tensor, Tensor]:
+        """One channel per multiplicity of every irrep."""
+        base: Any = self.base
+
+        def number(irreps: Any) -> Tensor:
+            sizes = torch.tensor([ir.dim for mul, ir in irreps for _ in range(mul)], dtype=torch.int64)
+            return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+        return number(base.irreps_in), number(base.irreps_out)
+
+    def invariants(self, x: Tensor) -> Tensor:
+        """Even scalars as they are; the mean square of the components of every other channel."""
+        base: Any = self.base
+        parts = [x.new_zeros(x.shape[0], 0)]
+        for (mul, ir), part in zip(base.irreps_in, base.irreps_in.slices(), strict=True):
+            values = x[:, part]
+            if str(ir) != "0e":
+                values = values.reshape(-1, mul, ir.dim).square().mean(dim=2)
+            parts.append(values)
+        return torch.cat(parts, dim=1)
 
     def _join(self, parts: dict[int, Tensor], empty: Tensor) -> Tensor:
         """Concatenate output slices given by their start; slices without a path are zero."""

@@ -13,6 +13,11 @@ mode                    perturbation of a layer's weight
                         only; scalar paths only, as noise per component breaks equivariance
 ``structure``           one weight sample per structure, shared by the 2l+1 components of every
                         irrep, hence exactly equivariant
+``flipout``             one weight sample per step, whose signs are flipped by random signs of each
+                        structure's input and output channels (Wen et al., arXiv 1803.04386): the
+                        law of ``structure`` for each structure, cheaper, but between the
+                        structures of a step uncorrelated only, not independent; equivariant, as
+                        the components of a channel share their sign
 ``draw``                one weight sample for everything: an ordinary potential
 ======================  ======================================================================
 """
@@ -22,14 +27,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Mode = Literal["off", "local", "structure", "draw"]
-MODES: tuple[Mode, ...] = ("off", "local", "structure", "draw")
+Mode = Literal["off", "local", "structure", "flipout", "draw"]
+MODES: tuple[Mode, ...] = ("off", "local", "structure", "flipout", "draw")
 
 
 def normal(key: Sequence[object], n: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,6 +65,15 @@ class Rows:
     def from_index(cls, index: Tensor, n_structures: int) -> Rows:
         """Count the rows of each structure."""
         return cls(index, tuple(torch.bincount(index, minlength=n_structures).tolist()))
+
+    @classmethod
+    def single(cls, x: Tensor) -> Rows:
+        """All rows of ``x`` in one structure."""
+        return cls(torch.zeros(len(x), dtype=torch.int64, device=x.device), (len(x),))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """(rows, ...) -> (B, ...) sum over the rows of each structure."""
+        return x.new_zeros(len(self.counts), *x.shape[1:]).index_add(0, self.index, x)
 
     def pad(self, x: Tensor) -> Tensor:
         """(rows, ...) -> (B, max count, ...), zero where a structure has fewer rows."""
@@ -105,10 +119,14 @@ class NoiseState:
 
     Attributes:
         mode: see the module's table.
-        weights: perturbation of each site: (B, *shape) in ``structure``, (*shape) in ``draw``.
+        weights: perturbation of each site: (B, *shape) in ``structure``, (1, *shape) in
+            ``flipout``, (*shape) in ``draw``.
         variances: variance of each site's weights, (*shape), in ``local``.
         rows: layout of every kind of row in the batch.
         row_normal: ``(site name, rows, width, like) -> (rows, width)`` normals for ``local``.
+        signs: ``(site name, inputs, outputs, like) -> (B, inputs), (B, outputs)`` for ``flipout``.
+        row_amplitude: ``(layer, input rows) -> (rows, 1)`` factor of every row's perturbation, for
+            families whose spread depends on the input; ``None`` for the others.
     """
 
     mode: Mode = "off"
@@ -116,23 +134,52 @@ class NoiseState:
     variances: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     row_normal: Callable[[str, Rows, int, Tensor], Tensor] | None = None
+    signs: Callable[[str, int, int, Tensor], tuple[Tensor, Tensor]] | None = None
+    row_amplitude: Callable[[Any, Tensor], Tensor] | None = None
 
     def clear(self) -> None:
         """Back to ``off``; frees the sampled weights."""
         self.mode = "off"
         self.weights, self.variances, self.rows, self.row_normal = {}, {}, {}, None
+        self.signs, self.row_amplitude = None, None
 
 
 def keyed_row_normal(
-    seed: int, epoch: int, keys: Sequence[int]
+    seed: int, epoch: int, keys: Sequence[int], sample: int = 0
 ) -> Callable[[str, Rows, int, Tensor], Tensor]:
-    """Row normals keyed by (seed, epoch, structure, layer); rows count from 0 in each structure."""
+    """Row normals keyed by (seed, epoch, structure, layer); rows count from 0 in each structure.
+
+    ``sample`` numbers independent samples of one step.
+    """
 
     def draw(site: str, rows: Rows, width: int, like: Tensor) -> Tensor:
         parts = [
-            normal(("row", seed, epoch, key, site), count * width, like.dtype).reshape(count, width)
+            normal(("row", seed, epoch, key, site, *numbered(sample)), count * width, like.dtype)
             for key, count in zip(keys, rows.counts, strict=True)
         ]
-        return torch.cat(parts).to(like.device)
+        return torch.cat(parts).reshape(-1, width).to(like.device)
 
     return draw
+
+
+def keyed_signs(
+    seed: int, epoch: int, keys: Sequence[int], sample: int = 0
+) -> Callable[[str, int, int, Tensor], tuple[Tensor, Tensor]]:
+    """Random signs of the input and output channels, keyed by (seed, epoch, structure, layer)."""
+
+    def draw(site: str, inputs: int, outputs: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        flat = torch.stack(
+            [
+                normal(("sign", seed, epoch, key, site, *numbered(sample)), inputs + outputs, like.dtype)
+                for key in keys
+            ]
+        )
+        first, second = flat.sign().to(like.device).split([inputs, outputs], dim=1)
+        return first, second
+
+    return draw
+
+
+def numbered(sample: int) -> tuple[int, ...]:
+    """End of a key: nothing for the first sample of a step, whose noise then has a shorter key."""
+    return (sample,) if sample else ()

@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
-from blip_ft.objectives import ElboScale, GaussianLikelihood
+from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential import BayesianPotential
 
 DOUBLE = torch.float64
@@ -69,7 +69,7 @@ class Regression:
             ModelConfig(adapter="linear", checkpoint="-"),
             PosteriorConfig(family="weight", prior_scale=prior_scale, **posterior),
         )
-        self.likelihood = GaussianLikelihood(ObjectiveConfig(energy_std=NOISE))
+        self.likelihood = Likelihood(ObjectiveConfig(energy_std=NOISE))
 
     # ---- exact ---------------------------------------------------------------------------
     @property
@@ -226,7 +226,7 @@ class TestGradientNoise:
             PosteriorConfig(family="weight", init_std=0.3),
             n_draws=n,
         )
-        likelihood = GaussianLikelihood(ObjectiveConfig(forces_std=0.5))
+        likelihood = Likelihood(ObjectiveConfig(forces_std=0.5))
         parameters = [*potential.mean_parameters, *potential.posterior.parameters()]
         out = []
         for k in range(n):

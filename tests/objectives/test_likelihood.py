@@ -6,7 +6,7 @@ from torch.distributions import Normal
 
 from blip_ft.backbone import Batch, Prediction
 from blip_ft.config import ObjectiveConfig
-from blip_ft.objectives import GaussianLikelihood
+from blip_ft.objectives import Likelihood
 
 DOUBLE = torch.float64
 NAN = float("nan")
@@ -43,7 +43,7 @@ def config(**changes):
 )
 def test_sum_over_labels_of_log_probabilities(sizes, seed, missing, use_stress):
     prediction, batch = make_batch(sizes, seed, missing)
-    nll = GaussianLikelihood(config(use_stress=use_stress))(prediction, batch)
+    nll = Likelihood(config(use_stress=use_stress))(prediction, batch)
     start = 0
     for i, n in enumerate(sizes):
         energy = Normal(prediction.energy[i] / n, 0.03)
@@ -72,7 +72,7 @@ class TestMissing:
         leaves = [prediction.energy, prediction.forces, prediction.stress]
         for leaf in leaves:
             leaf.requires_grad_()
-        GaussianLikelihood(config(use_stress=True))(prediction, batch).total.sum().backward()
+        Likelihood(config(use_stress=True))(prediction, batch).total.sum().backward()
         for leaf, key in zip(leaves, ("energy", "forces", "stress"), strict=True):
             unknown = torch.isnan(batch.labels[key])
             assert torch.isfinite(leaf.grad).all()
@@ -81,13 +81,13 @@ class TestMissing:
 
     def test_no_label_at_all_is_zero(self):
         prediction, batch = make_batch([2], missing=1.0)
-        assert GaussianLikelihood(config(use_stress=True))(prediction, batch).total.tolist() == [0.0]
+        assert Likelihood(config(use_stress=True))(prediction, batch).total.tolist() == [0.0]
 
     def test_kinds_that_are_absent(self):
         prediction, batch = make_batch([2, 1])
-        whole = GaussianLikelihood(config(use_stress=True))(prediction, batch)
+        whole = Likelihood(config(use_stress=True))(prediction, batch)
         del batch.labels["energy"], batch.labels["stress"]
-        part = GaussianLikelihood(config(use_stress=True))(prediction, batch)
+        part = Likelihood(config(use_stress=True))(prediction, batch)
         assert part.energy.tolist() == part.stress.tolist() == [0.0, 0.0]
         assert torch.equal(part.total, whole.forces)
 
@@ -96,7 +96,7 @@ class TestMissing:
         prediction, batch = make_batch([2, 1])
         prediction.stress[0] = batch.labels["stress"][0] = NAN
         prediction.stress.requires_grad_()
-        nll = GaussianLikelihood(config(use_stress=True))(prediction, batch)
+        nll = Likelihood(config(use_stress=True))(prediction, batch)
         assert nll.stress[0] == 0
         nll.total.sum().backward()
         assert torch.isfinite(prediction.stress.grad).all()
@@ -105,19 +105,19 @@ class TestMissing:
     def test_a_nan_prediction_is_not_a_missing_label(self, key):
         prediction, batch = make_batch([2, 1])
         getattr(prediction, key)[0] = NAN
-        total = GaussianLikelihood(config(use_stress=True))(prediction, batch).total
+        total = Likelihood(config(use_stress=True))(prediction, batch).total
         assert torch.isnan(total[0])
 
 
 class TestNoise:
     def test_fixed_by_default(self):
-        likelihood = GaussianLikelihood(config())
+        likelihood = Likelihood(config())
         assert not any(p.requires_grad for p in likelihood.parameters())
         assert likelihood.std == pytest.approx({"energy": 0.03, "forces": 0.2, "stress": 0.004})
 
     def test_learned_noise_ends_at_the_rms_error(self):
         prediction, batch = make_batch([3, 2, 4], seed=3)
-        likelihood = GaussianLikelihood(config(learn_noise=True, use_stress=True))
+        likelihood = Likelihood(config(learn_noise=True, use_stress=True))
         optimizer = torch.optim.LBFGS(
             likelihood.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-10
         )
@@ -140,16 +140,16 @@ class TestNoise:
 
     def test_in_float64_whatever_the_model(self):
         prediction, batch = make_batch([2, 3])
-        exact = GaussianLikelihood(config())(prediction, batch).total
+        exact = Likelihood(config())(prediction, batch).total
         prediction = Prediction(prediction.energy.float(), prediction.forces.float())
-        rounded = GaussianLikelihood(config())(prediction, batch).total
+        rounded = Likelihood(config())(prediction, batch).total
         assert rounded.dtype == DOUBLE
         torch.testing.assert_close(rounded, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients():
     prediction, batch = make_batch([2, 3], missing=0.3)
-    likelihood = GaussianLikelihood(config(learn_noise=True, use_stress=True))
+    likelihood = Likelihood(config(learn_noise=True, use_stress=True))
     leaves = [prediction.energy, prediction.forces, prediction.stress, likelihood.log_std]
 
     def run(energy, forces, stress, _):

@@ -12,15 +12,24 @@
 
 from __future__ import annotations
 
+from blip_ft.variational.posteriors.adaptive import AdaptivePosterior
 from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.posteriors.channel import ChannelPosterior
 from blip_ft.variational.posteriors.subspace import SubspacePosterior
 from blip_ft.variational.posteriors.weight import WeightPosterior
 
 FAMILIES: dict[str, type[Posterior]] = {
+    "adaptive": AdaptivePosterior,
     "channel": ChannelPosterior,
     "subspace": SubspacePosterior,
     "weight": WeightPosterior,
 }
 
-__all__ = ["FAMILIES", "ChannelPosterior", "Posterior", "SubspacePosterior", "WeightPosterior"]
+__all__ = [
+    "FAMILIES",
+    "AdaptivePosterior",
+    "ChannelPosterior",
+    "Posterior",
+    "SubspacePosterior",
+    "WeightPosterior",
+]

@@ -1,4 +1,7 @@
-"""What the two factorised families share: independent weights with std = rms(w0) * exp(rho)."""
+"""What the two factorised families share: independent weights with std = unit * exp(rho).
+
+The unit is the prior's: rms(w0) of the weight's path, or |theta| under the dropout prior.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +65,23 @@ class FactorisedPosterior(Posterior):
 
     def kl(self) -> Tensor:
         terms = [torch.zeros(())]
-        log_prior = math.log(self.prior.prior_scale)
         for site, log_std in zip(self.sites, self.log_std, strict=True):
-            u = self.expand(log_std, site) - log_prior  # rms(w0) cancels
+            u = self.expand(log_std, site) - self.prior.relative(site.name).log()  # the unit cancels
             terms.append((0.5 * (torch.exp(2 * u) - 1) - u).sum())
         return torch.stack([t.to(terms[-1]) for t in terms]).sum()
 
     def std(self) -> dict[str, Tensor]:
         return {
-            site.name: self.prior.rms(site.name) * self.expand(log_std, site).exp()
+            site.name: self.prior.unit(site.name) * self.expand(log_std, site).exp()
             for site, log_std in zip(self.sites, self.log_std, strict=True)
         }
+
+    def relative_std(self) -> Tensor:
+        """As in the base class; the unit cancels, which may be 0 for some weights."""
+        if not self.sites:
+            return torch.zeros(())
+        logs = [
+            (self.expand(log_std, site) - self.prior.relative(site.name).log()).double().mean()
+            for site, log_std in zip(self.sites, self.log_std, strict=True)
+        ]
+        return torch.stack(logs).mean().exp()

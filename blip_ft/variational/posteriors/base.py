@@ -81,6 +81,10 @@ class Posterior(nn.Module, ABC):
     def std(self) -> dict[str, Tensor]:
         """{site name: (*site.shape)} marginal std of every weight."""
 
+    def row_variances(self) -> dict[str, Tensor]:
+        """{site name: (*site.shape)} variances for noise of mode ``local``, before any amplitude."""
+        return {name: s.square() for name, s in self.std().items()}
+
     def relative_std(self) -> Tensor:
         """Geometric mean over weights of posterior std over prior std: 1 is the prior, 0 is none."""
         logs = [(s / self.prior.std(n)).clamp_min(1e-30).log().double().mean() for n, s in self.std().items()]

@@ -1,0 +1,125 @@
+"""Structures on which the pretrained model is to be remembered (``objective.kind: function_kl``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from ase import Atoms
+
+from blip_ft.backbone import Backbone, Batch
+from blip_ft.config import Recipe
+from blip_ft.data.context import make_context
+from blip_ft.data.dataset import FrameDataset, Item, collate, content_key, to_atoms
+from blip_ft.data.sources import load_source
+from blip_ft.objectives import Likelihood
+from blip_ft.objectives.likelihood import compared
+from blip_ft.potential import BayesianPotential
+
+#: structures per call when the pretrained model is asked
+BATCH = 8
+
+
+@dataclass
+class Replay:
+    """Structures labelled by the pretrained model, each of which comes once per epoch.
+
+    Attributes:
+        potential: makes the batches.
+        items: structures whose labels are the pretrained model's predictions.
+        error: RMSE of the pretrained model on the training labels: ``energy`` eV/atom, ``forces`` eV/Å.
+        seed: of their order.
+        world: number of ranks.
+        rank: this one.
+    """
+
+    potential: BayesianPotential
+    items: list[Item]
+    error: dict[str, float]
+    seed: int = 0
+    world: int = 1
+    rank: int = 0
+
+    def batch(self, epoch: int, batch_index: int, steps: int) -> Batch | None:
+        """Structures of this rank in one of the ``steps`` steps of an epoch; ``None`` if there are none."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+        index = order[batch_index::steps][self.rank :: self.world]
+        return collate(self.potential.backbone, [self.items[i] for i in index]) if len(index) else None
+
+
+def replayed(recipe: Recipe, train: datasets.Dataset, backbone: Backbone) -> list[Atoms]:
+    """The structures that a recipe wants replayed; none for other objectives.
+
+    Raises:
+        DataError: they cannot be read, or hold an element that the model does not know.
+    """
+    options = recipe.objective
+    if options.kind != "function_kl":
+        return []
+    if options.replay is None:
+        atoms = [to_atoms(row, labels=False) for row in train]
+        return make_context(atoms, math.ceil(recipe.posterior.context * len(atoms)), recipe.seed)
+    units = {str(k): v for k, v in recipe.data.units.items()}
+    rows = load_source(options.replay, fields=recipe.data.fields, units=units, labels=False)
+    frames = [to_atoms(row, labels=False) for row in rows]
+    for row, frame in zip(rows, frames, strict=True):
+        backbone.check(frame, file=row["source"], frame=row["frame"])
+    return frames
+
+
+def make_replay(
+    potential: BayesianPotential,
+    frames: Sequence[Atoms],
+    train: FrameDataset,
+    likelihood: Likelihood,
+    *,
+    seed: int,
+    world: int = 1,
+    rank: int = 0,
+) -> Replay:
+    """Ask the model, whose mean must be at the pretrained weights, about ``frames``.
+
+    Args:
+        potential: not yet trained.
+        frames: structures; labels are not looked at.
+        train: its labels give the pretrained model's error, at least the label noise.
+        likelihood: for the label noise.
+        seed: of the order of the structures.
+        world: number of ranks.
+        rank: this one.
+    """
+    backbone = potential.backbone
+    items = [
+        Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array)) for a in frames
+    ]
+    for start in range(0, len(items), BATCH):
+        chosen = items[start : start + BATCH]
+        batch = backbone.collate([i.atoms for i in chosen], [i.graph for i in chosen]).to(backbone.device)
+        with torch.no_grad():
+            out = potential(batch, mode="off")
+        assert out.forces is not None
+        forces = out.forces.double().cpu().split([len(i.atoms) for i in chosen])
+        for item, energy, force in zip(chosen, out.energy.cpu(), forces, strict=True):
+            stress = torch.full((6,), torch.nan, dtype=torch.float64)
+            item.labels.update(energy=energy, forces=force, stress=stress)
+    return Replay(potential, items, _error(potential, train, likelihood), seed, world, rank)
+
+
+def _error(potential: BayesianPotential, train: FrameDataset, likelihood: Likelihood) -> dict[str, float]:
+    """RMSE by kind on the labels of the training frames."""
+    sums = {"energy": [0.0, 0.0], "forces": [0.0, 0.0]}
+    for start in range(0, len(train), BATCH):
+        items = [train[i] for i in range(start, min(start + BATCH, len(train)))]
+        batch = collate(potential.backbone, items).to(potential.backbone.device)
+        with torch.no_grad():
+            sides = compared(potential(batch, mode="off"), batch, stress=False)
+        for kind, (predicted, label, _) in sides.items():
+            square = (predicted - label)[~torch.isnan(label)].square()
+            sums[kind][0] += float(square.sum())
+            sums[kind][1] += square.numel()
+    noise = likelihood.std
+    return {k: max(noise[k], math.sqrt(total / n) if n else 0.0) for k, (total, n) in sums.items()}
