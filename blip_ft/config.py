@@ -121,6 +121,10 @@ class ModelConfig(Strict):
     """the vendor's model name, or a file in the vendor's format"""
     options: dict[str, Any] = {}
     """further arguments of the adapter's ``load`` (head, task, modality)"""
+    from_scratch: bool = False
+    """start from the vendor's initial weights in this architecture, with ``seed``, instead of the
+    pretrained ones; the prior is centred there. Use ``train: rest`` with it, or what is not a linear
+    block keeps its initial value"""
     dtype: Literal["float32", "float64"] = "float32"
     """precision of weights and training"""
     train: str | list[str] = "all"

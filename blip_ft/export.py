@@ -77,6 +77,12 @@ def export_native(
     _check_folder(folder, overwrite=overwrite)
     if draws and not potential.posterior.ready:
         raise BlipError("this model has no posterior to draw from", remedy="export it without --draws")
+    if draws and not potential.posterior.draws_are_weights:
+        raise BlipError(
+            f"draws of the '{potential.posterior.family}' posterior depend on each layer's input, which no "
+            "file of the vendor can express",
+            remedy="export the mean without --draws; predict with draws through blip_ft",
+        )
     width = potential.amplitude if amplitude is None else amplitude
     reference = _double(potential, width, draws)
     frames = probe_structures(sorted(potential.references) or sorted(potential.backbone.elements)[:8])

@@ -43,6 +43,7 @@ from blip_ft.training.loop import train
 from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
+from blip_ft.training.scratch import initial
 
 #: frames compared with the vendor's calculator in the step-0 gate
 GATE_FRAMES = 48
@@ -144,6 +145,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             field="objective.use_stress",
             remedy="objective.use_stress=false, or a model whose forces and stress come from its energy",
         )
+    if options.from_scratch:
+        backbone = initial(backbone, recipe.seed)
+        console.print(backbone.origin["checkpoint"])
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
@@ -161,11 +165,12 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     double = copy.deepcopy(backbone).double().stock_calculator()
     probe = _spread(sets, GATE_FRAMES)
     stock = gates.stock_predictions(calculator, probe)
-    findings += check_units(
-        splits.train,
-        lambda atoms: gates.stock_predictions(calculator, atoms),
-        use_stress=recipe.objective.use_stress,
-    )
+    if not options.from_scratch:  # initial weights know no units to compare with
+        findings += check_units(
+            splits.train,
+            lambda atoms: gates.stock_predictions(calculator, atoms),
+            use_stress=recipe.objective.use_stress,
+        )
 
     potential = BayesianPotential(
         backbone,

@@ -86,6 +86,7 @@ class AdaptivePosterior(Posterior):
     family: ClassVar[str] = "adaptive"
     #: given the input, weights are independent
     factorised: ClassVar[bool] = True
+    draws_are_weights: ClassVar[bool] = False
     log_alpha: Tensor
 
     def __init__(

@@ -33,6 +33,8 @@ class Posterior(nn.Module, ABC):
     family: ClassVar[str]
     #: whether weights are independent, as ``local`` noise needs
     factorised: ClassVar[bool]
+    #: whether a draw is a set of weights, which a vendor's file can hold
+    draws_are_weights: ClassVar[bool] = True
 
     def __init__(self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float) -> None:
         super().__init__()

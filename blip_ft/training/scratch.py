@@ -1,0 +1,43 @@
+"""Training from scratch: the architecture of a pretrained model with the vendor's own initial weights."""
+
+from __future__ import annotations
+
+import torch
+
+from blip_ft.backbone import Backbone, matches
+from blip_ft.errors import BlipError
+
+
+def initial(backbone: Backbone, seed: int) -> Backbone:
+    """A backbone of the same architecture whose weights are freshly initialised.
+
+    What belongs to the architecture stays, and so do the constants that the adapter never converts
+    (``Backbone.keep``: energy scale and shift per element, mean number of neighbours).
+
+    Args:
+        backbone: gives the architecture; not changed.
+        seed: of the initial weights.
+
+    Raises:
+        BlipError: the adapter cannot initialise its architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(backbone).from_config(backbone.config())
+    constants = dict(backbone.model.named_modules())
+    for name, module in fresh.model.named_modules():
+        if matches(list(backbone.keep), name):
+            module.load_state_dict(constants[name].state_dict())
+    weights = [p for p in fresh.parameters() if p.is_floating_point()]
+    usable = all(not p.is_meta and bool(torch.isfinite(p).all()) for p in weights)
+    if not usable or not any(bool((p != 0).any()) for p in weights):
+        raise BlipError(
+            f"the adapter {backbone.name} has no initial weights for this architecture",
+            field="model.from_scratch",
+            remedy="fine-tune its pretrained weights: from_scratch=false",
+        )
+    fresh.origin = {
+        "checkpoint": f"initial weights, seed {seed}, in the architecture of {backbone.origin['checkpoint']}",
+        "sha256": "",
+    }
+    return fresh.to(backbone.device)
