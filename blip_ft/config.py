@@ -421,6 +421,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
             "remove the key"
             + (": prior_scale=auto already chooses the scale from the data" if closed else ""),
         )
+    if options.family == "adaptive" and not options.min_std < options.init_std < options.max_std:
+        refuse(
+            f"init_std {options.init_std} is not between min_std {options.min_std} and max_std {options.max_std}",
+            "posterior.init_std",
+            "change one of the three",
+        )
     if closed and "crps" in objective.kind:
         refuse(
             f"objective.kind '{objective.kind}' learns the spread step by step, that of '{options.family}' has "

@@ -148,6 +148,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if options.from_scratch:
         backbone = initial(backbone, recipe.seed)
         console.print(backbone.origin["checkpoint"])
+        if "rest" not in ([options.train] if isinstance(options.train, str) else options.train):
+            console.print(
+                "parameters outside linear blocks keep initial values: see model.train", style="yellow"
+            )
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)

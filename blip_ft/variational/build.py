@@ -82,8 +82,7 @@ def _adaptive(
         )
     if not options.min_std < options.init_std < options.max_std:
         raise RecipeError(
-            f"posterior.init_std {options.init_std} is not between min_std {options.min_std} and max_std "
-            f"{options.max_std}",
+            f"init_std {options.init_std} is not between min_std {options.min_std} and max_std {options.max_std}",
             remedy="change one of the three",
             field="posterior.init_std",
         )

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Normal
+from torch.distributions import Chi2, Normal, StudentT
 
 from blip_ft.backbone import Batch, Prediction
 from blip_ft.config import ObjectiveConfig
@@ -145,6 +147,86 @@ class TestNoise:
         rounded = Likelihood(config())(prediction, batch).total
         assert rounded.dtype == DOUBLE
         torch.testing.assert_close(rounded, exact, rtol=1e-4, atol=1e-4)
+
+
+class TestStudent:
+    @pytest.mark.parametrize("nu", [2.5, 4.0, 30.0])
+    def test_independent_labels_against_torch(self, nu):
+        prediction, batch = make_batch([2, 3], missing=0.2)
+        options = config(use_stress=True, likelihood="student_t", degrees_of_freedom=nu)
+        nll = Likelihood(options)(prediction, batch)
+        law = StudentT(nu, 0.0, 0.2 * math.sqrt((nu - 2) / nu))  # of std 0.2
+        assert law.stddev.item() == pytest.approx(0.2)
+        off = prediction.forces - batch.labels["forces"]
+        terms = -law.log_prob(torch.nan_to_num(off)) * ~torch.isnan(off)
+        expected = torch.zeros(2, dtype=DOUBLE).index_add(0, batch.structure, terms.sum(dim=1).double())
+        torch.testing.assert_close(nll.forces, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(nll.total, nll.energy + nll.forces + nll.stress)
+
+    def test_joint_law_is_a_mixture_over_one_noise_level(self):
+        """exp(-NLL) = E_g of Gaussians of variance sigma^2 (nu-2)/g, g ~ chi^2(nu): by quadrature."""
+        nu, sizes = 5.0, [1]
+        prediction, batch = make_batch(sizes)
+        prediction = Prediction(
+            *(
+                v * s
+                for v, s in zip(
+                    (prediction.energy, prediction.forces, prediction.stress), (1.0, 0.1, 1.0), strict=True
+                )
+            )
+        )
+        options = config(use_stress=True, likelihood="joint_student_t", degrees_of_freedom=nu)
+        joint = Likelihood(options)(prediction, batch).total[0]
+        g = torch.linspace(1e-4, 80, 400_001, dtype=DOUBLE)
+        log_density = Chi2(torch.tensor(nu, dtype=DOUBLE)).log_prob(g)
+        for key, std in (("energy", 0.03), ("forces", 0.2), ("stress", 0.004)):
+            off = (getattr(prediction, key) - batch.labels[key]).flatten()
+            for value in off:
+                log_density = log_density + Normal(0.0, std * ((nu - 2) / g).sqrt()).log_prob(value)
+        top = log_density.max()
+        exact = -(top + torch.trapezoid((log_density - top).exp(), g).log())
+        torch.testing.assert_close(joint, exact, rtol=1e-7, atol=1e-7)
+
+    def test_joint_law_is_gaussian_for_many_degrees_of_freedom(self):
+        prediction, batch = make_batch([2, 3], missing=0.2)
+        gauss = Likelihood(config(use_stress=True))(prediction, batch).total
+        options = config(use_stress=True, likelihood="joint_student_t", degrees_of_freedom=1e7)
+        torch.testing.assert_close(Likelihood(options)(prediction, batch).total, gauss, rtol=1e-3, atol=1e-3)
+
+    def test_a_bad_frame_weighs_less_as_a_whole(self):
+        """An error in the energy takes weight off the forces of the same frame, not of the other."""
+        slopes = {}
+        for law in ("gaussian", "student_t", "joint_student_t"):
+            for shift in (0.0, 5.0):
+                prediction, batch = make_batch([2, 2])
+                prediction.forces = batch.labels["forces"] + 0.01
+                prediction.energy = batch.labels["energy"] + shift * torch.tensor([1.0, 0.0])
+                prediction.forces.requires_grad_()
+                likelihood = Likelihood(config(likelihood=law))
+                likelihood(prediction, batch).total.sum().backward()
+                slopes[law, shift] = prediction.forces.grad[[0, 2], 0]
+        for law in ("gaussian", "student_t"):
+            torch.testing.assert_close(slopes[law, 5.0], slopes[law, 0.0])
+        first, second = slopes["joint_student_t", 5.0] / slopes["joint_student_t", 0.0]
+        assert first < 0.01
+        assert second == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("law", ["student_t", "joint_student_t"])
+    def test_learned_noise_and_gradients(self, law):
+        prediction, batch = make_batch([2, 3], missing=0.3)
+        likelihood = Likelihood(config(learn_noise=True, use_stress=True, likelihood=law))
+        leaves = [prediction.energy, prediction.forces, prediction.stress, likelihood.log_std]
+
+        def run(energy, forces, stress, _):
+            return likelihood(Prediction(energy, forces, stress), batch).total
+
+        assert torch.autograd.gradcheck(run, [leaf.requires_grad_() for leaf in leaves])
+
+    @pytest.mark.parametrize("law", ["student_t", "joint_student_t"])
+    def test_a_nan_prediction_is_not_a_missing_label(self, law):
+        prediction, batch = make_batch([2, 1])
+        prediction.forces[0] = NAN
+        assert torch.isnan(Likelihood(config(likelihood=law))(prediction, batch).total[0])
 
 
 def test_gradients():

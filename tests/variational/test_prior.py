@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +9,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from blip_ft.variational.posteriors import FAMILIES
-from blip_ft.variational.prior import PretrainedPrior
+from blip_ft.variational.prior import EMPIRICAL_BAYES_WEIGHTS, DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Block, Site
 
 DOUBLE = torch.float64
@@ -143,3 +146,125 @@ class TestRest:
         bias = nn.Parameter(torch.tensor([3.0, 4.0]))
         state = PretrainedPrior({}, {}, 0.1, {"norm.bias": bias}).state_dict()
         assert [v.tolist() for v in state.values()] == [[3.0, 4.0]]
+
+
+class TestDropout:
+    """p = N(0, alpha0 theta^2), q = N(theta, alpha theta^2)."""
+
+    def setup(self, prior_scale=0.4, init_std=0.1, family="weight"):
+        sites, weights = two_sites()
+        layers = {
+            n: SimpleNamespace(pretrained=w, delta=nn.Parameter(0.3 * w.flip(0))) for n, w in weights.items()
+        }
+        prior = DropoutPrior(sites, layers, prior_scale, list(sites))
+        return prior, layers, FAMILIES[family](list(sites.values()), prior, init_std)
+
+    @settings(deadline=None, max_examples=25)
+    @given(
+        prior_scale=st.floats(0.05, 2.0),
+        init_std=st.floats(0.01, 2.0),
+        family=st.sampled_from(["weight", "channel"]),
+    )
+    def test_against_torch_distributions(self, prior_scale, init_std, family):
+        prior, layers, posterior = self.setup(prior_scale, init_std, family)
+        expected = torch.zeros((), dtype=DOUBLE)
+        for name, layer in layers.items():
+            theta = layer.pretrained + layer.delta
+            q = Normal(theta, posterior.std()[name])
+            expected += kl_divergence(q, Normal(0.0, prior_scale * theta.abs())).sum()
+            torch.testing.assert_close(posterior.std()[name], init_std * theta.abs())
+        kl = prior.kl_mean({}) + posterior.kl()
+        torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=1e-6)
+
+    def test_closed_form(self):
+        prior, _, posterior = self.setup()
+        alpha, alpha0 = 0.1**2, 0.4**2
+        per_weight = 0.5 * ((alpha + 1) / alpha0 + math.log(alpha0 / alpha) - 1)
+        assert (prior.kl_mean({}) + posterior.kl()).item() == pytest.approx(14 * per_weight, rel=1e-6)
+
+    def test_the_mean_cancels(self):
+        """Nothing holds it: neither value nor gradient of the KL know where it is."""
+        prior, layers, posterior = self.setup()
+        before = (prior.kl_mean({}) + posterior.kl()).item()
+        kl = prior.kl_mean({n: x.delta for n, x in layers.items()}) + posterior.kl()
+        kl.backward()
+        assert all(x.delta.grad is None or (x.delta.grad == 0).all() for x in layers.values())
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.delta.mul_(-7)
+        assert (prior.kl_mean({}) + posterior.kl()).item() == before
+
+    def test_the_spread_follows_the_mean(self):
+        _, layers, posterior = self.setup()
+        assert posterior.relative_std().item() == pytest.approx(0.25)
+        with torch.no_grad():  # a weight of zero has no spread, and no NaN either
+            layers["a.b"].delta[0, 0] = -layers["a.b"].pretrained[0, 0]
+        assert posterior.std()["a.b"][0, 0] == 0
+        assert posterior.relative_std().item() == pytest.approx(0.25)
+        sampled = posterior.sample(torch.ones(1, 14, dtype=DOUBLE))
+        assert sampled["a.b"][0, 0, 0] == 0
+        assert torch.isfinite(torch.autograd.grad(sampled["a.b"].sum(), layers["a.b"].delta)[0]).all()
+
+
+class TestEmpiricalBayes:
+    def setup(self, seed=0):
+        sites, weights = two_sites()
+        prior = PretrainedPrior(sites, weights, 0.3, empirical_bayes=True)
+        posterior = FAMILIES["weight"](list(sites.values()), prior, 0.1)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in posterior.parameters():
+                p.add_(torch.randn(p.shape, generator=generator, dtype=DOUBLE))
+        deltas = parameters(
+            {n: 0.5 * torch.randn(w.shape, generator=generator, dtype=DOUBLE) for n, w in weights.items()}
+        )
+        return prior, posterior, deltas
+
+    def loss(self, prior, posterior, deltas):
+        return float(prior.kl_mean(deltas) + posterior.kl() + prior.kl_scale())
+
+    def test_starts_at_the_recipes_scale(self):
+        prior, posterior, deltas = self.setup()
+        plain = PretrainedPrior(*two_sites(), 0.3)
+        assert torch.equal(prior.std("c"), plain.std("c"))
+        assert prior.kl_scale() == 0
+        torch.testing.assert_close(prior.kl_mean(deltas), plain.kl_mean(deltas))
+        assert plain.update(deltas, posterior.std()) == {}
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_update_is_the_minimum_over_the_scales(self, seed):
+        prior, posterior, deltas = self.setup(seed)
+        before = self.loss(prior, posterior, deltas)
+        scales = prior.update(deltas, posterior.std())
+        best = self.loss(prior, posterior, deltas)
+        assert best < before
+        assert [len(v) for v in scales.values()] == [1, 2]
+        for factor in (0.9, 1.1):
+            for i, part in ((0, slice(0, 6)), (1, slice(0, 4)), (1, slice(4, 8))):
+                path = getattr(prior, f"_path{i}").view(-1)
+                path[part] *= factor
+                assert self.loss(prior, posterior, deltas) > best
+                path[part] /= factor
+
+    def test_formula(self):
+        prior, posterior, deltas = self.setup()
+        scales = prior.update(deltas, posterior.std())
+        square = (deltas["a.b"].square() + posterior.std()["a.b"].square()) / prior.rms("a.b").square()
+        nu = EMPIRICAL_BAYES_WEIGHTS
+        expected = math.sqrt((float(square.sum()) + nu * 0.09) / (6 + nu))
+        assert scales["a.b"][0] == pytest.approx(expected)
+        torch.testing.assert_close(prior.std("a.b"), expected * prior.rms("a.b"))
+
+    def test_weights_without_noise_and_training_keep_their_scale(self):
+        prior, _, deltas = self.setup()
+        deltas["c"].requires_grad_(False)
+        scales = prior.update(deltas, {})
+        assert set(scales) == {"a.b"}
+        torch.testing.assert_close(prior.std("c"), 0.3 * prior.rms("c"))
+
+    def test_is_saved(self):
+        prior, posterior, deltas = self.setup()
+        prior.update(deltas, posterior.std())
+        other = PretrainedPrior(*two_sites(), 0.3, empirical_bayes=True)
+        other.load_state_dict(prior.state_dict())
+        assert torch.equal(other.std("c"), prior.std("c"))
