@@ -15,7 +15,7 @@ from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import Recipe
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import FrameDataset, Item, collate, content_key, to_atoms
-from blip_ft.data.sources import load_source
+from blip_ft.data.splits import load_role
 from blip_ft.objectives import Likelihood
 from blip_ft.objectives.likelihood import compared
 from blip_ft.potential import BayesianPotential
@@ -63,8 +63,7 @@ def replayed(recipe: Recipe, train: datasets.Dataset, backbone: Backbone) -> lis
     if options.replay is None:
         atoms = [to_atoms(row, labels=False) for row in train]
         return make_context(atoms, math.ceil(recipe.posterior.context * len(atoms)), recipe.seed)
-    units = {str(k): v for k, v in recipe.data.units.items()}
-    rows = load_source(options.replay, fields=recipe.data.fields, units=units, labels=False)
+    rows = load_role(recipe.data, options.replay, labels=False)
     frames = [to_atoms(row, labels=False) for row in rows]
     for row, frame in zip(rows, frames, strict=True):
         backbone.check(frame, file=row["source"], frame=row["frame"])

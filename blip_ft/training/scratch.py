@@ -24,10 +24,13 @@ def initial(backbone: Backbone, seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(backbone).from_config(backbone.config())
-    constants = dict(backbone.model.named_modules())
+    trained = dict(backbone.model.named_modules())
     for name, module in fresh.model.named_modules():
-        if matches(list(backbone.keep), name):
-            module.load_state_dict(constants[name].state_dict())
+        if matches(list(backbone.keep), name):  # its own tensors: modules inside it may be converted
+            for own in ("_parameters", "_buffers"):
+                for key, value in getattr(trained[name], own).items():
+                    if value is not None:
+                        getattr(module, own)[key].data.copy_(value)
     weights = [p for p in fresh.parameters() if p.is_floating_point()]
     usable = all(not p.is_meta and bool(torch.isfinite(p).all()) for p in weights)
     if not usable or not any(bool((p != 0).any()) for p in weights):
