@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ def releases() -> dict[str, str]:
     return known
 
 
-def open_file(path: Path, *, trust: bool = False) -> tuple[Any, str]:
+def open_file(path: Path, *, trust: bool = False, safe: Sequence[Any] = ()) -> tuple[Any, str]:
     """Read a vendor's torch file onto the CPU.
 
     Args:
         path: file written by ``torch.save``.
         trust: open it even if that means running code that it contains.
+        safe: classes of plain data that the restricted reader may build too.
 
     Returns:
         The file's content and its SHA-256.
@@ -61,7 +63,7 @@ def open_file(path: Path, *, trust: bool = False) -> tuple[Any, str]:
             f"cannot be read ({error.strerror})", remedy="check its permissions", file=path
         ) from error
     try:
-        with torch.serialization.safe_globals(_plain_numpy()):
+        with torch.serialization.safe_globals([*_plain_numpy(), *safe]):
             return torch.load(path, map_location="cpu", weights_only=True), digest
     except pickle.UnpicklingError as error:
         if not (trust or digest in releases()):

@@ -89,7 +89,12 @@ def tensors(graph: object) -> list[torch.Tensor]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` and e3nn's linear layers, without importing e3nn."""
+    """``nn.Linear`` and the linear layers of e3nn and of vendors, without importing them."""
     kind = type(module)
     origin = f"{kind.__module__}.{kind.__name__}"
-    return isinstance(module, nn.Linear) or origin in ("e3nn.o3._linear.Linear", "e3nn.nn._fc._Layer")
+    return isinstance(module, nn.Linear) or origin in (
+        "e3nn.o3._linear.Linear",
+        "e3nn.nn._fc._Layer",
+        "fairchem.core.models.uma.nn.so3_layers.SO3_Linear",
+        "fairchem.core.models.uma.nn.mole.MOLE",
+    )
