@@ -12,6 +12,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import all_changes
 from blip_ft.adapters import _fairchem as vendor
+from blip_ft.adapters import _fairchem_tasks as tasks
 from torch import Tensor
 
 from blip_ft import edges
@@ -84,22 +85,22 @@ def write(backbone: _EscnBackbone, path: Path, shift: Mapping[int, float]) -> No
 
 def _shifted(backbone: _EscnBackbone, shift: Mapping[int, float]) -> list[Any]:
     """The task configurations with a shift in the references of the task in use."""
-    tasks = copy.deepcopy(backbone.tasks_config)
+    configs = copy.deepcopy(backbone.tasks_config)
     if not shift:
-        return tasks
+        return configs
     unknown = sorted(set(shift) - backbone.elements)
     if unknown:
         raise BlipError(f"the model has no element {unknown[0]}, so it cannot hold its reference")
     table = backbone.reference_table()
     for number, energy in shift.items():
         table[number] += energy
-    for task in tasks:
+    for task in configs:
         if task["name"] == backbone.scales.outputs["energy"]:
             task["element_references"] = {
                 "_target_": "fairchem.core.modules.normalization.element_references.ElementReferences",
                 "element_references": {"_target_": "torch.DoubleTensor", "_args_": [table.tolist()]},
             }
-    return tasks
+    return configs
 
 
 def stock_calculator(backbone: _EscnBackbone) -> Any:
@@ -131,16 +132,16 @@ def calculator(backbone: _EscnBackbone, path: Path, dtype: torch.dtype) -> Any:
             base_precision_dtype=dtype,
         )
         unit = load_predict_unit(path, inference_settings=settings, device=backbone.device.type)
-    cutoff, info = backbone.cutoff, {"charge": backbone.charge, "spin": backbone.spin}
+    cutoff, system = backbone.cutoff, (backbone.charge, backbone.spin)
 
     class _Calculator(FAIRChemCalculator):  # type: ignore[misc]
-        """The vendor's calculator for one charge and spin; the structure is not touched."""
+        """The vendor's calculator with the backbone's charge and spin for structures that have none."""
 
         def calculate(
             self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes
         ) -> None:
             inside = placed(atoms, cutoff)
-            inside.info = dict(info)
+            inside.info = dict(zip(("charge", "spin"), tasks.system_of(atoms, *system), strict=True))
             with vendor.importing():
                 super().calculate(inside, properties, system_changes)
             self.atoms = atoms.copy()

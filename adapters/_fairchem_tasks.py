@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from ase import Atoms
 from blip_ft.adapters._fairchem import class_names, default_dtype, importing
 from torch import Tensor
 
-from blip_ft.errors import CheckpointError, RecipeError, nearest
+from blip_ft.errors import CheckpointError, DataError, RecipeError, nearest
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ def is_direct(config: dict[str, Any]) -> bool:
     )
 
 
+#: what the vendor has embeddings for
+_RANGES = {"charge": (-100, 100), "spin": (0, 100)}
+_REMEDY = "charge counts e, spin is the multiplicity 2S + 1 (0: not given)"
+
+
 def check_system(charge: Any, spin: Any, task: str) -> tuple[int, int]:
     """Total charge and spin multiplicity, the latter with the vendor's default.
 
@@ -195,11 +202,31 @@ def check_system(charge: Any, spin: Any, task: str) -> tuple[int, int]:
     """
     if spin is None:
         spin = 1 if task == "omol" else 0
-    for name, value, low, high in (("charge", charge, -100, 100), ("spin", spin, 0, 100)):
-        if type(value) is not int or not low <= value <= high:
-            raise RecipeError(
-                f"{name} {value!r} is not a whole number between {low} and {high}",
-                remedy="charge counts e, spin is the multiplicity 2S + 1 (0: not given)",
-                field=f"model.options.{name}",
-            )
-    return charge, spin
+    for name, value in (("charge", charge), ("spin", spin)):
+        if not _fits(name, value):
+            raise RecipeError(_misfit(name, value), remedy=_REMEDY, field=f"model.options.{name}")
+    return int(charge), int(spin)
+
+
+def system_of(atoms: Atoms, charge: int, spin: int) -> tuple[int, int]:
+    """Charge and spin of a structure: its own (``atoms.info``), as the vendor reads them, or the given ones.
+
+    Raises:
+        DataError: not whole numbers that the vendor has an embedding for.
+    """
+    own = {"charge": atoms.info.get("charge", charge), "spin": atoms.info.get("spin", spin)}
+    for name, value in own.items():
+        if not _fits(name, value):
+            raise DataError(_misfit(name, value), remedy=_REMEDY, field=name)
+    return int(own["charge"]), int(own["spin"])
+
+
+def _fits(name: str, value: Any) -> bool:
+    low, high = _RANGES[name]
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and float(value).is_integer() and low <= value <= high
+
+
+def _misfit(name: str, value: Any) -> str:
+    low, high = _RANGES[name]
+    return f"{name} {value!r} is not a whole number between {low} and {high}"

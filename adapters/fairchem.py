@@ -58,7 +58,8 @@ class _EscnBackbone(Backbone):
         model_config: the checkpoint's model configuration.
         tasks_config: its task configurations.
         task: the task to predict for.
-        charge, spin: total charge (e) and spin multiplicity of every structure; 0 and the vendor's default.
+        charge, spin: total charge (e) and spin multiplicity of structures that do not bring their own in
+            ``atoms.info``; 0 and the vendor's default.
         origin: where the weights came from.
     """
 
@@ -150,8 +151,8 @@ class _EscnBackbone(Backbone):
                 path of an inference checkpoint (``.pt``).
             trust: open a file even if that can run code that it contains.
             task: data set whose level of theory is predicted, such as ``omat`` or ``omol``.
-            charge: total charge of every structure, in units of e.
-            spin: spin multiplicity of every structure; by default 1 for ``omol`` and 0 (not given) else.
+            charge: total charge (e) of structures that have none in ``atoms.info``.
+            spin: spin multiplicity, likewise; by default 1 for ``omol`` and 0 (not given) else.
             options: none are known.
 
         Raises:
@@ -207,13 +208,15 @@ class _EscnBackbone(Backbone):
 
     # ---- graphs --------------------------------------------------------------------------
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """The vendor's edges of one structure in float64; keys as in :func:`edges.collate`.
+        """The vendor's edges of one structure in float64; keys as in :func:`edges.collate`, and ``charge`` (),
+        ``spin`` ().
 
         A structure without edges gets one from its first atom to itself, longer than the cutoff: the
         vendor's layers need an edge, and this one has no effect.
 
         Raises:
-            DataError: an unknown element, a broken cell, or a free atom that the vendor looks up in a table.
+            DataError: an unknown element, a broken cell, an impossible charge or spin, or a free atom that
+                the vendor looks up in a table.
         """
         self.check(atoms)
         if len(atoms) == 1 and not atoms.pbc.any() and not self.model.supports_single_atoms:
@@ -226,12 +229,20 @@ class _EscnBackbone(Backbone):
         if not len(vec):
             index = torch.zeros(2, 1, dtype=torch.int64)
             vec = torch.full((1, 3), self.cutoff + 1.0, dtype=torch.float64)
-        return {"edge_index": index.flip(0), "edge_vec": vec, **edges.scalars(atoms)}
+        charge, spin = tasks.system_of(atoms, self.charge, self.spin)
+        return {
+            "edge_index": index.flip(0),
+            "edge_vec": vec,
+            "charge": torch.tensor(charge),
+            "spin": torch.tensor(spin),
+            **edges.scalars(atoms),
+        }
 
     def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
         """Batch graphs: atoms and edges are concatenated, structure after structure."""
         batch = edges.collate(atoms, graphs)
         batch.rows["structure"] = torch.arange(len(atoms))
+        batch.graph |= {key: torch.stack([g[key] for g in graphs]) for key in ("charge", "spin")}
         return batch
 
     # ---- evaluation ----------------------------------------------------------------------
@@ -244,8 +255,8 @@ class _EscnBackbone(Backbone):
             batch=batch.structure,
             natoms=batch.n_atoms,
             pos=edge_vec.new_zeros(batch.numbers.numel(), 3),
-            charge=torch.full_like(batch.n_atoms, self.charge),
-            spin=torch.full_like(batch.n_atoms, self.spin),
+            charge=batch.graph["charge"],
+            spin=batch.graph["spin"].clone(),  # one of the vendor's embeddings overwrites it
             dataset=[self.task] * n,
             edge_index=batch.graph["edge_index"].flip(0),
             edge_vec=edge_vec,

@@ -195,6 +195,15 @@ def test_charge_and_spin(ethanol: Atoms) -> None:
     neutral, cation = load(uma(), task="omol"), load(uma(), task="omol", charge=1, spin=2)
     compare(cation, ethanol)
     assert (evaluate(neutral, ethanol).energy - evaluate(cation, ethanol).energy).abs() > 1e-3
+    own = ethanol.copy()
+    own.info = {"charge": 1.0, "spin": 2}
+    close(evaluate(neutral, own).energy, evaluate(cation, ethanol).energy, 0)
+    pair = [ethanol, own]
+    together = neutral(neutral.batch(pair)).energy
+    close(together[1:], evaluate(cation, ethanol).energy, 1e-5)
+    own.info["charge"] = "positive"
+    with pytest.raises(DataError, match="charge 'positive' is not a whole number"):
+        neutral.graph(own)
     for options in ({"charge": 0.5}, {"charge": 101}, {"spin": -1}, {"charge": True}):
         with pytest.raises(RecipeError, match="whole number"):
             load(uma(), task="omol", **options)
