@@ -140,10 +140,11 @@ class ModelConfig(Strict):
 class PosteriorConfig(Strict):
     """The distribution over the weights."""
 
-    family: Literal["channel", "weight", "adaptive", "subspace"] = "subspace"
+    family: Literal["channel", "weight", "adaptive", "subspace", "posthoc_laplace"] = "subspace"
     """``channel``: one std per output channel; ``weight``: one per weight; ``adaptive``: one per row
     of a layer's input, from an inference network; ``subspace``: a correlated Gaussian along the
-    strongest directions of the data"""
+    strongest directions of the data; ``posthoc_laplace``: the full Laplace covariance, low rank plus
+    diagonal, after plain fine-tuning: a baseline"""
     mode: Literal["local", "structure", "flipout"] = "structure"
     """noise in training: ``local``: independent per row (scalars only); ``structure``: one weight
     sample per structure; ``flipout``: one per step with random signs per structure, cheaper, but
@@ -155,7 +156,7 @@ class PosteriorConfig(Strict):
     all stds are then in units of abs(theta). For comparison; not for ``subspace``"""
     prior_scale: Positive | Literal["auto"] = "auto"
     """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
-    (``subspace`` only): chosen by leaving groups of training frames out"""
+    (``subspace``, ``posthoc_laplace``): chosen by leaving groups of training frames out"""
     empirical_bayes: bool = False
     """give every matrix and e3nn path its own s, the one that maximises the ELBO, fitted after every
     epoch; ``prior_scale`` is where they start and what small paths keep (``channel``, ``weight``)"""
@@ -168,7 +169,8 @@ class PosteriorConfig(Strict):
     rank: Annotated[int, Field(ge=1)] = 64
     """``subspace``: number of directions r"""
     projections: Annotated[int, Field(ge=1)] = 8
-    """``subspace``: random projections of each structure's forces that directions are taken from"""
+    """``subspace``, ``posthoc_laplace``: random projections of each structure's forces that directions
+    are taken from"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
     per training frame; ``objective.kind: function_kl`` compares on as many"""
@@ -213,7 +215,7 @@ class ObjectiveConfig(Strict):
     """train on stress labels where they exist"""
     temperature: Positive | Literal["auto"] = "auto"
     """weight T of the KL term: 1 is Bayes, below it the posterior is colder; ``auto``
-    (``subspace`` only): by left-out groups in training, at its end by the validation frames"""
+    (``subspace``, ``posthoc_laplace``): by left-out groups, at the end by the validation frames"""
     kl_warmup: Annotated[int, Field(ge=0)] = 0
     """epochs over which the KL term grows from 0 to its full weight"""
 
@@ -394,7 +396,7 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
 def _check_family(recipe: Recipe, file: Path | None) -> None:
     """Options that only some posterior families and objectives have."""
     options, objective = recipe.posterior, recipe.objective
-    closed = options.family == "subspace"  # the covariance has a closed form
+    closed = options.family in ("subspace", "posthoc_laplace")  # the covariance has a closed form
 
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
@@ -426,6 +428,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
             f"init_std {options.init_std} is not between min_std {options.min_std} and max_std {options.max_std}",
             "posterior.init_std",
             "change one of the three",
+        )
+    if options.family == "posthoc_laplace" and objective.kind != "elbo":
+        refuse(
+            f"posthoc_laplace is a covariance after plain fine-tuning, not after '{objective.kind}'",
+            "objective.kind",
+            "remove the key",
         )
     if closed and "crps" in objective.kind:
         refuse(
@@ -462,7 +470,8 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     ):
         if value == "auto":
             refuse(
-                f"'auto' has a closed form for posterior.family=subspace only, not for '{options.family}'",
+                f"'auto' has a closed form for posterior.family=subspace and posthoc_laplace, not for "
+                f"'{options.family}'",
                 key,
                 "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )

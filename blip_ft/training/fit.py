@@ -6,7 +6,8 @@ check has passed:
 1. load the pretrained model and the frames; check every frame;
 2. compare labels with the pretrained model (units, signs);
 3. convert, prove that step 0 is the pretrained model, fit the energy references;
-4. plain fine-tuning, for comparison; then the ELBO from the pretrained weights again;
+4. plain fine-tuning, for comparison; then the objective from the pretrained weights again
+   (``posthoc_laplace``: the covariance around the plain model);
 5. fit the error bars on the calibration frames, judge on the test frames, write the run.
 """
 
@@ -39,6 +40,7 @@ from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
+from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import train
 from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
@@ -230,12 +232,18 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     if is_rank_zero():
         results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
     history: dict[str, list[dict[str, float]]] = {}
-    if recipe.plain.enabled:
-        history["plain"] = train(recipe, potential, sets, folder / "plain", console, plain=True)
-        if is_rank_zero():
+    posthoc = recipe.posterior.family == "posthoc_laplace"
+    if recipe.plain.enabled or posthoc:
+        logs = folder / "plain" if recipe.plain.enabled else folder
+        history["plain"] = train(recipe, potential, sets, logs, console, plain=True)
+        if recipe.plain.enabled and is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
+    if posthoc:
+        LaplaceFitter(recipe, potential, sets, console).fit()
+        history["blip"] = history["plain"]
+    else:
         reset_mean(potential)
-    history["blip"] = train(recipe, potential, sets, folder, console, plain=False, replay=prepared.replay)
+        history["blip"] = train(recipe, potential, sets, folder, console, plain=False, replay=prepared.replay)
     if not is_rank_zero():
         return {}
     results["blip"] = judge(

@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 import blip_ft
@@ -21,6 +23,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "adaptive as in the paper": {
         "posterior": {"family": "adaptive", "mode": "local", "prior": "dropout"},
         "model": {"noise": "radial"},
+    },
+    "posthoc_laplace": {
+        "posterior": {"family": "posthoc_laplace", "prior_scale": "auto"},
+        "objective": {"temperature": "auto"},
     },
     "crps": {"posterior": {"family": "channel"}, "objective": {"kind": "crps"}},
     "elbo+crps": {"posterior": {"family": "adaptive"}, "objective": {"kind": "elbo+crps"}},
@@ -82,6 +88,37 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert len({round(s, 6) for s in scales}) > 1
 
 
+def test_the_plain_model_is_the_mean_of_posthoc_laplace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One training serves both, and the covariance does not move it."""
+    from ase.io import write
+
+    monkeypatch.chdir(tmp_path)
+    write("train.extxyz", frames(24))
+    tree = {
+        "name": "run",
+        "output": "runs",
+        "data": {"train": "train.extxyz", "batch_size": 4},
+        "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
+        "posterior": {"family": "posthoc_laplace", "projections": 1, "context": 0.2},
+        "uncertainty": {"n_draws": 2},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["fit", "recipe.yaml"]) == 0
+    history = json.loads(Path("runs/run/history.json").read_text())
+    assert history["plain"] == history["blip"]
+    potential = blip_ft.load("runs/run")
+    plain = np.load(next(Path("runs/run/predictions").glob("plain-seen.npz")))
+    batch_of = potential.backbone.batch
+    atoms = frames(24)
+    with torch.no_grad():
+        energies = {round(float(potential(batch_of([a])).energy), 9) for a in atoms}
+    assert {round(float(e), 9) for e in plain["energy"]} <= energies
+    assert len(potential.posterior.mu) > 0
+
+
 def test_replayed_frames_are_checked_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -121,7 +158,6 @@ class TestFromScratch:
 
     @pytest.mark.backend("sevennet")
     def test_sevennet(self) -> None:
-        import torch
         from ase.build import molecule
         from blip_ft.adapters.sevennet import SevenNetBackbone
 

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from ase.io import read
+from ase.io import read, write
 
 from blip_ft.cli import main
 from blip_ft.config import load_recipe, shipped
+from blip_ft.data.dataset import to_atoms
+from blip_ft.data.sources import load_source
 
 MODELS = ("pretrained", "plain", "blip")
 KEYS = (
@@ -64,8 +66,6 @@ def predict(folder: Path) -> None:
     turned = frames[0].copy()
     turned.rotate(40, (1, 2, 3), rotate_cell=True)
     source, target = folder / "in.extxyz", folder / "out.extxyz"
-    from ase.io import write
-
     write(source, [frames[0], turned])
     assert main(["predict", str(folder / "small"), str(source), "-o", str(target)]) == 0
     a, b = read(target, ":")
@@ -82,6 +82,37 @@ def test_every_recipe_is_tested_here() -> None:
 @pytest.mark.backend("sevennet")
 def test_sio2_sevennet(tmp_path: Path) -> None:
     run("sio2_sevennet", tmp_path)
+    predict(tmp_path)
+
+
+#: the other families on real weights: noise in the readout and the first radial layers, a few frames
+FAMILIES = {
+    "adaptive": [
+        "posterior.family=adaptive",
+        "posterior.prior_scale=0.05",
+        "objective.temperature=1e-6",
+        "optimizer.std_learning_rate=1e-3",
+        "plain.enabled=false",
+    ],
+    "posthoc_laplace": ["posterior.family=posthoc_laplace", "plain.learning_rate=1e-3"],
+}
+
+
+@pytest.mark.backend("sevennet")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_on_sevennet(family: str, tmp_path: Path) -> None:
+    few = ["model.noise=[readout, '0_convolution.weight_nn.layer.*']"]
+    for role, n in {"train": 10, "validation": 3, "calibration": 3, "test": 3}.items():
+        rows = load_source(f"sio2_polymorphs@{role}")
+        step = len(rows) // n
+        write(tmp_path / f"{role}.extxyz", [to_atoms(rows[i * step]) for i in range(n)])
+        few.append(f"data.{role}={tmp_path / role}.extxyz")
+    overrides = [f"output={tmp_path}", "name=small", *SMALL, *few, *FAMILIES[family], "trainer.max_epochs=1"]
+    assert main(["fit", "sio2_sevennet", *overrides]) == 0
+    metrics = json.loads((tmp_path / "small/metrics.json").read_text())
+    for model in ("pretrained", "blip"):
+        for key in KEYS:
+            assert math.isfinite(metrics[model]["seen"][key]), (model, key)
     predict(tmp_path)
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 from blip_ft.variational.posteriors.adaptive import AdaptivePosterior
 from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.posteriors.channel import ChannelPosterior
+from blip_ft.variational.posteriors.laplace import LaplacePosterior
 from blip_ft.variational.posteriors.subspace import SubspacePosterior
 from blip_ft.variational.posteriors.weight import WeightPosterior
 
 FAMILIES: dict[str, type[Posterior]] = {
     "adaptive": AdaptivePosterior,
     "channel": ChannelPosterior,
+    "posthoc_laplace": LaplacePosterior,
     "subspace": SubspacePosterior,
     "weight": WeightPosterior,
 }
@@ -29,6 +31,7 @@ __all__ = [
     "FAMILIES",
     "AdaptivePosterior",
     "ChannelPosterior",
+    "LaplacePosterior",
     "Posterior",
     "SubspacePosterior",
     "WeightPosterior",

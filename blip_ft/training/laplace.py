@@ -1,0 +1,93 @@
+"""Fits ``posthoc_laplace`` to a plainly fine-tuned model.
+
+Gradient rows, the left-out rule for the prior's scale and the width of the draws are those of the
+subspace posterior's fit (``training.subspace``), so that the two families differ in the covariance
+alone; so is the way the temperature is chosen: real draws, at full width, on validation frames.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset
+from blip_ft.potential import BayesianPotential
+from blip_ft.training.subspace import NOISES, TEMPERATURE_DRAWS, TEMPERATURES, SubspaceFitter
+from blip_ft.uncertainty.calibration import gaussian_nll, residuals
+from blip_ft.uncertainty.predict import predict_set
+from blip_ft.variational.posteriors.laplace import LaplacePosterior
+from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
+
+
+class LaplaceFitter:
+    """Sets the covariance around the present mean.
+
+    Args:
+        recipe: options.
+        potential: plainly fine-tuned; its posterior is set.
+        sets: needs ``train`` and ``validation``.
+        console: for progress.
+    """
+
+    def __init__(
+        self, recipe: Recipe, potential: BayesianPotential, sets: dict[str, FrameDataset], console: Console
+    ) -> None:
+        assert isinstance(potential.posterior, LaplacePosterior)
+        self.posterior = potential.posterior
+        self.recipe, self.potential, self.sets, self.console = recipe, potential, sets, console
+        self._shared = SubspaceFitter(recipe, potential, sets, console)
+
+    def fit(self) -> dict[str, Any]:
+        """Directions, prior scale, temperature, and width of the draws; a report for the receipt."""
+        scale, temperature = self.recipe.posterior.prior_scale, self.recipe.objective.temperature
+        data = SubspaceData(
+            rows=self._rows,
+            prior_scale=None if scale == "auto" else float(scale),
+            temperature=None if temperature == "auto" else float(temperature),
+        )
+        report = self.posterior.fit(data)
+        self.potential.prior.prior_scale = report["prior_scale"]
+        self.potential.amplitude = 1.0
+        if temperature == "auto":
+            report["temperature"] = self._choose_temperature(report["prior_scale"])
+        self.posterior.set_covariance(report["prior_scale"], report["temperature"])
+        self.potential.amplitude = self._shared.choose_amplitude()
+        report |= {
+            "amplitude": self.potential.amplitude,
+            "effective_parameters": self.posterior.effective_parameters(),
+        }
+        self.console.print(
+            f"posterior: {len(self.posterior.mu)} of {report['n_train_rows']} directions narrowed by the labels; "
+            f"prior scale {report['prior_scale']:.3g}, temperature {report['temperature']:.3g}, "
+            f"{report['effective_parameters']:.0f} effective parameters, "
+            f"draws at {self.potential.amplitude:.2g} of the width"
+        )
+        return report
+
+    def _rows(self) -> Rows:
+        """Rows of the training frames; frames without labels would not enter."""
+        context, self._shared.context = self._shared.context, []
+        try:
+            return self._shared.rows()
+        finally:
+            self._shared.context = context
+
+    def _choose_temperature(self, scale: float) -> float:
+        """T with the best likelihood of the validation forces under a few real draws."""
+        best, chosen = math.inf, TEMPERATURES[0]
+        noise = self.recipe.objective.forces_std
+        for t in TEMPERATURES:
+            self.posterior.set_covariance(scale, t)
+            prediction = predict_set(
+                self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
+            )
+            error, std, _ = residuals(prediction, "forces")
+            assert std is not None
+            nll = min(float(gaussian_nll(error, np.hypot(a * noise, std)).mean()) for a in NOISES)
+            if nll < best:
+                best, chosen = nll, t
+        return chosen
