@@ -112,6 +112,15 @@ class DataConfig(Strict):
     """processes that build graphs"""
 
 
+class LoraOptions(Strict):
+    """Changes of low rank, for ``model.mean: lora``."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    """rank of the change of each matrix"""
+    alpha: Positive = 16.0
+    """the product of the two factors is multiplied by alpha / rank"""
+
+
 class ModelConfig(Strict):
     """Which potential, and which of its weights are trained and which carry noise."""
 
@@ -131,6 +140,10 @@ class ModelConfig(Strict):
     """converted modules whose mean is trained: a preset of the adapter (``all``, ``scalar``,
     ``readout``), regular expressions on module names, or ``none``; ``rest`` trains all of them and
     every other parameter (norms, biases) too, held by the same penalty"""
+    mean: Literal["full", "lora", "frozen"] = "full"
+    """how the mean of ``train`` changes: every weight (``full``), by products of two thin matrices
+    (``lora``, needs the extra of the same name), or not at all (``frozen``)"""
+    lora: LoraOptions = LoraOptions()
     noise: str | list[str] = "all"
     """converted modules that carry noise, likewise; ``none`` for none"""
     trust: bool = False

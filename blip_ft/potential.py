@@ -25,6 +25,7 @@ from blip_ft.errors import BlipError
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
 from blip_ft.variational.build import make_posterior, make_prior
+from blip_ft.variational.lora import LowRank
 from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
 from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
@@ -62,7 +63,12 @@ class BayesianPotential(nn.Module):
         self.backbone = backbone
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
-        self.converted = convert(backbone, train=model.train, noise=model.noise)
+        self.converted = convert(
+            backbone,
+            train="none" if model.mean == "frozen" else model.train,
+            noise=model.noise,
+            low_rank=LowRank(model.lora.rank, model.lora.alpha) if model.mean == "lora" else None,
+        )
         self.prior = make_prior(self.converted, posterior)
         self.posterior = make_posterior(self.converted, self.prior, posterior)
         #: (B,) KL of each structure's own weights in the last call with training noise, nats;
@@ -77,14 +83,12 @@ class BayesianPotential(nn.Module):
     # ---- parts ---------------------------------------------------------------------------
     @property
     def mean_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters of the mean: differences from w0, and ``rest``."""
-        deltas = [d for d in self.converted.deltas.values() if d.requires_grad]
-        return [*deltas, *self.converted.rest.values()]
+        """Trained parameters of the mean: differences from w0 or their factors, and ``rest``."""
+        return [*self.converted.mean_parameters, *self.converted.rest.values()]
 
     def kl(self) -> Tensor:
         """KL(q || p) of mean and spread, nats, a scalar."""
-        deltas: dict[str, Tensor] = dict(self.converted.deltas)
-        mean = self.prior.kl_mean(deltas)
+        mean = self.prior.kl_mean(self.converted.deltas)
         return mean + self.posterior.kl().to(mean) + self.prior.kl_scale().to(mean)
 
     def reference_energy(self, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
 """Which backends the tests run on.
 
-A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter. The environment
-variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which ones this environment must have: a
-marked test of a listed backend fails if the package is absent, others are skipped. Without the
+A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
+is named ``lora``. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
+ones this environment must have: a marked test of a listed backend fails if the package is absent, others are skipped. Without the
 variable, tests run on the packages that are installed.
 """
 
@@ -18,6 +18,7 @@ PACKAGES = {
     "mace": "mace",
     "fairchem": "fairchem",
     "orb": "orb_models",
+    "lora": "peft",  # no adapter, but an extra that is treated like one
 }
 
 

@@ -175,7 +175,10 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    extras = {"a": ["chgnet", "test"], "b": ["sevennet", "chgnet", "orb", "test", "lint"]}[family]
+    extras = {
+        "a": ["chgnet", "test"],
+        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "test", "lint"],
+    }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:
         needed += PROJECT["project"]["optional-dependencies"][extra]

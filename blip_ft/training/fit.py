@@ -233,10 +233,11 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
     history: dict[str, list[dict[str, float]]] = {}
     posthoc = recipe.posterior.family == "posthoc_laplace"
-    if recipe.plain.enabled or posthoc:
-        logs = folder / "plain" if recipe.plain.enabled else folder
+    compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
+    if compared or posthoc:
+        logs = folder / "plain" if compared else folder
         history["plain"] = train(recipe, potential, sets, logs, console, plain=True)
-        if recipe.plain.enabled and is_rank_zero():
+        if compared and is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
     if posthoc:
         LaplaceFitter(recipe, potential, sets, console).fit()
@@ -257,10 +258,8 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
 
 def reset_mean(potential: BayesianPotential) -> None:
     """Put the mean back to the pretrained weights."""
-    with torch.no_grad():
-        for delta in potential.converted.deltas.values():
-            delta.zero_()
-        potential.prior.restore_rest()
+    potential.converted.reset_mean()
+    potential.prior.restore_rest()
 
 
 def write_run(

@@ -106,6 +106,11 @@ def train(
     temperature = 1.0 if objective.temperature == "auto" else objective.temperature
     scale = ElboScale(len(sets["train"]), steps, temperature, objective.kl_warmup)
     module = FineTuneModule(potential, recipe, scale, plain=plain)
+    if not any(p.requires_grad for p in module.parameters()):
+        console.print("the mean is frozen and the posterior has a closed form: no epochs needed")
+        if fitter is not None:
+            fitter.fit(final=True)
+        return []
     if not plain and objective.kind == "function_kl":
         module.objective.replay = make_replay(
             potential,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blip_ft.backbone import Backbone, matches
 from blip_ft.errors import ConversionError, nearest
 from blip_ft.variational.layers import VariationalLayer
+from blip_ft.variational.lora import LowRank, lora_layers
 from blip_ft.variational.noise import NoiseState
 from blip_ft.variational.sites import Site
 
@@ -75,9 +76,20 @@ class Converted:
         return {name: self.layers[name].pretrained for name in self.sites}
 
     @property
-    def deltas(self) -> dict[str, nn.Parameter]:
-        """{site: the mean's difference from it}."""
+    def deltas(self) -> dict[str, Tensor]:
+        """{site: the mean's difference from it}; those that are trained require grad."""
         return {name: self.layers[name].delta for name in self.sites}
+
+    @property
+    def mean_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the linear blocks' means."""
+        parts = [self.layers[name].mean_parameters() for name in self.sites]
+        return [p for part in parts for p in part if p.requires_grad]
+
+    def reset_mean(self) -> None:
+        """Put the means of the linear blocks back to the pretrained weights."""
+        for name in self.sites:
+            self.layers[name].reset_mean()
 
 
 def _patterns(spec: str | Sequence[str], backbone: Backbone) -> tuple[list[str], bool]:
@@ -195,7 +207,11 @@ def _reason(
 
 
 def convert(
-    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+    backbone: Backbone,
+    *,
+    train: str | Sequence[str] = "all",
+    noise: str | Sequence[str] = "all",
+    low_rank: LowRank | None = None,
 ) -> Converted:
     """Replace linear modules in place.
 
@@ -205,9 +221,11 @@ def convert(
             regular expressions on module names, ``none``; ``rest`` stands for ``all`` and every
             other parameter.
         noise: modules that carry noise, likewise.
+        low_rank: train changes of low rank instead of full ones.
 
     Raises:
         ConversionError: a pattern matches no convertible module, or the model is already converted.
+        MissingBackendError: ``low_rank`` without peft.
     """
     model = backbone.model
     if any(isinstance(m, VariationalLayer) for m in model.modules()):
@@ -217,6 +235,7 @@ def convert(
     sites: dict[str, Site] = {}
     layers: dict[str, VariationalLayer] = {}
     by_weight: dict[int, str] = {}
+    trained: dict[str, tuple[nn.Module, type[VariationalLayer]]] = {}
     replaced: dict[int, VariationalLayer] = {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -229,6 +248,8 @@ def convert(
         weight = kind.parameter(module)
         first = by_weight.setdefault(id(weight), row.name)
         if first == row.name:
+            if row.trained:
+                trained[first] = (module, kind)
             sites[first] = Site(first, kind.shape(module), kind.blocks(module))
             delta = nn.Parameter(weight.new_zeros(kind.shape(module)), requires_grad=row.trained)
         else:
@@ -236,11 +257,16 @@ def convert(
         layer = kind(module, sites[first], delta, state, backbone.row_kind(row.name))
         replaced[id(module)] = layer
         layers.setdefault(row.name, layer)
+    if low_rank is not None:
+        lora = lora_layers(trained, low_rank)
+        for layer in replaced.values():
+            if layer.site.name in lora:
+                layer.set_lora(lora[layer.site.name])
     _swap(model, lambda m: replaced.get(id(m)))
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
     others: dict[str, nn.Parameter] = {}
     if _patterns(train, backbone)[1]:
-        weights = {id(p) for x in layers.values() for p in (x.parameter(x.base), x.delta)}
+        weights = {id(p) for x in layers.values() for p in (x.parameter(x.base), *x.mean_parameters())}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
                 parameter.requires_grad_(True)
@@ -258,10 +284,10 @@ def unload(backbone: Backbone, *, merge: bool, perturbation: Mapping[str, Tensor
         perturbation: with ``merge``, what a draw adds to the mean, {site: (*shape)}.
     """
     if merge:
-        done: set[int] = set()
+        done: set[str] = set()
         for layer in [m for m in backbone.model.modules() if isinstance(m, VariationalLayer)]:
-            if id(layer.delta) not in done:  # shared by layers with one weight
-                done.add(id(layer.delta))
+            if layer.site.name not in done:  # shared by layers with one weight
+                done.add(layer.site.name)
                 layer.merge((perturbation or {}).get(layer.site.name))
     _swap(backbone.model, lambda m: m.base if isinstance(m, VariationalLayer) else None)
 

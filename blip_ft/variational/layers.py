@@ -45,6 +45,37 @@ class VariationalLayer(nn.Module, ABC):
         self.noise = noise
         self.parameter(base).requires_grad_(False)
 
+    # ---- the mean ------------------------------------------------------------------------
+    def set_lora(self, lora: nn.Module) -> None:
+        """Make the mean's difference one of low rank (``variational.lora``); shared between tied layers."""
+        del self.delta
+        self.lora = lora
+
+    def __getattr__(self, name: str) -> Any:
+        """``delta`` is computed where it is of low rank."""
+        if name == "delta" and "lora" in self._modules:
+            from blip_ft.variational.lora import change
+
+            return change(self._modules["lora"]).reshape(self.site.shape)
+        return super().__getattr__(name)
+
+    def mean_parameters(self) -> list[nn.Parameter]:
+        """What the mean's difference is made of: itself, or the factors of a low-rank one."""
+        if "lora" in self._modules:
+            return list(self.lora.parameters())
+        assert isinstance(self.delta, nn.Parameter)
+        return [self.delta]
+
+    def reset_mean(self) -> None:
+        """Put the mean back to the pretrained weight."""
+        if "lora" in self._modules:
+            from blip_ft.variational.lora import reset
+
+            reset(self.lora, self.site.name)
+        else:
+            with torch.no_grad():
+                self.delta.zero_()
+
     # ---- for convert ---------------------------------------------------------------------
     @staticmethod
     def parameter(base: Any) -> nn.Parameter:

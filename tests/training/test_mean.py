@@ -1,0 +1,56 @@
+"""Runs whose mean has low rank, or does not move at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blip_ft.checkpoint import load_model
+from blip_ft.cli import main
+
+SMALL = [
+    "model.adapter=fake",
+    "model.checkpoint=tiny",
+    "model.dtype=float64",
+    "data.train=sio2_polymorphs@train",
+    "data.validation=sio2_polymorphs@validation",
+    "data.calibration=sio2_polymorphs@calibration",
+    "data.test=sio2_polymorphs@test",
+    "posterior.rank=4",
+    "posterior.projections=1",
+    "posterior.context=0.1",
+    "uncertainty.n_draws=2",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.limit_train_batches=2",
+]
+
+
+def fit(folder: Path, *overrides: str) -> dict:
+    assert main(["fit", "sio2_sevennet", f"output={folder}", "name=run", *SMALL, *overrides]) == 0
+    return json.loads((folder / "run/metrics.json").read_text())
+
+
+def test_a_frozen_mean_gets_error_bars_without_training(tmp_path: Path) -> None:
+    metrics = fit(tmp_path, "model.mean=frozen")
+    assert "plain" not in metrics  # there is nothing to fine-tune
+    key = "force_mae_mev_per_ang"
+    # the draws' mean is the pretrained model up to curvature
+    assert metrics["blip"]["all"][key] == pytest.approx(metrics["pretrained"]["all"][key], rel=0.1)
+    potential = load_model(tmp_path / "run")
+    assert all(not d.any() for d in potential.converted.deltas.values())
+    assert potential.posterior.ready
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.backend("lora")
+def test_a_mean_of_low_rank_is_trained(tmp_path: Path) -> None:
+    metrics = fit(tmp_path, "model.mean=lora", "model.lora.rank=2")
+    key = "force_mae_mev_per_ang"
+    assert metrics["plain"]["all"][key] < metrics["pretrained"]["all"][key]
+    assert metrics["blip"]["all"][key] < metrics["pretrained"]["all"][key]
+    potential = load_model(tmp_path / "run")
+    assert any(d.any() for d in potential.converted.deltas.values())
+    assert potential.converted.layers["readout.0"].lora.r == {"default": 2}
