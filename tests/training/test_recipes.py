@@ -14,6 +14,8 @@ from blip_ft.config import load_recipe, shipped
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.sources import load_source
 
+#: small trained models in vendors' formats (benchmarks/distil)
+STAND_INS = Path(__file__).parents[1] / "models"
 MODELS = ("pretrained", "plain", "blip")
 KEYS = (
     "energy_mae_mev_per_atom",
@@ -39,8 +41,8 @@ SMALL = [
 ]
 
 
-def run(recipe: str, folder: Path) -> None:
-    overrides = [f"output={folder}", "name=small", *SMALL]
+def run(recipe: str, folder: Path, *more: str) -> None:
+    overrides = [f"output={folder}", "name=small", *SMALL, *more]
     assert main(["fit", recipe, *overrides]) == 0
     metrics = json.loads((folder / "small/metrics.json").read_text())
     for model in MODELS:
@@ -76,7 +78,7 @@ def predict(folder: Path) -> None:
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert set(shipped()) == {"sio2_sevennet", "sio2_chgnet"}
+    assert set(shipped()) == {"sio2_sevennet", "sio2_chgnet", "sio2_orb"}
 
 
 @pytest.mark.backend("sevennet")
@@ -120,6 +122,23 @@ def test_family_on_sevennet(family: str, tmp_path: Path) -> None:
 def test_sio2_chgnet(tmp_path: Path) -> None:
     run("sio2_chgnet", tmp_path)
     predict(tmp_path)
+
+
+@pytest.mark.backend("orb")
+def test_sio2_orb(tmp_path: Path) -> None:
+    """The distilled stand-in for the foundation: only the path differs. Rotations are learned, not exact."""
+    run("sio2_orb", tmp_path, f"model.checkpoint={STAND_INS / 'sio2_orb.ckpt'}")
+    source, target = Path(__file__).parent / "quartz.extxyz", tmp_path / "out.extxyz"
+    assert main(["predict", str(tmp_path / "small"), str(source), "-o", str(target)]) == 0
+    frame = read(target)
+    assert frame.info["energy_std"] > 0
+    assert (frame.arrays["forces_std_norm"] > 0).all()
+    assert main(["export", str(tmp_path / "small"), "--draws", "2", "-o", str(tmp_path / "native")]) == 0
+    assert {p.name for p in (tmp_path / "native").glob("*.ckpt")} == {
+        "mean.ckpt",
+        "draw-00.ckpt",
+        "draw-01.ckpt",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
