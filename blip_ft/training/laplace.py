@@ -19,8 +19,8 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.training.subspace import NOISES, TEMPERATURE_DRAWS, TEMPERATURES, SubspaceFitter
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors.laplace import LaplacePosterior
-from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
+from blip_ft.variational.posteriors.laplace import LaplaceData, LaplacePosterior
+from blip_ft.variational.posteriors.subspace import Rows
 
 
 class LaplaceFitter:
@@ -44,8 +44,8 @@ class LaplaceFitter:
     def fit(self) -> dict[str, Any]:
         """Directions, prior scale, temperature, and width of the draws; a report for the receipt."""
         scale, temperature = self.recipe.posterior.prior_scale, self.recipe.objective.temperature
-        data = SubspaceData(
-            rows=self._rows,
+        data = LaplaceData(
+            rows=self._rows(),
             prior_scale=None if scale == "auto" else float(scale),
             temperature=None if temperature == "auto" else float(temperature),
         )

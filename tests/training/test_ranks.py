@@ -16,7 +16,9 @@ from blip_ft.cli import main
 STEPS = 10
 
 
-def train(folder: Path, *, devices: int, batch_size: int, posterior: dict[str, object]) -> list[float]:
+def train(
+    folder: Path, *, devices: int, batch_size: int, posterior: dict[str, object], kind: str = "elbo"
+) -> list[float]:
     """``train/loss`` of the first steps of a run through the command line."""
     recipe = {
         "name": f"ranks{devices}",
@@ -26,7 +28,7 @@ def train(folder: Path, *, devices: int, batch_size: int, posterior: dict[str, o
         | {"test": "sio2_polymorphs@test"},
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
         "posterior": posterior,
-        "objective": {"temperature": 0.01},
+        "objective": {"temperature": 0.01, "kind": kind},
         "plain": {"enabled": False},
         "uncertainty": {"n_draws": 2},
         "trainer": {
@@ -63,16 +65,21 @@ def read(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "posterior",
+    ("posterior", "kind"),
     [
-        {"family": "weight", "prior_scale": 0.1, "init_std": 0.05},
-        {"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0},
+        ({"family": "weight", "prior_scale": 0.1, "init_std": 0.05}, "elbo"),
+        ({"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0}, "elbo"),
+        ({"family": "adaptive", "prior_scale": 0.1, "init_std": 0.05}, "elbo+crps"),
+        (
+            {"family": "channel", "prior_scale": 0.1, "init_std": 0.05, "empirical_bayes": True},
+            "function_kl",
+        ),
     ],
-    ids=["weight", "subspace"],
+    ids=["weight", "subspace", "adaptive", "function_kl"],
 )
-def test_two_processes_give_the_loss_of_one(tmp_path: Path, posterior: dict[str, object]) -> None:
-    one = train(tmp_path, devices=1, batch_size=8, posterior=posterior)
-    two = train(tmp_path, devices=2, batch_size=4, posterior=posterior)
+def test_two_processes_give_the_loss_of_one(tmp_path: Path, posterior: dict[str, object], kind: str) -> None:
+    one = train(tmp_path, devices=1, batch_size=8, posterior=posterior, kind=kind)
+    two = train(tmp_path, devices=2, batch_size=4, posterior=posterior, kind=kind)
     assert len(one) == STEPS
     assert two == pytest.approx(one, rel=1e-9)
     assert len(set(one)) == STEPS  # the loss moves: the comparison is not of constants

@@ -14,6 +14,7 @@ from blip_ft.variational.layers import (
     VariationalRadialLayer,
     layer_type,
 )
+from blip_ft.variational.noise import keyed_signs
 
 needs_e3nn = pytest.mark.backend("sevennet")
 #: every kind of layer; irreps with several paths into one output, a bias, an output without a path
@@ -178,7 +179,7 @@ class TestAgainstTheVendor:
 def jacobian(b, x):
     """d(mean)/d(weight), (rows, out, weights)."""
     jac = torch.func.jacrev(lambda w: b.layer.mean(x, w))(b.layer.weight.detach())
-    return jac.reshape(*jac.shape[:2], -1)
+    return jac.reshape(*jac.shape[:2], b.layer.weight.numel())
 
 
 class TestMoments:
@@ -346,6 +347,47 @@ class TestEquivariance:
             return "+".join(f"{muls[i]}x{kinds[i]}" for i in order)
 
         return e3nn.o3.Irreps(draw() + "+2x0e+1x1o"), e3nn.o3.Irreps("2x1o+1x0e+" + draw())
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        seed=st.integers(0, 1000),
+        counts=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+        mode=st.sampled_from(["structure", "flipout", "draw"]),
+    )
+    def test_moments(self, bench, seed, counts, dtype, mode):
+        """Covariance of all rows of a structure: J diag(var) J^T, for any irreps and any batch."""
+        import e3nn.o3
+
+        torch.manual_seed(seed)
+        base = e3nn.o3.Linear(*self.irreps(seed)).to(dtype)
+        b = bench(base, seed=seed)
+        x = inputs(base, sum(counts), seed)
+        mean, n = b.layer(x), b.posterior.latent_numel
+        jac = jacobian(b, x).double()
+        responses = []
+        for unit in torch.eye(n, dtype=dtype):
+            if mode == "flipout":
+                self.flip(b, counts, unit[None])
+            else:
+                b.draw(unit[None]) if mode == "draw" else b.structure(counts, unit.expand(len(counts), n))
+            responses.append((b.layer(x) - mean).double())
+        off = torch.stack(responses)
+        variance = b.posterior.std()["layer"].reshape(-1).double().square()
+        close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+        start = 0
+        for count in counts if mode != "draw" else [sum(counts)]:
+            part = slice(start, start + count)
+            found = torch.einsum("kro,ksp->rosp", off[:, part], off[:, part])
+            expected = torch.einsum("row,w,spw->rosp", jac[part], variance, jac[part])
+            torch.testing.assert_close(found, expected, **close)
+            start += count
+
+    @staticmethod
+    def flip(b, counts, latent):
+        b.structure(counts)
+        b.noise.weights = b.posterior.sample(latent)
+        b.noise.signs, b.noise.mode = keyed_signs(0, 0, b.keys), "flipout"
 
     @pytest.mark.parametrize("mode", ["draw", "structure"])
     @pytest.mark.parametrize("seed", range(6))

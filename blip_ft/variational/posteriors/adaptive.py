@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from blip_ft.errors import BlipError
 from blip_ft.variational.noise import Rows, normal
 from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.prior import PretrainedPrior
@@ -172,6 +173,17 @@ class AdaptivePosterior(Posterior):
     def row_variances(self) -> dict[str, Tensor]:
         """At amplitude 1, like :meth:`sample`."""
         return {s.name: self.prior.unit(s.name).square() for s in self.sites}
+
+    def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Gradients by weights do not determine it: the variance has a factor in every row.
+
+        Raises:
+            BlipError: always; error bars come from draws.
+        """
+        raise BlipError(
+            "the spread of the 'adaptive' posterior depends on the input: it has no std from one pass",
+            remedy="predict with draws",
+        )
 
     def kl(self) -> Tensor:
         """Zero: the KL of the spread belongs to each structure (:class:`Recorder`)."""

@@ -13,6 +13,7 @@ Directions that no label determines keep the prior's width: all P weights carry 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.posteriors.subspace import (
     PRIOR_SCALES,
     TEMPERATURES,
-    SubspaceData,
+    Rows,
     gram_matrix,
     left_out_nll,
 )
@@ -32,6 +33,21 @@ from blip_ft.variational.sites import Site
 
 #: directions that the labels narrow by less than this share of the prior's variance are left out
 NEGLIGIBLE = 1e-3
+
+
+@dataclass
+class LaplaceData:
+    """What :meth:`LaplacePosterior.fit` needs from the model and the data.
+
+    Attributes:
+        rows: gradient rows at the present mean.
+        prior_scale: s; ``None`` to choose it by left-out groups.
+        temperature: T; likewise.
+    """
+
+    rows: Rows
+    prior_scale: float | None = None
+    temperature: float | None = None
 
 
 class LaplacePosterior(Posterior):
@@ -70,15 +86,14 @@ class LaplacePosterior(Posterior):
         """Set V, s and T from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`~blip_ft.variational.posteriors.subspace.SubspaceData`; rows without a
-                label are not used.
+            context: a :class:`LaplaceData`; rows without a label are not used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores (the same rule as for ``subspace``), for the receipt.
         """
-        assert isinstance(context, SubspaceData)
-        rows = context.rows()
+        assert isinstance(context, LaplaceData)
+        rows = context.rows
         train = rows.is_train
         gradients = rows.gradients[torch.from_numpy(train)]
         gram = gram_matrix(gradients)
