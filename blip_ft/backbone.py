@@ -55,7 +55,8 @@ class Batch:
             are contiguous and structures ascend.
         keys: (B,) stable integer identity of each structure; noise is keyed by it.
         labels: optional ``energy`` (B,), ``forces`` (n, 3), ``stress`` (B, 6) with NaN where a
-            label is missing; float64, units as in the module's table. Added by the data module.
+            label is missing, ``weight`` (B,) and ``atom_weight`` (n,); float64, units as in the module's
+            table. Added by the data module.
     """
 
     graph: Any

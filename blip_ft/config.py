@@ -77,6 +77,21 @@ class SplitConfig(Strict):
     """seed of the division; independent of the training seed"""
 
 
+class StreamConfig(Strict):
+    """A training set that is read row by row, in every epoch anew, and never as a whole."""
+
+    frames: Annotated[int, Field(ge=1)]
+    """number of frames; the likelihood of the whole set is scaled by it, and a stream of another
+    length is an error"""
+    weight: Positive | None = None
+    """sum of their weights, if they have any; by default the number of frames"""
+    buffer: Annotated[int, Field(ge=1)] = 1000
+    """frames in memory among which the next one is drawn at random; 1 keeps the order"""
+    sample: Annotated[int, Field(ge=2)] = 256
+    """frames from the start of the stream that stand for all in checks, references and the subspace
+    posterior"""
+
+
 class DataConfig(Strict):
     """Where the frames come from."""
 
@@ -106,10 +121,18 @@ class DataConfig(Strict):
     ``isolated_atoms``: the same with the energies of one-atom frames in the training source"""
     reference_energies: dict[str, float] = {}
     """``given``: energy of each isolated atom at the level of the labels, eV: ``{Si: -0.8, O: -1.9}``"""
+    batch_by: Literal["structures", "atoms", "edges"] = "structures"
+    """what ``batch_size`` counts; ``atoms`` and ``edges`` bound the memory of a step where structures
+    differ in size"""
     batch_size: Annotated[int, Field(ge=1)] = 4
-    """structures per rank and step"""
+    """structures per rank and step, or at most so many atoms or edges (``data.batch_by``)"""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """processes that build graphs"""
+    cache_gb: Annotated[float, Field(ge=0)] = 4.0
+    """memory for graphs that are kept, per process; beyond it they are built anew in every epoch"""
+    stream: StreamConfig | None = None
+    """read ``data.train`` as a stream: for sets that do not fit on the disk; needs its number of frames,
+    and sources for ``validation``, ``calibration`` and ``test``"""
 
 
 class LoraOptions(Strict):
@@ -404,6 +427,22 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
             field="data.split",
             remedy="set both, the file being the splits.json of a run's folder",
         )
+    if data.stream is not None:
+        for role in ("validation", "calibration", "test"):
+            if getattr(data, role) is None:
+                raise RecipeError(
+                    f"a stream is not divided: there are no frames for {role}",
+                    file=file,
+                    field=f"data.{role}",
+                    remedy=f"give data.{role} a source",
+                )
+        if data.batch_by != "structures":
+            raise RecipeError(
+                "the sizes of a stream's structures are not known beforehand",
+                file=file,
+                field="data.batch_by",
+                remedy="use data.batch_by: structures",
+            )
 
 
 def _check_family(recipe: Recipe, file: Path | None) -> None:

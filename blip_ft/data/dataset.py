@@ -9,6 +9,8 @@ label               shape           batched shape  unit
 ``energy``          ()              (B,)           eV
 ``forces``          (n, 3)          (n, 3)         eV/Å
 ``stress``          (6,)            (B, 6)         eV/Å^3
+``weight``          ()              (B,)           factor of the structure's log likelihood
+``atom_weight``     (n,)            (n,)           factor of each atom's force terms
 ==================  ==============  =============  =========
 
 Stress has a meaning only where the structure is periodic in all three directions; on other
@@ -18,6 +20,7 @@ frames it is NaN whatever the source says.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,8 @@ from torch import Tensor
 
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.data.sources import grid
+
+_ONE = torch.ones((), dtype=torch.float64)
 
 
 @dataclass
@@ -51,19 +56,42 @@ class Item:
     key: int
 
 
+@dataclass
+class GraphCache:
+    """Memory for items that are kept, shared by the sets of a run.
+
+    Attributes:
+        limit: bytes; what comes after is made anew each time.
+        used: bytes so far, about.
+    """
+
+    limit: float = math.inf
+    used: float = 0.0
+
+    def keeps(self, item: Item) -> bool:
+        """Whether there is room for one more item; counts it if so."""
+        size = 0 if math.isinf(self.limit) else bytes_of(item.graph)
+        if self.used + size > self.limit:
+            return False
+        self.used += size
+        return True
+
+
 class FrameDataset(torch.utils.data.Dataset[Item]):
     """Frames of the written schema with their graphs.
 
-    Every item is made once and kept, since a fine-tuning set is small and graphs are the
-    expensive part. With workers, each worker keeps those it made.
+    Every item is made once and kept while there is room, since a fine-tuning set is small and graphs
+    are the expensive part. With workers, each worker keeps those it made.
 
     Args:
         frames: rows of the schema (:data:`blip_ft.data.schema.FEATURES`).
         backbone: makes the graphs.
+        cache: room for items that are kept; by default without limit.
     """
 
-    def __init__(self, frames: datasets.Dataset, backbone: Backbone) -> None:
+    def __init__(self, frames: datasets.Dataset, backbone: Backbone, cache: GraphCache | None = None) -> None:
         self.frames, self.backbone = frames, backbone
+        self.cache = GraphCache() if cache is None else cache
         self._items: list[Item | None] = [None] * len(frames)
 
     def __len__(self) -> int:
@@ -72,8 +100,41 @@ class FrameDataset(torch.utils.data.Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         item = self._items[index]
         if item is None:
-            item = self._items[index] = make_item(self.frames[index], self.backbone)
+            item = make_item(self.frames[index], self.backbone)
+            if self.cache.keeps(item):
+                self._items[index] = item
         return item
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the frames' weights: the N of the ELBO; their number where none has a weight."""
+        if "weight" not in self.frames.column_names:
+            return float(len(self))
+        return math.fsum(1.0 if w is None else w for w in self.frames["weight"])
+
+    def sizes(self, by: str) -> list[int]:
+        """Atoms or edges of each structure, for batches of bounded size; ``edges`` needs the graphs."""
+        if by == "atoms":
+            return [len(numbers) for numbers in self.frames["numbers"]]
+        sizes = []
+        for index in range(len(self)):
+            item = self[index]
+            rows = self.backbone.collate([item.atoms], [item.graph]).rows
+            sizes.append(max(1, int((rows["edge"] if "edge" in rows else rows["atom"]).numel())))
+        return sizes
+
+
+def bytes_of(value: Any, depth: int = 6) -> int:
+    """Bytes of all tensors and arrays in nested containers and objects, about."""
+    if isinstance(value, Tensor | np.ndarray):
+        return int(value.nbytes)
+    if depth == 0:
+        return 0
+    if isinstance(value, Mapping):
+        return sum(bytes_of(v, depth - 1) for v in value.values())
+    if isinstance(value, list | tuple | set):
+        return sum(bytes_of(v, depth - 1) for v in value)
+    return bytes_of(vars(value), depth - 1) if hasattr(value, "__dict__") else 0
 
 
 def make_item(row: Mapping[str, Any], backbone: Backbone) -> Item:
@@ -95,6 +156,13 @@ def collate(backbone: Backbone, items: Sequence[Item]) -> Batch:
         "energy": torch.stack([item.labels["energy"] for item in items]),
         "forces": torch.cat([item.labels["forces"] for item in items]),
         "stress": torch.stack([item.labels["stress"] for item in items]),
+        "weight": torch.stack([item.labels.get("weight", _ONE) for item in items]),
+        "atom_weight": torch.cat(
+            [
+                item.labels.get("atom_weight", torch.ones(len(item.atoms), dtype=torch.float64))
+                for item in items
+            ]
+        ),
     }
     return batch
 
@@ -135,6 +203,10 @@ def _labels(row: Mapping[str, Any]) -> dict[str, Tensor]:
         "energy": torch.tensor(missing if row["energy"] is None else row["energy"], dtype=torch.float64),
         "forces": _tensor(row["forces"], (n, 3)),
         "stress": _tensor(stress, (6,)),
+        "weight": torch.tensor(1.0 if row.get("weight") is None else row["weight"], dtype=torch.float64),
+        "atom_weight": torch.ones(n, dtype=torch.float64)
+        if row.get("atom_weight") is None
+        else _tensor(row["atom_weight"], (n,)),
     }
 
 

@@ -39,6 +39,7 @@ from blip_ft.data.division import by_block, by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.sources import as_text, load_source
 from blip_ft.data.splits_file import from_file
+from blip_ft.data.stream import sample_of
 from blip_ft.errors import DataError
 
 HELD_OUT = ("validation", "calibration", "test")
@@ -85,9 +86,15 @@ def load_splits(config: DataConfig) -> Splits:
             has a reserved name, or a frame stands in two roles.
     """
     given = _load_given(config)
-    source, isolated, alone = _without_isolated(load_role(config, config.train))
-    wanted = [role for role in HELD_OUT if not _has(given, role)]
-    parts, rules, dropped = _divide(source, config, wanted)
+    frames = load_role(config, config.train) if config.stream is None else sample_of(config)
+    source, isolated, alone = _without_isolated(frames)
+    # a stream is not divided: what is not given is not there
+    wanted = [role for role in HELD_OUT if not _has(given, role) and config.stream is None]
+    if config.stream is None:
+        parts, rules, dropped = _divide(source, config, wanted)
+    else:
+        parts, dropped = {"train": source}, []
+        rules = [f"{_text(config)} is a stream of {config.stream.frames} frames; train is a sample of it."]
     dropped += alone
     divided = set(parts)
     parts |= given

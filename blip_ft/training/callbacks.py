@@ -23,7 +23,8 @@ class SetEpoch(Callback):
         """Before the first batch of an epoch."""
         del pl_module
         loader: Any = trainer.train_dataloader
-        loader.batch_sampler.set_epoch(trainer.current_epoch)
+        # a stream makes its batches itself
+        (loader.batch_sampler or loader.dataset).set_epoch(trainer.current_epoch)
 
 
 class KeepBest(Callback):

@@ -38,6 +38,8 @@ def test_item_has_structure_labels_and_key(frames: Frames, save: Save, backbone:
             "energy": ((), torch.float64),
             "forces": ((6, 3), torch.float64),
             "stress": ((6,), torch.float64),
+            "weight": ((), torch.float64),
+            "atom_weight": ((6,), torch.float64),
         }
         for label, value in atoms.calc.results.items():
             np.testing.assert_allclose(item.labels[label].numpy(), value, atol=1e-8)

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from blip_ft.data import EpochBatchSampler
+from blip_ft.data.sampler import PackedBatchSampler
 from blip_ft.errors import DataError
 
 
@@ -92,3 +93,66 @@ def test_fewer_structures_than_processes() -> None:
 def test_nonsense_is_a_programming_error(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="bad"):
         EpochBatchSampler(8, **bad)
+
+
+# ---- batches of bounded size -------------------------------------------------------------------
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+    world = draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.integers(1, 200), min_size=world, max_size=60))
+    return sizes, draw(st.integers(max(sizes), 600)), draw(st.integers(0, 3)), world
+
+
+@settings(deadline=None)
+@given(packings(), st.integers(0, 3))
+def test_packed_batches_hold_every_structure_once_and_never_too_much(
+    packing: tuple[list[int], int, int, int], number: int
+) -> None:
+    sizes, limit, seed, world = packing
+    try:
+        samplers = [PackedBatchSampler(sizes, limit, seed, world, rank) for rank in range(world)]
+    except DataError:  # each rank needs a structure in every step: there may be too few
+        event("too few")
+        assume(world == 1)
+        raise
+    batches = []
+    for sampler in samplers:
+        sampler.set_epoch(number)
+        batches += list(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    assert all(len(batch) >= 1 and sum(sizes[i] for i in batch) <= limit for batch in batches)
+    assert len(batches) == world * len(samplers[0])
+
+
+def test_packed_epochs_differ_and_are_of_one_length() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(10, 120, 200).tolist()
+    sampler = PackedBatchSampler(sizes, 400, seed=1)
+    epochs = []
+    for number in range(4):
+        sampler.set_epoch(number)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler)
+        sampler.set_epoch(number)
+        assert list(sampler) == epochs[-1]
+    assert len({str(sorted(map(sorted, e))) for e in epochs}) == 4
+    filled = sum(sizes) / (400 * len(sampler))
+    assert filled > 0.85, "little room is wasted"
+
+
+def test_a_structure_that_is_too_large_is_named() -> None:
+    with pytest.raises(DataError, match="structure 2 has 90 edges, a batch may have 50"):
+        PackedBatchSampler([10, 20, 90], 50, name="edges")
+
+
+def test_the_batch_plan_does_not_change_the_expected_gradient() -> None:
+    """Sum over an epoch of (batch sum) / (N / steps), over steps, is the mean over structures."""
+    rng = np.random.default_rng(0)
+    gradient = rng.normal(size=50)
+    sizes = rng.integers(5, 60, 50).tolist()
+    for sampler in (EpochBatchSampler(50, 7), EpochBatchSampler(50, 50), PackedBatchSampler(sizes, 150)):
+        divisor = 50 / len(sampler)
+        steps = [gradient[batch].sum() / divisor for batch in sampler]
+        assert np.mean(steps) == pytest.approx(gradient.mean())
