@@ -103,6 +103,9 @@ class DataConfig(Strict):
     """frames that choose the scale of the error bars"""
     test: Source | dict[str, Source] | None = None
     """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
+    context: Source | None = None
+    """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
+    the directions that matter there, beside those of ``posterior.context``"""
     split: SplitConfig = SplitConfig()
     fields: dict[str, str] = {}
     """names of the labels in the source, where they are not found by themselves:

@@ -1,16 +1,25 @@
-"""Unlabelled structures that a user might simulate: strained, sheared and rattled training frames.
+"""Unlabelled structures that a user might simulate: his own, or perturbed training frames.
 
 A posterior only spreads along directions that some structure excites. Training frames near
 equilibrium do not excite what matters in another phase or under pressure, so the directions are
-also taken from these context frames. They need no labels.
+also taken from these context frames. They need no labels. ``data.context`` names structures of the
+user; beside them stand strained, sheared and rattled training frames (``posterior.context``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ase import Atoms
+
+from blip_ft.backbone import Backbone
+from blip_ft.config import DataConfig
+from blip_ft.data.dataset import to_atoms
+
+#: user's structures that are taken per training frame, and at least; each costs as much as a
+#: training frame
+MOST, AT_LEAST = 1.0, 32
 
 #: linear strain, uniform in this range
 STRAIN = (-0.12, 0.08)
@@ -20,6 +29,36 @@ SHEAR = 0.06
 RATTLE = (0.05, 0.3)
 #: closest approach allowed, as a share of the closest approach before, to keep energies finite
 CLOSEST = 0.6
+
+
+def load_context(
+    config: DataConfig, backbone: Backbone, n_train: int, say: Callable[[str], object]
+) -> list[Atoms]:
+    """The user's unlabelled structures; none where the recipe names none.
+
+    Args:
+        config: the recipe's ``data``.
+        backbone: must know their elements.
+        n_train: training frames; of more structures than that (or 32) an even selection is taken, as
+            the posterior's matrix grows with their number.
+        say: is told how many were taken.
+
+    Raises:
+        DataError: they cannot be read, or hold an element that the model does not know.
+    """
+    if config.context is None:
+        return []
+    from blip_ft.data.splits import load_role
+
+    rows = load_role(config, config.context, labels=False)
+    most = max(AT_LEAST, round(MOST * n_train))
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int))
+    frames = []
+    for row in rows.select(chosen.tolist()):
+        frames.append(to_atoms(row, labels=False))
+        backbone.check(frames[-1], file=row["source"], frame=row["frame"])
+    say(f"context: {len(frames)} of {len(rows)} unlabelled structures")
+    return frames
 
 
 def perturbed(atoms: Atoms, rng: np.random.Generator) -> Atoms:

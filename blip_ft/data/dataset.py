@@ -199,14 +199,17 @@ def _labels(row: Mapping[str, Any]) -> dict[str, Tensor]:
     missing = float("nan")
     n = len(row["numbers"])
     stress = row["stress"] if all(row["pbc"]) else None
+    forces = _tensor(row["forces"], (n, 3))
+    weights = torch.ones(n, dtype=torch.float64)
+    if row.get("atom_weight") is not None:
+        weights = _tensor(row["atom_weight"], (n,))
+        forces[weights == 0] = missing  # a label that counts nothing is none, in metrics too
     return {
         "energy": torch.tensor(missing if row["energy"] is None else row["energy"], dtype=torch.float64),
-        "forces": _tensor(row["forces"], (n, 3)),
+        "forces": forces,
         "stress": _tensor(stress, (6,)),
         "weight": torch.tensor(1.0 if row.get("weight") is None else row["weight"], dtype=torch.float64),
-        "atom_weight": torch.ones(n, dtype=torch.float64)
-        if row.get("atom_weight") is None
-        else _tensor(row["atom_weight"], (n,)),
+        "atom_weight": weights,
     }
 
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch.utils.data
 
 from blip_ft.backbone import Backbone, Batch
-from blip_ft.config import DataConfig
+from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.dataset import collate, content_key, make_item
 from blip_ft.data.schema import FEATURES
 from blip_ft.data.sources import iterate_source
 from blip_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from blip_ft.data.splits import Splits
 
 Row = dict[str, Any]
 
@@ -87,11 +90,11 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             known = [row for row in chosen if row is not None]
             if len(known) < size:
                 raise self._another(f"only {sum(sizes[:step]) + len(known)}")
+            if step == self.steps - 1 and next(rows, None) is not None:  # before the epoch counts as done
+                raise self._another(f"more than {self.frames}")
             if step % workers == worker:
                 share = np.array_split(np.arange(size), self.world)[self.rank]
                 yield collate(self.backbone, [self._item(known[i]) for i in share])
-        if next(rows, None) is not None:
-            raise self._another(f"more than {self.frames}")
 
     def _item(self, row: Row) -> Any:
         self.backbone.check(_atoms(row), file=row["source"], frame=row["frame"])
@@ -155,6 +158,33 @@ def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
             yield {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
 
     return rows
+
+
+def make_stream(
+    recipe: Recipe, splits: Splits, backbone: Backbone
+) -> Callable[[int, int], FrameStream] | None:
+    """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream."""
+    config, options = recipe.data, recipe.data.stream
+    if options is None:
+        return None
+    held = frozenset(
+        content_key(*row)
+        for name, part in splits.roles().items()
+        if name != "train"
+        for row in zip(part["numbers"], part["positions"], part["cell"], strict=True)
+    )
+    return lambda world, rank: FrameStream(
+        rows_of(config),
+        backbone,
+        frames=options.frames,
+        batch_size=config.batch_size,
+        buffer=options.buffer,
+        seed=recipe.seed,
+        world=world,
+        rank=rank,
+        held_out=held,
+        weight=options.weight,
+    )
 
 
 def sample_of(config: DataConfig) -> datasets.Dataset:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbone import Batch, Prediction
-from blip_ft.objectives.likelihood import compared
+from blip_ft.objectives.likelihood import compared, frame_weights, row_weights
 
 
 def fair_crps(samples: Tensor, label: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ def label_crps(
     """Fair CRPS of each structure's labels, every one over the noise std of its kind, summed; (B,).
 
     A sum over labels and in units of the noise, so that it can stand beside the NLL or in its place:
-    energies (eV/atom) and forces (eV/Å) then weigh as they do there. Labels that are NaN are left out.
+    energies (eV/atom) and forces (eV/Å) then weigh as they do there. Labels that are NaN are left out; weights
+    multiply as in the likelihood.
     The samples are compared as they are, without label noise on top: their spread is what the score
     makes equal to the error.
 
@@ -65,6 +66,6 @@ def label_crps(
     for kind, (_, label, rows) in sides[0].items():
         known = ~torch.isnan(label)
         off = torch.stack([torch.where(known, side[kind][0] - label, 0.0) for side in sides])
-        score = fair_crps(off, torch.zeros_like(label)) * known / noise[kind]
+        score = fair_crps(off, torch.zeros_like(label)) * known * row_weights(batch, kind) / noise[kind]
         out = out.index_add(0, rows, score.flatten(1).sum(dim=1))
-    return out
+    return out * frame_weights(batch)

@@ -22,13 +22,13 @@ class ElboScale:
     """Constants of the mini-batch loss.
 
     Args:
-        n_train: N, structures in the whole training set.
+        n_train: N, structures in the whole training set, or the sum of their weights.
         steps_per_epoch: optimiser steps per epoch.
         temperature: T.
         kl_warmup: epochs over which the KL weight rises linearly from 0.
     """
 
-    n_train: int
+    n_train: float
     steps_per_epoch: int
     temperature: float = 1.0
     kl_warmup: int = 0

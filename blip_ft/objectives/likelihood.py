@@ -3,7 +3,8 @@
 NLL of a structure = **sum** over its labels: the energy per atom once, 3n force components, six
 stress components; each with the noise std of its kind. A sum, not a mean: a mean over
 components would temper the likelihood by 3n without anyone seeing it. Labels that are missing
-(NaN) contribute nothing.
+(NaN) contribute nothing. Weights of frames and atoms are exponents of the likelihood: a frame of
+weight 2 counts as two frames.
 
 ====================  ========================================================================
 ``gaussian``          independent Gaussian labels
@@ -86,15 +87,20 @@ class Likelihood(nn.Module):
             log_std = self.log_std[KINDS.index(kind)]
             # where first, arithmetic after: a NaN in the untaken branch would poison the gradient
             z = torch.where(known, predicted - label, 0.0) / log_std.exp()
-            terms = ((self._minus_log_density(z) + log_std) * known).flatten(1).sum(dim=1)
+            counted = known * row_weights(batch, kind)
+            terms = ((self._minus_log_density(z) + log_std) * counted).flatten(1).sum(dim=1)
             out[kind] = zero.index_add(0, rows, terms)
             if self.law == "joint_student_t":
-                square = square.index_add(0, rows, z.square().flatten(1).sum(dim=1))
-                number = known.double().flatten(1).sum(dim=1)
+                square = square.index_add(0, rows, (z.square() * counted).flatten(1).sum(dim=1))
+                number = counted.double().flatten(1).sum(dim=1)
                 count = count.index_add(0, rows, number)
                 scales = scales.index_add(0, rows, number * log_std)
         joint = self._joint(square, count) + scales if self.law == "joint_student_t" else None
-        return LabelNLL(**out, joint=joint)
+        weight = frame_weights(batch)
+        return LabelNLL(
+            **{kind: nll * weight for kind, nll in out.items()},
+            joint=None if joint is None else joint * weight,
+        )
 
     def _minus_log_density(self, z: Tensor) -> Tensor:
         """Elementwise, of a label of std 1."""
@@ -111,6 +117,18 @@ class Likelihood(nn.Module):
             + 0.5 * count * math.log(math.pi * (nu - 2))
             + 0.5 * (nu + count) * torch.log1p(square / (nu - 2))
         )
+
+
+def frame_weights(batch: Batch) -> Tensor:
+    """(B,) factor of each structure's log likelihood; ones where the data give none."""
+    return batch.labels.get("weight", torch.ones_like(batch.n_atoms, dtype=torch.float64))
+
+
+def row_weights(batch: Batch, kind: str) -> Tensor:
+    """(n, 1) factor of each atom's terms for ``forces``, else a single one."""
+    if kind == "forces" and "atom_weight" in batch.labels:
+        return batch.labels["atom_weight"][:, None]
+    return batch.n_atoms.new_ones((), dtype=torch.float64)
 
 
 def compared(

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ from blip_ft.checkpoint import require_space, save_model
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
 from blip_ft.data.checks import Finding
+from blip_ft.data.context import load_context
+from blip_ft.data.dataset import GraphCache
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
+from blip_ft.data.stream import FrameStream, make_stream
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
@@ -65,6 +69,8 @@ class Prepared:
     references: References | None
     references_check: dict[str, float] = field(default_factory=dict)
     replay: list[Atoms] = field(default_factory=list)
+    context: list[Atoms] = field(default_factory=list)
+    stream: Callable[[int, int], FrameStream] | None = None
 
 
 def is_rank_zero() -> bool:
@@ -158,14 +164,17 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
     replay = replayed(recipe, splits.train, backbone)
+    context = load_context(recipe.data, backbone, len(splits.train), console.print)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
-    sets = {name: FrameDataset(d, backbone) for name, d in {**roles, **splits.test}.items()}
+    cache = GraphCache(1e9 * recipe.data.cache_gb)
+    sets = {name: FrameDataset(d, backbone, cache) for name, d in {**roles, **splits.test}.items()}
     console.print(
-        "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})"
+        "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})",
+        markup=False,
     )
 
     for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
-        console.print(f"labels of {line}")
+        console.print(f"labels of {line}", markup=False)
 
     calculator = backbone.stock_calculator()
     double = copy.deepcopy(backbone).double().stock_calculator()
@@ -207,8 +216,20 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if references is not None:
         findings += warn_outside(references, sets)
     for finding in findings:
-        console.print(str(finding), style=None if finding.severity == "info" else "yellow", soft_wrap=True)
-    return Prepared(potential, splits, sets, findings, step_zero, references, check, replay)
+        style = None if finding.severity == "info" else "yellow"
+        console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
+    return Prepared(
+        potential,
+        splits,
+        sets,
+        findings,
+        step_zero,
+        references,
+        check,
+        replay,
+        context,
+        make_stream(recipe, splits, backbone),
+    )
 
 
 def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
@@ -236,15 +257,25 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
     if compared or posthoc:
         logs = folder / "plain" if compared else folder
-        history["plain"] = train(recipe, potential, sets, logs, console, plain=True)
+        history["plain"] = train(recipe, potential, sets, logs, console, plain=True, stream=prepared.stream)
         if compared and is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
     if posthoc:
-        LaplaceFitter(recipe, potential, sets, console).fit()
+        LaplaceFitter(recipe, potential, sets, console, prepared.context).fit()
         history["blip"] = history["plain"]
     else:
         reset_mean(potential)
-        history["blip"] = train(recipe, potential, sets, folder, console, plain=False, replay=prepared.replay)
+        history["blip"] = train(
+            recipe,
+            potential,
+            sets,
+            folder,
+            console,
+            plain=False,
+            replay=prepared.replay,
+            context=prepared.context,
+            stream=prepared.stream,
+        )
     if not is_rank_zero():
         return {}
     results["blip"] = judge(

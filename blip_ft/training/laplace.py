@@ -8,9 +8,11 @@ alone; so is the way the temperature is chosen: real draws, at full width, on va
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 from rich.console import Console
 
 from blip_ft.config import Recipe
@@ -31,15 +33,21 @@ class LaplaceFitter:
         potential: plainly fine-tuned; its posterior is set.
         sets: needs ``train`` and ``validation``.
         console: for progress.
+        unlabelled: structures (``data.context``), as for the subspace posterior.
     """
 
     def __init__(
-        self, recipe: Recipe, potential: BayesianPotential, sets: dict[str, FrameDataset], console: Console
+        self,
+        recipe: Recipe,
+        potential: BayesianPotential,
+        sets: dict[str, FrameDataset],
+        console: Console,
+        unlabelled: Sequence[Atoms] = (),
     ) -> None:
         assert isinstance(potential.posterior, LaplacePosterior)
         self.posterior = potential.posterior
         self.recipe, self.potential, self.sets, self.console = recipe, potential, sets, console
-        self._shared = SubspaceFitter(recipe, potential, sets, console)
+        self._shared = SubspaceFitter(recipe, potential, sets, console, unlabelled)
 
     def fit(self) -> dict[str, Any]:
         """Directions, prior scale, temperature, and width of the draws; a report for the receipt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
+from blip_ft.data.stream import FrameStream
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
@@ -55,6 +56,8 @@ def train(
     *,
     plain: bool,
     replay: Sequence[Atoms] = (),
+    context: Sequence[Atoms] = (),
+    stream: Callable[[int, int], FrameStream] | None = None,
 ) -> list[dict[str, float]]:
     """Train, and leave the potential in the state of its best epoch on the validation frames.
 
@@ -67,6 +70,8 @@ def train(
         plain: without noise and KL.
         replay: structures on which the pretrained model, which the potential must then still be, is to
             be remembered.
+        context: unlabelled structures for the subspace posterior.
+        stream: makes the batches of one rank where the training set is a stream.
 
     Returns:
         One row per epoch (``callbacks.History``).
@@ -86,13 +91,15 @@ def train(
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
         num_workers=recipe.data.num_workers,
+        batch_by=recipe.data.batch_by,
+        stream=stream,
     )
     terminal = console.is_terminal
     best, history = KeepBest(), History(None if terminal else console.print)
     callbacks: list[Callback] = [SetEpoch(), best, history]
     fitter = None
     if not plain and recipe.posterior.family == "subspace":
-        fitter = SubspaceFitter(recipe, potential, sets, console)
+        fitter = SubspaceFitter(recipe, potential, sets, console, context)
         start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
         callbacks.append(FitPosterior(fitter.fit, start))
     prior = UpdatePrior(potential) if not plain and recipe.posterior.empirical_bayes else None
@@ -102,9 +109,9 @@ def train(
     callbacks += [c for c in (prior, clamp) if c is not None]
     trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
-    steps = len(data.sampler(trainer.world_size))
+    steps = data.steps(trainer.world_size)
     temperature = 1.0 if objective.temperature == "auto" else objective.temperature
-    scale = ElboScale(len(sets["train"]), steps, temperature, objective.kl_warmup)
+    scale = ElboScale(sets["train"].total_weight, steps, temperature, objective.kl_warmup)
     module = FineTuneModule(potential, recipe, scale, plain=plain)
     if not any(p.requires_grad for p in module.parameters()):
         console.print("the mean is frozen and the posterior has a closed form: no epochs needed")
@@ -125,6 +132,8 @@ def train(
         with warnings.catch_warnings():
             # few steps per epoch, few workers: right for data sets of this size
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # a stream knows its length, whatever the number of workers
+            warnings.filterwarnings("ignore", message=".*IterableDataset.*has `__len__` defined.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
             # the log folder of the plain training lies inside that of the run
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")

@@ -31,7 +31,8 @@ class FineTuneModule(lightning.LightningModule):
         plain: plain fine-tuning: no noise, no KL; the same likelihood, optimiser and steps.
 
     Logged per step: ``train/loss``, ``train/nll``, ``train/kl``; per epoch: ``val/crps`` (force
-    CRPS in meV/Å of the mean with the draws' spread and the label noise), ``val/force_mae``
+    CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
+    the energy MAE in meV/atom), ``val/force_mae``
     (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
     """
 
@@ -108,8 +109,10 @@ class FineTuneModule(lightning.LightningModule):
         gathered = self.all_gather(sums)
         assert isinstance(gathered, Tensor)
         total = gathered.reshape(-1, 5).sum(dim=0)
+        # without any force label the energies choose the epoch
+        by = 0 if total[2] > 0 else 3
         scores = {
-            "val/crps": 1e3 * total[0] / total[2].clamp_min(1),
+            "val/crps": 1e3 * total[by] / total[2 if by == 0 else 4].clamp_min(1),
             "val/force_mae": 1e3 * total[1] / total[2].clamp_min(1),
             "val/energy_mae": 1e3 * total[3] / total[4].clamp_min(1),
         }

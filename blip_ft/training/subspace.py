@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from rich.console import Console
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, collate, content_key
+from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
@@ -49,12 +51,15 @@ class SubspaceFitter:
         potential: its posterior is set.
         sets: needs ``train`` and ``validation``.
         console: for progress.
+        unlabelled: structures (``data.context``) whose directions are in beside those of perturbed
+            training frames.
     """
 
     recipe: Recipe
     potential: BayesianPotential
     sets: dict[str, FrameDataset]
     console: Console
+    unlabelled: Sequence[Atoms] = ()
     reports: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,9 +67,10 @@ class SubspaceFitter:
         count = math.ceil(options.context * len(train))
         atoms = [train[i].atoms for i in range(len(train))]
         backbone = self.potential.backbone
+        made = make_context(atoms, count, self.recipe.seed)
         self.context = [
             Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array))
-            for a in make_context(atoms, count, self.recipe.seed)
+            for a in [*self.unlabelled, *made]
         ]
         self.groups = groups_of(train)
         self.projections = self.recipe.posterior.projections
@@ -133,7 +139,10 @@ class SubspaceFitter:
                 targets.append(target.cpu().numpy())
                 groups += [self.groups[i] if labelled else "" for i in index]
                 scored += [k > 0] * len(index)
-        return Rows(torch.cat(gradients), np.concatenate(targets), np.array(groups), np.array(scored))
+        known, counts = np.concatenate(targets), np.array(scored)
+        if not np.isfinite(known[counts]).any():  # energies alone are labelled: they are scored then
+            counts[:] = True
+        return Rows(torch.cat(gradients), known, np.array(groups), counts)
 
     def _change(self, batch: Batch) -> list[Tensor]:
         """Linearised change of each output (B,) from the pretrained weights to the present mean.
@@ -171,13 +180,19 @@ class SubspaceFitter:
         energy = batch.labels.get("energy", nan) - self.potential.reference_energy(batch)
         noise = torch.full((n,), objective.forces_std, dtype=torch.float64)
         if "forces" in batch.labels:
-            forces = self._project_forces(batch, batch.labels["forces"])
+            # atoms without weight have no label, and their direction is zero
+            known = torch.where((_atom_weights(batch) > 0)[:, None], batch.labels["forces"], 0.0)
+            forces = self._project_forces(batch, known)
         else:
             forces = [nan] * self.projections
-        return [(energy, objective.energy_std * batch.n_atoms.double()), *((f, noise) for f in forces)]
+        # a weight multiplies the log likelihood, so it divides the variance
+        root = frame_weights(batch).sqrt()
+        energy_noise = objective.energy_std * batch.n_atoms.double()
+        return [(energy, energy_noise / root), *((f, noise / root) for f in forces)]
 
     def _signs(self, batch: Batch) -> list[Tensor]:
-        return random_signs(batch, self.projections, self.recipe.seed)
+        root = _atom_weights(batch).sqrt().cpu()[:, None]
+        return [signs * root for signs in random_signs(batch, self.projections, self.recipe.seed)]
 
     def _gradients(
         self, items: Sequence[Item], *, draw: int | None = None
@@ -240,11 +255,12 @@ class SubspaceFitter:
                 self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
             )
             error, std, _ = residuals(prediction, "forces")
+            noise = self.recipe.objective.forces_std
+            if not error.size:  # no forces are labelled
+                error, std, _ = residuals(prediction, "energy")
+                noise = self.recipe.objective.energy_std
             assert std is not None
-            nll = min(
-                float(gaussian_nll(error, np.hypot(a * self.recipe.objective.forces_std, std)).mean())
-                for a in NOISES
-            )
+            nll = min(float(gaussian_nll(error, np.hypot(a * noise, std)).mean()) for a in NOISES)
             if nll < best:
                 best, chosen = nll, t
         return chosen
@@ -268,6 +284,11 @@ class SubspaceFitter:
         shift = float((moments.mean.forces - mean).square().mean().sqrt()) / trial**2
         spread = float(moments.forces_std.square().mean().sqrt())
         return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
+
+
+def _atom_weights(batch: Batch) -> Tensor:
+    """(n,) weights of the atoms' force terms; ones for context frames."""
+    return batch.labels.get("atom_weight", torch.ones_like(batch.numbers, dtype=torch.float64))
 
 
 def groups_of(frames: FrameDataset) -> list[str]:
