@@ -186,8 +186,8 @@ class PosteriorConfig(Strict):
     diagonal, after plain fine-tuning: a baseline"""
     mode: Literal["local", "structure", "flipout"] = "structure"
     """noise in training: ``local``: independent per row (scalars only); ``structure``: one weight
-    sample per structure; ``flipout``: one per step with random signs per structure, cheaper, but
-    only uncorrelated between structures. ``local`` and ``flipout`` need independent weights, not
+    sample per structure; ``flipout``: one per step with random signs per structure, which needs
+    less memory, but is only uncorrelated between structures. ``local`` and ``flipout`` need independent weights, not
     ``subspace``"""
     prior: Literal["pretrained", "dropout"] = "pretrained"
     """``pretrained``: N(w0, s^2) around the pretrained weights; ``dropout``: N(0, s^2 theta^2) around

@@ -15,9 +15,9 @@ mode                    perturbation of a layer's weight
                         irrep, hence exactly equivariant
 ``flipout``             one weight sample per step, whose signs are flipped by random signs of each
                         structure's input and output channels (Wen et al., arXiv 1803.04386): the
-                        law of ``structure`` for each structure, cheaper, but between the
-                        structures of a step uncorrelated only, not independent; equivariant, as
-                        the components of a channel share their sign
+                        law of ``structure`` for each structure with one set of weights in memory,
+                        but between the structures of a step uncorrelated only, not independent;
+                        equivariant, as the components of a channel share their sign
 ``draw``                one weight sample for everything: an ordinary potential
 ======================  ======================================================================
 """
