@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from blip_ft import edges
 from blip_ft.backbone import Batch
-from blip_ft.errors import CheckpointError, nearest
+from blip_ft.errors import BlipError, CheckpointError, nearest
 
 #: atomic numbers 1 to 94 have an embedding
 N_ELEMENTS = 94
@@ -77,6 +78,42 @@ def build(arguments: dict[str, Any]) -> nn.Module:
 
         model: nn.Module = CHGNet(**copy.deepcopy(arguments))
     return model
+
+
+def checkpoint_of(arguments: dict[str, Any], model: nn.Module, shift: Mapping[int, float]) -> dict[str, Any]:
+    """What the vendor's trainer saves of a model, with ``shift`` (eV per atomic number) in its references.
+
+    Raises:
+        BlipError: the vendor counts references per structure in this model, not per atom.
+    """
+    net: Any = model
+    if net.composition_model is not None and net.composition_model.is_intensive != net.is_intensive:
+        raise BlipError(
+            "this CHGNet model adds its references per structure and its energies per atom, or the reverse, "
+            "so a shift per atom has no place in its file",
+            remedy="use the model folder with blip_ft.load",
+        )
+    arguments, key = copy.deepcopy(arguments), "composition_model.fc.weight"
+    state = {
+        name: (value.float() if value.is_floating_point() else value).detach().cpu().clone()
+        for name, value in model.state_dict().items()
+    }
+    if key not in state:
+        arguments["composition_model"] = "MPtrj"  # any: its weights are those of the state dict
+        state[key] = torch.zeros(1, N_ELEMENTS)
+    for number, energy in shift.items():
+        state[key][0, number - 1] += energy
+    build(arguments).load_state_dict(state)  # the vendor builds the same, or says why not
+    return {"model": {"state_dict": state, "model_args": arguments}}
+
+
+def open_native(path: Path, device: torch.device, padding: float) -> Any:
+    """The vendor's calculator on a file opened by the vendor's loader, in float64."""
+    import_backend("chgnet", "chgnet")
+    with quiet():
+        from chgnet.model.model import CHGNet
+
+        return calculator(CHGNet.from_file(str(path)).double().to(device), device, padding)
 
 
 def single_precision_edges(graph: Any, edge_index: Tensor) -> Tensor:

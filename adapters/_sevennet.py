@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
@@ -121,6 +123,68 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         kernels = {"use_flash_tp": False, "use_oeq": False, "cuequivariance_config": {}}
         model: nn.Module = build_E3_equivariant_model({**copy.deepcopy(architecture), **kernels})
     return copy_kernels_as_they_are(model)
+
+
+def checkpoint_of(
+    architecture: dict[str, Any], model: nn.Module, modal: str | None, shift: Mapping[int, float]
+) -> dict[str, Any]:
+    """What the vendor's training saves, with ``shift`` (eV per atomic number) in its energy shift.
+
+    The vendor's shift is one number, one per element, or one per modality and element; it becomes as
+    fine as it must be for the shift to act on the elements, and on the modality, that it is meant for.
+    """
+    import sevenn
+
+    type_map = architecture["_type_map"]
+    config = copy.deepcopy(architecture) | {
+        # the state dict is in this version's order: an older number would make it reorder weights again
+        "version": sevenn.__version__,
+        "chemical_species": [chemical_symbols[z] for z in type_map],
+        "dtype": "single",
+    }
+    state = {name: value.detach().to("cpu", torch.float32).clone() for name, value in _floating(model)}
+    state |= {name: value.cpu().clone() for name, value in model.state_dict().items() if name not in state}
+    table, scale = (state[f"rescale_atomic_energy.{key}"] for key in ("shift", "scale"))
+    if modal is None:
+        table, scale = (t.expand(len(type_map)).clone() for t in (table, scale))
+        row = table
+        config["scale"] = scale.tolist()
+    else:
+        modal_map = architecture["_modal_map"]
+        if table.dim() == 1:
+            table = table.expand(len(modal_map), -1).clone()
+            config["use_modal_wise_shift"] = True
+        row = table[modal_map[modal]]
+    for number, energy in shift.items():
+        row[type_map[number]] += energy
+    config["shift"] = table.tolist()
+    state |= {"rescale_atomic_energy.shift": table, "rescale_atomic_energy.scale": scale}
+    check = build(config)  # the vendor builds the same, or says why not
+    check.load_state_dict(state)
+    return {
+        "config": config,
+        "model_state_dict": state,
+        "optimizer_state_dict": {},
+        "scheduler_state_dict": {},
+        "epoch": 0,
+        "time": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "hash": "",
+    }
+
+
+def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
+
+
+def open_native(path: Path, modal: str | None, device: torch.device) -> Any:
+    """The vendor's calculator on a checkpoint opened by the vendor's loader, in float64."""
+    import_backend("sevennet", "sevenn")
+    from sevenn.util import load_checkpoint
+
+    with quiet():
+        model: nn.Module = load_checkpoint(path).build_model()
+        register_coefficients(model)
+        return calculator(model.double().to(device), modal, device)
 
 
 def _plain(value: Any) -> Any:

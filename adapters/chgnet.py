@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +60,9 @@ class CHGNetBackbone(ConservativeBackbone):
         r"composition_model(\..*)?": "energy reference of each element: the reference shift handles it",
         r"site_wise": "magnetic moments: no part in energy, forces or stress",
     }
+
+    native_suffix: ClassVar[str] = ".pth.tar"
+    native_dtype: ClassVar[str] = "float32"
 
     def __init__(
         self,
@@ -219,3 +223,12 @@ class CHGNetBackbone(ConservativeBackbone):
             raise RuntimeError("the stock calculator must be made before the model is converted")
         with quiet():
             return vendor.calculator(copy.deepcopy(self.model), self.device, 3 * self.cutoff)
+
+    # ---- export --------------------------------------------------------------------------
+    def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
+        """A file that ``CHGNet.from_file`` reads, in float32."""
+        torch.save(vendor.checkpoint_of(self.arguments, self.model, shift), path)
+
+    def open_native(self, path: Path) -> Any:
+        """``CHGNetCalculator`` on the file, in float64."""
+        return vendor.open_native(path, self.device, 3 * self.cutoff)

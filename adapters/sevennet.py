@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,10 @@ from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
 
 _RADIAL = r"\d+_convolution\.weight_nn\.layer\d+"
 _READOUT = r"reduce_\w+\.linear|readout_FCN\.fcn\.layer\d+"
-_BODY = r"onehot_to_feature_x\.linear|\d+_self_(connection_intro|interaction_[12])\.linear"
+_BODY = (
+    r"onehot_to_feature_x\.linear|\d+_self_(connection_intro|interaction_[12])\.linear|"
+    r"\d+_self_connection_intro\.fc_tensor_product"
+)
 
 
 class SevenNetBackbone(ConservativeBackbone):
@@ -53,6 +57,9 @@ class SevenNetBackbone(ConservativeBackbone):
         r"rescale_atomic_energy": "energy reference of each element: the reference shift handles it",
         r"\d+_convolution": "mean number of neighbours: a fixed divisor, not a weight",
     }
+
+    native_suffix: ClassVar[str] = ".pth"
+    native_dtype: ClassVar[str] = "float32"
 
     def __init__(
         self,
@@ -186,3 +193,12 @@ class SevenNetBackbone(ConservativeBackbone):
             raise RuntimeError("the stock calculator must be made before the model is converted")
         with quiet():
             return vendor.calculator(copy.deepcopy(self.model), self.modal, self.device)
+
+    # ---- export --------------------------------------------------------------------------
+    def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
+        """A checkpoint as the vendor's training writes it, in float32."""
+        torch.save(vendor.checkpoint_of(self.architecture, self.model, self.modal, shift), path)
+
+    def open_native(self, path: Path) -> Any:
+        """``SevenNetCalculator`` on the file, in float64."""
+        return vendor.open_native(path, self.modal, self.device)

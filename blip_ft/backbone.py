@@ -131,6 +131,8 @@ class Backbone(nn.Module, ABC):
     has_stress: bool = True
     #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
     native_suffix: ClassVar[str] = ""
+    #: precision of the numbers in such a file (``float32``) where it is not that of the weights
+    native_dtype: ClassVar[str] = ""
 
     model: nn.Module
     #: radius of the neighbour list, Å

@@ -168,7 +168,7 @@ def _compare(
         GateError: energies or forces differ by more than ``TOLERANCE``, plus 1e-6 of their size in
             float32, which holds no more digits.
     """
-    dtype = str(plain.dtype).removeprefix("torch.")
+    dtype = plain.native_dtype or str(plain.dtype).removeprefix("torch.")
     e_limit, f_limit = TOLERANCE[dtype]
     digits = 1e-6 if dtype == "float32" else 1e-11
     calculator = plain.open_native(path)
@@ -213,7 +213,7 @@ def _meta(potential: BayesianPotential, amplitude: float, done: Sequence[Exporte
         "blip_ft": blip_ft.__version__,
         "versions": backbone.versions(),
         "base": backbone.origin,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.native_dtype or str(backbone.dtype).removeprefix("torch."),
         "amplitude": amplitude,
         "multiply_spread_by": 1 / amplitude,
         "calibration": None if calibration is None else calibration.to_dict(),

@@ -144,9 +144,10 @@ def plan(
     rows: list[Row] = []
     seen: set[int] = set()
     convertible: set[str] = set()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if not own:
+        if not own or name.startswith(inside):
             continue
         reason = _reason(name, module, backbone, owners)
         kind = backbone.layer_type(name, module)
@@ -162,6 +163,7 @@ def plan(
             assert not isinstance(kind, str)
             shape = kind.shape(module)
             size = math.prod(shape)
+            inside += (f"{name}.",)  # its weight may be kept in submodules
         convertible.update(names if converted else [])
         is_trained = any(matches(trained, n) for n in names)
         rows.append(
@@ -266,7 +268,7 @@ def convert(
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
     others: dict[str, nn.Parameter] = {}
     if _patterns(train, backbone)[1]:
-        weights = {id(p) for x in layers.values() for p in (x.parameter(x.base), *x.mean_parameters())}
+        weights = {id(p) for x in layers.values() for p in (*x.parameters_of(x.base), *x.mean_parameters())}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
                 parameter.requires_grad_(True)

@@ -43,7 +43,8 @@ class VariationalLayer(nn.Module, ABC):
         self.delta = delta
         self.site, self.rows = site, rows
         self.noise = noise
-        self.parameter(base).requires_grad_(False)
+        for parameter in self.parameters_of(base):
+            parameter.requires_grad_(False)
 
     # ---- the mean ------------------------------------------------------------------------
     def set_lora(self, lora: nn.Module) -> None:
@@ -84,9 +85,17 @@ class VariationalLayer(nn.Module, ABC):
         return weight
 
     @classmethod
+    def parameters_of(cls, base: Any) -> tuple[nn.Parameter, ...]:
+        """All of the vendor's parameters that the weight is made of, also those of submodules."""
+        return (cls.parameter(base),)
+
+    @classmethod
     def shape(cls, base: Any) -> tuple[int, ...]:
-        """Shape of the weight that is varied, and of its delta."""
-        return tuple(cls.parameter(base).shape)
+        """Shape of the weight that is varied, and of its delta; flat if it has several parameters."""
+        parameters = cls.parameters_of(base)
+        if len(parameters) == 1:
+            return tuple(parameters[0].shape)
+        return (sum(p.numel() for p in parameters),)
 
     @staticmethod
     @abstractmethod
@@ -97,9 +106,18 @@ class VariationalLayer(nn.Module, ABC):
     @property
     def pretrained(self) -> Tensor:
         """The pretrained weight w0."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        parameters = self.parameters_of(self.base)
+        if len(parameters) == 1:
+            return parameters[0]
+        return torch.cat([p.flatten() for p in parameters])
+
+    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A weight in the shapes of the vendor's parameters."""
+        parameters = self.parameters_of(self.base)
+        if len(parameters) == 1:
+            return (weight,)
+        parts = weight.split([p.numel() for p in parameters])
+        return tuple(part.view_as(p) for part, p in zip(parts, parameters, strict=True))
 
     @property
     def weight(self) -> Tensor:
@@ -119,8 +137,14 @@ class VariationalLayer(nn.Module, ABC):
         bias = getattr(self.base, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pack(self, *inputs: Tensor) -> Tensor:
+        """What the vendor passes to the module as one tensor, a row of it for each of the input's."""
+        (x,) = inputs
+        return x
+
+    def forward(self, *inputs: Tensor) -> Tensor:
         """(rows, ..., in) -> (rows, ..., out)."""
+        x = self.pack(*inputs)
         out = self.mean(x, self.weight)
         noise = self._perturbation(x)
         return self.activate(out if noise is None else out + noise)
@@ -161,8 +185,10 @@ class VariationalLayer(nn.Module, ABC):
 
     def merge(self, perturbation: Tensor | None = None) -> None:
         """Write the mean, and a draw's perturbation (*shape), into the vendor's weight."""
+        change = self.delta if perturbation is None else self.delta + perturbation
         with torch.no_grad():
-            self.pretrained.add_(self.delta if perturbation is None else self.delta + perturbation)
+            for parameter, part in zip(self.parameters_of(self.base), self.split(change), strict=True):
+                parameter.add_(part)
 
     def _layout(self, x: Tensor) -> Rows:
         rows = self.noise.rows[self.rows]
@@ -282,7 +308,7 @@ class VariationalIrrepsLinear(VariationalLayer):
             v = torch.bmm(u.reshape(n, width * dim, mul_in), w).reshape(n, width, dim, mul_out)
             v = v.transpose(2, 3).reshape(n, width, mul_out * dim)
             out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
-        return rows.unpad(self._join(out, padded.new_zeros(n, width, 0)))
+        return rows.unpad(_join(base.irreps_out, out, padded.new_zeros(n, width, 0)))
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalar paths only: noise per component of l > 0 would not rotate with the structure."""
@@ -293,7 +319,8 @@ class VariationalIrrepsLinear(VariationalLayer):
                 w = flat[block.start : block.start + block.numel].reshape(block.shape) * scale**2
                 v = x[:, s_in].square() @ w
                 out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
-        return self._join(out, x.new_zeros(x.shape[0], 0))
+        base: Any = self.base
+        return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
 
     def channels(self) -> tuple[Tensor, Tensor]:
         """One channel per multiplicity of every irrep."""
@@ -316,15 +343,67 @@ class VariationalIrrepsLinear(VariationalLayer):
             parts.append(values)
         return torch.cat(parts, dim=1)
 
-    def _join(self, parts: dict[int, Tensor], empty: Tensor) -> Tensor:
-        """Concatenate output slices given by their start; slices without a path are zero."""
+
+class VariationalTensorProduct(VariationalLayer):
+    """``e3nn.o3.FullyConnectedTensorProduct``: one array (mul_1, mul_2, mul_out) per path.
+
+    It is linear in its weight, and the weight is shared by the components of all irreps.
+    """
+
+    @staticmethod
+    def blocks(base: Any) -> tuple[Block, ...]:
+        """One matrix (mul_1 * mul_2, mul_out) per path."""
+        out, start = [], 0
+        for ins in base.instructions:
+            first, second, last = ins.path_shape
+            scalar = str(base.irreps_in1[ins.i_in1].ir) == str(base.irreps_in2[ins.i_in2].ir) == "0e"
+            out.append(Block(start, (first * second, last), output_axis=1, scalar=scalar))
+            start += out[-1].numel
+        return tuple(out)
+
+    def pack(self, *inputs: Tensor) -> Tensor:
+        """Both factors side by side."""
+        return torch.cat(inputs, dim=1)
+
+    def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         base: Any = self.base
-        pieces = [
-            parts[s.start] if s.start in parts else empty.new_zeros(*empty.shape[:-1], s.stop - s.start)
-            for s in base.irreps_out.slices()
-            if s.stop > s.start
-        ]
-        return torch.cat(pieces, dim=-1) if pieces else empty
+        width = base.irreps_in1.dim
+        out: Tensor = base(x[:, :width].contiguous(), x[:, width:].contiguous(), weight)
+        return out
+
+    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """Structure by structure, by the vendor's own kernel."""
+        parts = x.split(rows.counts)
+        return torch.cat([self.mean(part, w) for part, w in zip(parts, weight, strict=True) if len(part)])
+
+    def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
+        """Scalar paths only, as for linear layers."""
+        base: Any = self.base
+        width = base.irreps_in1.dim
+        left, right = x[:, :width].square(), x[:, width:].square()
+        out: dict[int, Tensor] = {}
+        for block, ins in zip(self.site.blocks, base.instructions, strict=True):
+            if block.scalar:
+                w = variance[block.start : block.start + block.numel].reshape(ins.path_shape)
+                v = torch.einsum(
+                    "bu,bv,uvw->bw",
+                    left[:, base.irreps_in1.slices()[ins.i_in1]],
+                    right[:, base.irreps_in2.slices()[ins.i_in2]],
+                    w * float(ins.path_weight) ** 2,
+                )
+                start = base.irreps_out.slices()[ins.i_out].start
+                out[start] = out[start] + v if start in out else v
+        return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
+
+
+def _join(irreps: Any, parts: dict[int, Tensor], empty: Tensor) -> Tensor:
+    """Concatenate output slices given by their start; slices without a path are zero."""
+    pieces = [
+        parts[s.start] if s.start in parts else empty.new_zeros(*empty.shape[:-1], s.stop - s.start)
+        for s in irreps.slices()
+        if s.stop > s.start
+    ]
+    return torch.cat(pieces, dim=-1) if pieces else empty
 
 
 class VariationalRadialLayer(VariationalLayer):
@@ -371,6 +450,11 @@ def layer_type(module: nn.Module) -> type[VariationalLayer] | str:
         if not (base.internal_weights and base.shared_weights) or base.weight.dim() != 1:
             return "e3nn Linear without a weight of its own"
         return VariationalIrrepsLinear if base.weight_numel else "e3nn Linear without paths"
+    if where.startswith("e3nn.") and name == "FullyConnectedTensorProduct":
+        product: Any = module
+        if not (product.internal_weights and product.shared_weights) or not product.weight_numel:
+            return "e3nn tensor product without a weight of its own"
+        return VariationalTensorProduct
     if where.startswith("e3nn.") and name == "_Layer":
         return VariationalRadialLayer
     return f"no variational form for {name}"

@@ -1,7 +1,7 @@
 """What every adapter must fulfil, whatever its kind.
 
 :class:`AdapterContract` holds for every backbone; ``conservative.py`` adds what holds where forces are
-gradients of the energy, ``vendor.py`` what holds for weights that come in files of a vendor's package.
+gradients of the energy, ``variational.py`` what holds once weights are random, ``vendor.py`` what holds for weights that come in files of a vendor's package.
 An adapter's test combines them, gives ``load`` and the attributes, and inherits all tests::
 
     @pytest.mark.backend("sevennet")

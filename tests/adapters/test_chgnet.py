@@ -15,6 +15,7 @@ from blip_ft.errors import CheckpointError
 
 from .conservative import ConservativeContract
 from .helpers import close, evaluate, evaluate_all, same
+from .variational import VariationalContract
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("chgnet")
@@ -26,7 +27,7 @@ def path_of(name: str) -> Path:
     return next((Path(chgnet.__file__).parent / "pretrained" / name).glob("*.pth.tar"))
 
 
-class TestCHGNet030(VendorContract, ConservativeContract):
+class TestCHGNet030(VendorContract, ConservativeContract, VariationalContract):
     package = "chgnet"
     suffix = ".pth.tar"
 

@@ -11,9 +11,10 @@ from blip_ft.fake import FakeBackbone
 
 from .conservative import ConservativeContract
 from .helpers import evaluate
+from .variational import VariationalContract
 
 
-class TestFake(ConservativeContract):
+class TestFake(ConservativeContract, VariationalContract):
     @classmethod
     def load(cls) -> Backbone:
         return FakeBackbone.load("tiny", seed=0)

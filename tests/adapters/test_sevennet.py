@@ -15,6 +15,7 @@ from blip_ft.variational.convert import plan
 
 from .conservative import ConservativeContract
 from .helpers import close, evaluate, same
+from .variational import VariationalContract
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("sevennet")
@@ -26,7 +27,7 @@ def path_of(name: str) -> Path:
     return Path(pretrained_name_to_path(name))
 
 
-class TestSevenNet0(VendorContract, ConservativeContract):
+class TestSevenNet0(VendorContract, ConservativeContract, VariationalContract):
     package = "sevenn"
     suffix = ".pth"
     invariance = 1e-7  # Wigner 3j tables are stored in single precision

@@ -1,0 +1,208 @@
+"""What must hold on every backbone once its weights are random variables."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from scipy.spatial.transform import Rotation
+
+from blip_ft.backbone import Backbone
+from blip_ft.checkpoint import save_model
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.export import member
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.predict import predict_atoms
+from blip_ft.variational.convert import convert, unload
+
+from .helpers import array, close, evaluate, same
+
+#: relative size of the perturbation of all weights by a draw, and of the trained mean's change
+SPREAD, MOVED = 0.03, 0.02
+#: a defect of symmetry below this is rounding, whatever the stock model's happens to be
+ROUNDING = 1e-11
+
+
+def bayesian(backbone: Backbone, rank: int = 3) -> BayesianPotential:
+    """A copy with all convertible weights trained and noisy, as if fitted: moved mean, known spread."""
+    potential = BayesianPotential(
+        copy.deepcopy(backbone),
+        ModelConfig(adapter=backbone.name, checkpoint="-", dtype="float64"),
+        PosteriorConfig(family="subspace", prior_scale=0.3, rank=rank),
+        n_draws=3,
+    )
+    generator = torch.Generator().manual_seed(11)
+    directions = potential.posterior.directions
+    shape, n = directions.shape, directions.shape[1]
+    rows = torch.nn.functional.normalize(torch.randn(shape, generator=generator, dtype=torch.float64))
+    with torch.no_grad():
+        directions.copy_(rows.half())
+        potential.posterior.scale.copy_(SPREAD * (n / rank) ** 0.5 * torch.eye(rank, dtype=torch.float64))
+        for name, delta in potential.converted.deltas.items():
+            noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
+            delta.add_(MOVED * noise * potential.prior.rms(name))
+    elements = sorted(backbone.elements & {8, 14}) or sorted(backbone.elements)[:2]
+    potential.references = {z: 1.0 + 0.5 * z for z in elements}
+    return potential.eval()
+
+
+def turned(atoms: Atoms, seed: int) -> tuple[Atoms, np.ndarray]:
+    """A rotated copy and the rotation."""
+    turn = Rotation.random(random_state=seed).as_matrix()
+    out = atoms.copy()
+    out.set_cell(atoms.cell.array @ turn.T)
+    out.set_positions(atoms.positions @ turn.T)
+    return out, turn
+
+
+class VariationalContract:
+    """Conversion, noise, draws and files; see the module's text."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def potential(cls, backbone: Backbone) -> BayesianPotential:
+        """With noise on all weights, in float64."""
+        return bayesian(backbone)
+
+    # ---- conversion ----------------------------------------------------------------------
+    def test_unloading_gives_the_original_bit_for_bit(self, native):
+        model = copy.deepcopy(native)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        convert(model)
+        assert model.state_dict().keys() != before.keys()
+        unload(model, merge=False)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    def test_the_converted_model_is_the_stock_model(self, backbone, quartz, ethanol):
+        model = copy.deepcopy(backbone)
+        convert(model)
+        for atoms in (quartz, ethanol):
+            stock = atoms.copy()
+            stock.calc = backbone.stock_calculator()
+            ours = evaluate(model, atoms)
+            assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=1e-9 * len(atoms))
+            np.testing.assert_allclose(array(ours.forces), stock.get_forces(), rtol=0, atol=1e-9)
+
+    # ---- noise ---------------------------------------------------------------------------
+    def test_a_draw_is_the_stock_model_with_other_weights(self, potential, quartz):
+        batch = potential.backbone.batch([quartz])
+        energies = []
+        for draw in (None, 0, 2):
+            plain = member(potential, draw, n_draws=3, amplitude=potential.amplitude)
+            mode = "off" if draw is None else "draw"
+            noisy = potential(batch, mode=mode, draw=draw, stress=True)
+            noisy.energy = noisy.energy - potential.reference_energy(batch)
+            noisy.node_energy = noisy.node_energy - potential._atom_references(batch)
+            stock = evaluate(plain, quartz)
+            stock.energy, stock.node_energy = stock.energy.double(), stock.node_energy.double()
+            same(noisy, stock, 1e-9)
+            energies.append(noisy.energy.item())
+        assert np.ptp(energies) > 1e-4, "the noise does nothing"
+
+    def test_structure_noise_is_one_sample_of_all_weights_per_structure(
+        self, potential, quartz, ethanol, boxed_atom
+    ):
+        frames, keys = [ethanol, quartz, boxed_atom], [7, 5, 6]
+        batch = potential.backbone.batch(frames)
+        batch.keys = keys
+        noisy, start = potential(batch, mode="structure", epoch=3, stress=False), 0
+        for index, (atoms, key) in enumerate(zip(frames, keys, strict=True)):
+            latent = potential.posterior.latent([("structure", 0, 3, key)], torch.float64)
+            sample = {name: w[0] for name, w in potential.posterior.sample(latent).items()}
+            plain = copy.deepcopy(potential.backbone)
+            unload(plain, merge=True, perturbation=sample)
+            stock, stop = evaluate(plain, atoms), start + len(atoms)
+            shift = sum(potential.references.get(int(z), 0.0) for z in atoms.numbers)
+            assert noisy.energy[index].item() == pytest.approx(stock.energy.item() + shift, abs=1e-9)
+            close(noisy.forces[start:stop], stock.forces, 1e-9)
+            start = stop
+
+    # ---- symmetry ------------------------------------------------------------------------
+    def test_mean_and_draws_are_as_equivariant_as_the_stock_model(self, backbone, potential, quartz):
+        def defect(evaluated):
+            worst = np.zeros(3)
+            before = evaluated(quartz)
+            for seed in (1, 2, 3):
+                other, turn = turned(quartz, seed)
+                after = evaluated(other)
+                forces = array(after.forces) - array(before.forces) @ turn.T
+                off = [abs(after.energy.item() - before.energy.item()), np.abs(forces).max(), 0.0]
+                if before.stress is not None:
+                    a, b = (_matrix(x.stress[0]) for x in (after, before))
+                    off[2] = np.abs(a - turn @ b @ turn.T).max()
+                worst = np.maximum(worst, off)
+            return worst
+
+        def drawn(draw):
+            mode = "off" if draw is None else "draw"
+            stress = backbone.has_stress
+            return lambda a: potential(potential.backbone.batch([a]), mode=mode, draw=draw, stress=stress)
+
+        stock = defect(lambda a: evaluate(backbone, a))
+        for draw in (None, 0, 1, 2):
+            assert (defect(drawn(draw)) <= 2 * stock + ROUNDING).all(), (draw, defect(drawn(draw)), stock)
+
+    def test_structure_noise_turns_with_the_structure(self, potential, quartz):
+        other, turn = turned(quartz, 4)
+        batch = potential.backbone.batch([quartz, other])
+        batch.keys = [9, 9]  # the same noise
+        out = potential(batch, mode="structure")
+        n, size = len(quartz), float(out.forces.abs().max())
+        tolerance = 100 * getattr(self, "invariance", 1e-9) * max(1.0, size)
+        assert out.energy[1].item() == pytest.approx(out.energy[0].item(), abs=tolerance)
+        np.testing.assert_allclose(
+            array(out.forces[n:]), array(out.forces[:n]) @ turn.T, rtol=0, atol=tolerance
+        )
+
+    def test_force_covariance_turns_with_the_structure(self, potential, quartz):
+        other, turn = turned(quartz, 5)
+        a, b = predict_atoms(potential, [quartz, other])
+        scale = a["forces_cov"].max()
+        tolerance = 1e4 * getattr(self, "invariance", 1e-9) * scale
+        np.testing.assert_allclose(
+            b["forces_cov"], turn @ a["forces_cov"] @ turn.T, rtol=0, atol=tolerance
+        )
+        np.testing.assert_allclose(a["forces_std_norm"], b["forces_std_norm"], rtol=1e-4)
+        assert b["energy_std"] == pytest.approx(a["energy_std"], rel=1e-4)
+
+    # ---- references and files ------------------------------------------------------------
+    def test_references_act_in_the_assembled_model(self, potential, quartz):
+        batch = potential.backbone.batch([quartz])
+        before = evaluate(member(potential, None), quartz).energy.item()
+        shift = sum(potential.references[int(z)] for z in quartz.numbers)
+        assert potential(batch).energy.item() == pytest.approx(before + shift, abs=1e-9)
+
+    def test_save_and_load_in_another_process(self, potential, quartz, tmp_path):
+        save_model(potential, tmp_path / "model")
+        quartz.write(tmp_path / "quartz.json")
+        code = (
+            "import sys, json; from ase.io import read; from blip_ft.checkpoint import load_model\n"
+            "from blip_ft.uncertainty.predict import predict_atoms\n"
+            "p = load_model(sys.argv[1]); (r,) = predict_atoms(p, [read(sys.argv[2])])\n"
+            "print(json.dumps([r['energy'], r['energy_std'], r['forces'].tolist()]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "quartz.json")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        energy, std, forces = json.loads(done.stdout.splitlines()[-1])
+        (here,) = predict_atoms(potential, [quartz])
+        assert energy == pytest.approx(here["energy"], abs=1e-9)
+        assert std == pytest.approx(here["energy_std"], rel=1e-6)
+        np.testing.assert_allclose(forces, here["forces"], rtol=0, atol=1e-9)
+
+
+def _matrix(voigt: torch.Tensor) -> np.ndarray:
+    xx, yy, zz, yz, xz, xy = array(voigt).tolist()
+    return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
