@@ -245,8 +245,9 @@ def _check_twin(path: Path, original: nn.Module, model: nn.Module) -> None:
         with contained(), torch.no_grad():
             out = double(data, compute_force=False)
         energies.append(out["node_energy"].double())
-    if not torch.allclose(*energies, rtol=1e-9, atol=1e-9):
-        off = float((energies[0] - energies[1]).abs().max())
+    theirs, ours = energies
+    if not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
+        off = float((ours - theirs).abs().max())
         raise CheckpointError(
             f"this version of mace rebuilds another potential from this file (off by {off:.1e} eV)",
             remedy="use the version of mace-torch that wrote it",
@@ -287,7 +288,8 @@ def inputs(
 
 def scalar_columns(model: Any) -> list[int]:
     """Columns of the concatenated node features that are even scalars."""
-    columns, offset = [], 0
+    columns: list[int] = []
+    offset = 0
     for product in model.products:
         irreps = product.linear.irreps_out
         for part, (_, ir) in zip(irreps.slices(), irreps, strict=True):
@@ -299,7 +301,7 @@ def scalar_columns(model: Any) -> list[int]:
 
 def check_head(head: str | None, heads: Sequence[str]) -> int:
     """Number of the head to use, or an error that lists the valid ones."""
-    if head in heads:
+    if head is not None and head in heads:
         return list(heads).index(head)
     if head is None and len(heads) == 1:
         return 0

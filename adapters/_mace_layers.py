@@ -72,14 +72,32 @@ class VariationalContraction(VariationalLayer):
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """Structure by structure: intermediate products with all weights at once would not fit."""
-        parts = x.split(rows.counts)
-        return torch.cat([self.mean(part, w) for part, w in zip(parts, weight, strict=True) if len(part)])
+        return self.by_structure(x, weight, rows)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """None: paths mix features of all l (``Block.scalar`` is false)."""
         del variance
         base: Any = self.base
         return x.new_zeros(len(x), base.num_features * self._components())
+
+    def channels(self) -> None:
+        """None: every path has its own products of channels."""
+
+    @property
+    def n_invariants(self) -> int:
+        """Channels times irreps, and the elements."""
+        base: Any = self.base
+        return int(base.num_features * len(base.coupling_irreps) + base.weights_max.shape[0])
+
+    def invariants(self, x: Tensor) -> Tensor:
+        """Of every channel the even scalars and the mean squares of other irreps; and the elements."""
+        base: Any = self.base
+        features, elements = self._unpack(x)
+        parts = []
+        for (_, ir), part in zip(base.coupling_irreps, base.coupling_irreps.slices(), strict=True):
+            values = features[:, :, part]
+            parts.append((values if str(ir) == "0e" else values.square()).mean(dim=2))
+        return torch.cat([*parts, elements], dim=1)
 
     def _components(self) -> int:
         """2l+1 of the output."""

@@ -125,9 +125,7 @@ class MACEBackbone(ConservativeBackbone):
                     file=path,
                 ) from error
         architecture, model = vendor.open_model(path, content)
-        return cls(
-            architecture, head=head, model=model, origin={"checkpoint": checkpoint, "sha256": digest}
-        )
+        return cls(architecture, head=head, model=model, origin={"checkpoint": checkpoint, "sha256": digest})
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, head and origin, all JSON-serialisable."""

@@ -176,7 +176,7 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
     from packaging.utils import canonicalize_name
 
     extras = {
-        "a": ["chgnet", "test"],
+        "a": ["chgnet", "mace", "test"],
         "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "test", "lint"],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])

@@ -22,6 +22,7 @@ import torch
 from ase import Atoms
 from ase.io import read
 from blip_ft.adapters.mace import MACEBackbone
+
 from blip_ft.backbone import Batch
 
 TARGET = Path(__file__).parents[2] / "tests/models/sio2_mace.model"
@@ -91,7 +92,10 @@ def train(model: MACEBackbone, frames: Sequence[Atoms]) -> None:
             optimiser.step()
             schedule.step()
             total += loss.item() * len(chosen)
-        print(f"epoch {epoch + 1}: loss {total / len(frames):.3f}, {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}: loss {total / len(frames):.3f}, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
 
 
 def errors(model: MACEBackbone, frames: Sequence[Atoms]) -> dict[str, float]:

@@ -211,6 +211,13 @@ class VariationalLayer(nn.Module, ABC):
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """(rows, out) variance of the map for independent weights of variance (*shape)."""
 
+    def by_structure(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """:meth:`sampled` for maps without bias: :meth:`mean` of each structure with its weight."""
+        if not len(x):
+            return self.mean(x, weight[0])
+        parts = zip(x.split(rows.counts), weight, strict=True)
+        return torch.cat([self.mean(part, w) for part, w in parts if len(part)])
+
     # ---- what only some noise needs ------------------------------------------------------
     def channels(self) -> tuple[Tensor, Tensor] | None:
         """Channel number of every input component (in,) and output component (out,).
@@ -335,13 +342,7 @@ class VariationalIrrepsLinear(VariationalLayer):
     def invariants(self, x: Tensor) -> Tensor:
         """Even scalars as they are; the mean square of the components of every other channel."""
         base: Any = self.base
-        parts = [x.new_zeros(x.shape[0], 0)]
-        for (mul, ir), part in zip(base.irreps_in, base.irreps_in.slices(), strict=True):
-            values = x[:, part]
-            if str(ir) != "0e":
-                values = values.reshape(-1, mul, ir.dim).square().mean(dim=2)
-            parts.append(values)
-        return torch.cat(parts, dim=1)
+        return _invariants(base.irreps_in, x)
 
 
 class VariationalTensorProduct(VariationalLayer):
@@ -372,9 +373,8 @@ class VariationalTensorProduct(VariationalLayer):
         return out
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-        """Structure by structure, by the vendor's own kernel."""
-        parts = x.split(rows.counts)
-        return torch.cat([self.mean(part, w) for part, w in zip(parts, weight, strict=True) if len(part)])
+        """By the vendor's own kernel, structure by structure."""
+        return self.by_structure(x, weight, rows)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalar paths only, as for linear layers."""
@@ -394,6 +394,33 @@ class VariationalTensorProduct(VariationalLayer):
                 start = base.irreps_out.slices()[ins.i_out].start
                 out[start] = out[start] + v if start in out else v
         return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
+
+    def channels(self) -> None:
+        """None: a sign per channel of either factor is not one per input of the weight."""
+
+    @property
+    def n_invariants(self) -> int:
+        """Channels of both factors."""
+        base: Any = self.base
+        return int(base.irreps_in1.num_irreps + base.irreps_in2.num_irreps)
+
+    def invariants(self, x: Tensor) -> Tensor:
+        """Those of both factors, as for linear layers."""
+        base: Any = self.base
+        width = base.irreps_in1.dim
+        first, second = _invariants(base.irreps_in1, x[:, :width]), _invariants(base.irreps_in2, x[:, width:])
+        return torch.cat((first, second), dim=1)
+
+
+def _invariants(irreps: Any, x: Tensor) -> Tensor:
+    """Even scalars as they are; the mean square of the components of every other channel."""
+    parts = [x.new_zeros(x.shape[0], 0)]
+    for (mul, ir), part in zip(irreps, irreps.slices(), strict=True):
+        values = x[:, part]
+        if str(ir) != "0e":
+            values = values.reshape(-1, mul, ir.dim).square().mean(dim=2)
+        parts.append(values)
+    return torch.cat(parts, dim=1)
 
 
 def _join(irreps: Any, parts: dict[int, Tensor], empty: Tensor) -> Tensor:

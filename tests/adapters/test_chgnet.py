@@ -1,6 +1,9 @@
 """CHGNet fulfils the contract; older versions, structures without angles, dropout."""
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,13 @@ from blip_ft.adapters.chgnet import CHGNetBackbone
 from torch import nn
 
 from blip_ft.backbone import Backbone
-from blip_ft.errors import CheckpointError
+from blip_ft.errors import BlipError, CheckpointError
+from blip_ft.export import export_native
+from blip_ft.uncertainty.predict import predict_atoms
 
 from .conservative import ConservativeContract
 from .helpers import close, evaluate, evaluate_all, same
-from .variational import VariationalContract
+from .variational import VariationalContract, bayesian
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("chgnet")
@@ -128,3 +133,41 @@ def test_single_precision_noise_is_the_vendors_own(quartz: Atoms) -> None:
     stock.calc = model.stock_calculator()
     vendor = np.abs(stock.get_forces() - exact).max()
     assert np.abs(evaluate(model, quartz).forces.numpy() - exact).max() < 2 * vendor + 1e-5
+
+
+OPEN = """
+import json, sys
+sys.modules["blip_ft"] = None  # as where it is not installed
+from ase.io import read
+from chgnet.model.dynamics import CHGNetCalculator
+from chgnet.model.model import CHGNet
+atoms = read(sys.argv[1])
+atoms.calc = CHGNetCalculator(CHGNet.from_file(sys.argv[2]), use_device="cpu")
+print(json.dumps([atoms.get_potential_energy(), atoms.get_forces().tolist()]))
+"""
+
+
+def test_the_vendors_program_opens_an_export(quartz: Atoms, tmp_path: Path) -> None:
+    """In a process without this package; references of a model that had none of its own are added."""
+    arguments = {**CHGNetBackbone.load("0.3.0").arguments, "composition_model": None}
+    torch.manual_seed(0)
+    for backbone in (CHGNetBackbone.load("0.2.0"), CHGNetBackbone(arguments)):
+        potential = bayesian(backbone.double()).to_dtype("float32")
+        potential.references = {8: -3.25, 14: 12.5}
+        done = export_native(potential, tmp_path / "out", draws=2, overwrite=True)
+        assert all(item.energy_ev_per_atom < 1e-5 for item in done)
+    quartz.write(tmp_path / "quartz.json")
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "quartz.json"), str(tmp_path / "out/mean.pth.tar")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    energy, forces = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+    (ours,) = predict_atoms(potential, [quartz], n_draws=0)
+    assert energy == pytest.approx(ours["energy"], abs=1e-4 * len(quartz))
+    np.testing.assert_allclose(forces, ours["forces"], rtol=0, atol=1e-2)  # the vendor's float32 noise
+
+
+def test_a_shift_that_has_no_place_in_the_file(tmp_path: Path) -> None:
+    arguments = {**CHGNetBackbone.load("0.3.0").arguments, "is_intensive": False}
+    model = CHGNetBackbone(arguments)
+    model.model.composition_model.is_intensive = True
+    with pytest.raises(BlipError, match="per structure"):
+        model.write_native(tmp_path / "x.pth.tar", {8: 1.0})

@@ -166,9 +166,7 @@ def test_a_download_that_fails_says_how_to_fetch_by_hand(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        "mace.calculators.foundations_models._urlretrieve_with_timeout", _refuse
-    )
+    monkeypatch.setattr("mace.calculators.foundations_models._urlretrieve_with_timeout", _refuse)
     with pytest.raises(CheckpointError, match=r"by hand") as caught:
         MACEBackbone.load("small")
     assert "https://" in str(caught.value)

@@ -2,8 +2,12 @@
 
 import copy
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
@@ -11,11 +15,13 @@ from blip_ft.adapters.sevennet import SevenNetBackbone
 
 from blip_ft.backbone import Backbone
 from blip_ft.errors import CheckpointError, RecipeError
+from blip_ft.export import export_native
+from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import plan
 
 from .conservative import ConservativeContract
 from .helpers import close, evaluate, same
-from .variational import VariationalContract
+from .variational import VariationalContract, bayesian
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("sevennet")
@@ -138,9 +144,8 @@ def test_other_architectures(changes: dict[str, object], quartz: Atoms) -> None:
     table = {row.name: row for row in plan(model, train="all", noise="all").table}
     assert any(row.noisy for name, row in table.items() if "reduce" in name or "readout" in name)
     if changes.get("self_connection_type") == "nequip":
-        left = table["0_self_connection_intro.fc_tensor_product"]
-        assert left.action == "left"
-        assert left.reason
+        product = table["0_self_connection_intro.fc_tensor_product"]
+        assert (product.action, product.trained, product.noisy) == ("converted", True, True)
 
 
 def test_node_features_are_the_invariant_input_of_the_readout(quartz: Atoms) -> None:
@@ -159,3 +164,58 @@ def test_a_download_that_fails_says_how_to_fetch_by_hand(monkeypatch: pytest.Mon
     monkeypatch.setattr(util.requests, "get", refuse)
     with pytest.raises(CheckpointError, match=r"by hand.*https://"):
         SevenNetBackbone.load("7net-omni")
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+DEPLOY = """
+import json, sys
+sys.modules["blip_ft"] = None  # as where it is not installed
+from ase.io import read
+from sevenn.calculator import SevenNetCalculator
+from sevenn.scripts.deploy import deploy
+structure, file, modal, target = sys.argv[1:]
+atoms = read(structure)
+atoms.calc = SevenNetCalculator(file, modal=modal or None, device="cpu")
+print(json.dumps([atoms.get_potential_energy(), atoms.get_forces().tolist()]))
+deploy(file, target, modal=modal or None)
+"""
+
+
+@pytest.mark.parametrize(("name", "modal"), [("7net-0", None), ("7net-mf-0", "R2SCAN"), ("small", None)])
+def test_the_vendors_programs_open_an_export(
+    name: str, modal: str | None, quartz: Atoms, tmp_path: Path
+) -> None:
+    """The calculator, and the converter for LAMMPS, in a process without this package."""
+    if name == "small":  # one number for all elements as shift, and a tensor product
+        torch.manual_seed(0)
+        changes = {"self_connection_type": "nequip", "shift": -1.5, "scale": 2.0}
+        backbone = SevenNetBackbone(small_architecture(**changes))
+    else:
+        backbone = SevenNetBackbone.load(name, **({"modal": modal} if modal else {}))
+    potential = bayesian(backbone.double()).to_dtype("float32")
+    potential.references = {8: -3.25, 14: 12.5}
+    done = export_native(potential, tmp_path / "out", draws=2 if name == "7net-0" else 0)
+    assert all(item.energy_ev_per_atom < 1e-5 for item in done)
+    quartz.write(tmp_path / "quartz.json")
+    target = tmp_path / "deployed.pt"
+    arguments = [str(tmp_path / "quartz.json"), str(tmp_path / "out/mean.pth"), modal or "", str(target)]
+    printed = subprocess.run(
+        [sys.executable, "-c", DEPLOY, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+    energy, forces = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+    (ours,) = predict_atoms(potential, [quartz], n_draws=0)
+    assert energy == pytest.approx(ours["energy"], abs=1e-5 * len(quartz))
+    np.testing.assert_allclose(forces, ours["forces"], rtol=0, atol=2e-4)
+    deployed = torch.jit.load(target)
+    batch = backbone.batch([quartz])
+    species = torch.tensor([backbone.architecture["_type_map"][int(z)] for z in quartz.numbers])
+    out = deployed(
+        {
+            "x": species,
+            "edge_index": batch.graph["edge_index"],
+            "edge_vec": batch.graph["edge_vec"].float().requires_grad_(),
+            "num_atoms": torch.tensor(len(quartz)),
+        }
+    )
+    assert out["inferred_total_energy"].item() == pytest.approx(ours["energy"], abs=1e-4 * len(quartz))

@@ -167,9 +167,7 @@ class VariationalContract:
         a, b = predict_atoms(potential, [quartz, other])
         scale = a["forces_cov"].max()
         tolerance = 1e4 * getattr(self, "invariance", 1e-9) * scale
-        np.testing.assert_allclose(
-            b["forces_cov"], turn @ a["forces_cov"] @ turn.T, rtol=0, atol=tolerance
-        )
+        np.testing.assert_allclose(b["forces_cov"], turn @ a["forces_cov"] @ turn.T, rtol=0, atol=tolerance)
         np.testing.assert_allclose(a["forces_std_norm"], b["forces_std_norm"], rtol=1e-4)
         assert b["energy_std"] == pytest.approx(a["energy_std"], rel=1e-4)
 

@@ -21,6 +21,7 @@ needs_e3nn = pytest.mark.backend("sevennet")
 LAYERS = [
     "linear",
     pytest.param("irreps", marks=needs_e3nn),
+    pytest.param("product", marks=needs_e3nn),
     pytest.param("radial", marks=needs_e3nn),
     pytest.param("radial_last", marks=needs_e3nn),
 ]
@@ -41,6 +42,10 @@ def make_base(kind: str, dtype: torch.dtype = torch.float64, *, small: bool = Fa
         base = e3nn.o3.Linear(*irreps, biases=True).to(dtype)
         nn.init.normal_(base.bias)
         return base
+    if kind == "product":
+        second, last = ("2x0e", "1x1o+1x0e") if small else ("2x0e+1x1o", "2x0e+2x1o+1x0e")
+        first = "1x0e+1x1o" if small else IRREPS_IN
+        return e3nn.o3.FullyConnectedTensorProduct(first, second, last).to(dtype)
     net = e3nn.nn.FullyConnectedNet(
         [2, 2] if small else [4, 3],
         nn.functional.silu,
@@ -55,12 +60,22 @@ def width(base: nn.Module) -> int:
     """Length of an input row."""
     if isinstance(base, nn.Linear):
         return base.in_features
+    if hasattr(base, "irreps_in2"):
+        return base.irreps_in1.dim + base.irreps_in2.dim
     return base.irreps_in.dim if hasattr(base, "irreps_in") else int(base.weight.shape[0])
 
 
 def inputs(base: nn.Module, rows: int = sum(COUNTS), seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, width(base), dtype=torch.float64, generator=generator).to(base.weight.dtype)
+
+
+def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A module on a row of inputs, which a tensor product takes in two parts."""
+    base = getattr(module, "base", module)
+    if hasattr(base, "irreps_in2"):
+        return module(*x.split([base.irreps_in1.dim, base.irreps_in2.dim], dim=1))
+    return module(x)
 
 
 def with_weight(base: nn.Module, weight: torch.Tensor) -> nn.Module:
@@ -89,28 +104,28 @@ class TestAgainstTheVendor:
     def test_untrained_mean_is_the_original_bit_for_bit(self, bench, kind, dtype):
         base = make_base(kind, dtype)
         x = inputs(base)
-        before = base(x)
-        assert torch.equal(bench(base, delta=False).layer(x), before)
+        before = call(base, x)
+        assert torch.equal(call(bench(base, delta=False).layer, x), before)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("mode", ["draw", "structure", "local"])
     def test_zero_spread_is_the_original_bit_for_bit(self, bench, kind, dtype, mode):
         base = make_base(kind, dtype)
         x = inputs(base)
-        before = base(x)
+        before = call(base, x)
         b = bench(base, delta=False)
         zero_spread(b)
         {"draw": lambda: b.draw(latents(b, 1)), "structure": lambda: b.structure(COUNTS)}.get(
             mode, lambda: b.local(COUNTS)
         )()
-        assert torch.equal(b.layer(x), before)
+        assert torch.equal(call(b.layer, x), before)
 
     def test_mean_is_the_vendor_with_the_mean_weight(self, bench, kind):
         base = make_base(kind)
         x = inputs(base)
         b = bench(base)
-        expected = with_weight(base, base.weight + b.layer.delta)(x)
-        torch.testing.assert_close(b.layer(x), expected, rtol=1e-13, atol=1e-13)
+        expected = call(with_weight(base, base.weight + b.layer.delta), x)
+        torch.testing.assert_close(call(b.layer, x), expected, rtol=1e-13, atol=1e-13)
 
     def test_draw_is_the_vendor_with_the_drawn_weight(self, bench, kind):
         base = make_base(kind)
@@ -119,7 +134,9 @@ class TestAgainstTheVendor:
         z = latents(b, 1)
         b.draw(z)
         drawn = base.weight + b.layer.delta + b.posterior.sample(z)["layer"][0]
-        torch.testing.assert_close(b.layer(x), with_weight(base, drawn)(x), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            call(b.layer, x), call(with_weight(base, drawn), x), rtol=1e-13, atol=1e-13
+        )
         assert torch.equal(b.layer.weight, drawn)
         b.off()
         assert torch.equal(b.layer.weight, base.weight + b.layer.delta)
@@ -131,10 +148,10 @@ class TestAgainstTheVendor:
         b = bench(base)
         z = latents(b, len(counts))
         b.structure(counts, z)
-        together = b.layer(x)
+        together = call(b.layer, x)
         weights = b.posterior.sample(z)["layer"]
         parts = [
-            with_weight(base, base.weight + b.layer.delta + w)(part)
+            call(with_weight(base, base.weight + b.layer.delta + w), part)
             for w, part in zip(weights, x.split(counts), strict=True)
         ]
         torch.testing.assert_close(together, torch.cat(parts), rtol=1e-12, atol=1e-12)
@@ -156,14 +173,14 @@ class TestAgainstTheVendor:
         b = bench(base)
         x = inputs(base, rows=0)
         b.structure([0, 0])
-        assert b.layer(x).shape == base(x).shape
+        assert call(b.layer, x).shape == call(base, x).shape
         b.local([0, 0])
-        assert b.layer(x).shape == base(x).shape
+        assert call(b.layer, x).shape == call(base, x).shape
 
     def test_the_pretrained_weight_is_frozen(self, bench, kind):
         base = make_base(kind)
         b = bench(base)
-        b.layer(inputs(base)).sum().backward()
+        call(b.layer, inputs(base)).sum().backward()
         assert base.weight.grad is None
         assert b.layer.delta.grad is not None
 
@@ -173,7 +190,7 @@ class TestAgainstTheVendor:
         for set_noise in (b.structure, b.local):
             set_noise([2, 2])
             with pytest.raises(RuntimeError, match="layer sees 5 rows, but the batch has 4 of kind 'atom'"):
-                b.layer(inputs(base))
+                call(b.layer, inputs(base))
 
 
 def jacobian(b, x):
@@ -204,6 +221,16 @@ class TestMoments:
             [torch.full((mul * ir.dim,), str(ir) == "0e") for mul, ir in b.base.irreps_out]
         )  # all paths into an even scalar come from even scalars
         torch.testing.assert_close(b.layer.row_variance(x, variance), expected * scalars)
+
+    @needs_e3nn
+    def test_row_variance_of_products_is_that_of_the_scalar_paths(self, bench):
+        b = bench(make_base("product"))
+        x = inputs(b.base)
+        variance = b.posterior.std()["layer"].square()
+        weighted = jacobian(b, x).square() * variance.reshape(-1)
+        scalar = torch.cat([torch.full((k.numel,), k.scalar) for k in b.site.blocks])
+        assert 0 < scalar.sum() < len(scalar)
+        torch.testing.assert_close(b.layer.row_variance(x, variance), (weighted * scalar).sum(dim=-1))
 
     @settings(max_examples=30, deadline=None)
     @given(
