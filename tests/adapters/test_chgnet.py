@@ -143,7 +143,7 @@ from chgnet.model.dynamics import CHGNetCalculator
 from chgnet.model.model import CHGNet
 atoms = read(sys.argv[1])
 atoms.calc = CHGNetCalculator(CHGNet.from_file(sys.argv[2]), use_device="cpu")
-print(json.dumps([atoms.get_potential_energy(), atoms.get_forces().tolist()]))
+print(json.dumps([float(atoms.get_potential_energy()), atoms.get_forces().tolist()]))
 """
 
 

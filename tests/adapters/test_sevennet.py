@@ -177,7 +177,7 @@ from sevenn.scripts.deploy import deploy
 structure, file, modal, target = sys.argv[1:]
 atoms = read(structure)
 atoms.calc = SevenNetCalculator(file, modal=modal or None, device="cpu")
-print(json.dumps([atoms.get_potential_energy(), atoms.get_forces().tolist()]))
+print(json.dumps([float(atoms.get_potential_energy()), atoms.get_forces().tolist()]))
 deploy(file, target, modal=modal or None)
 """
 
