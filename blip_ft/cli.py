@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more:  # argparse takes one run of KEY=VALUE only: these stand behind an option such as --trust
+        if "overrides" not in args or any(text.startswith("-") for text in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        args.overrides += more
     try:
         args.run(args)
         sys.stdout.flush()

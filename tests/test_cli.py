@@ -621,3 +621,30 @@ def test_report_of_an_unfinished_run(call: Any, fitted: Path, tmp_path: Path, na
     code, _, err = call("report", tmp_path / "run")
     assert code == 2
     assert name in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trust", "model.noise=scalar", "model.dtype=float64"],
+        ["model.noise=scalar", "--trust", "model.dtype=float64"],
+        ["model.noise=scalar", "model.dtype=float64", "--trust"],
+    ],
+)
+def test_options_may_stand_anywhere_among_overrides(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "_conversion", lambda spec, overrides: seen.append((spec, overrides)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["inspect", "fake:tiny", *arguments])
+    ((spec, overrides),) = seen
+    assert spec == "fake:tiny"
+    assert set(overrides) == {"model.noise=scalar", "model.dtype=float64", "model.trust=true"}
+
+
+def test_an_unknown_option_is_still_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["inspect", "fake:tiny", "a=1", "--trsut", "b=2"], ["report", "here", "there"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "unrecognized arguments" in capsys.readouterr().err
