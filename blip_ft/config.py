@@ -50,6 +50,8 @@ class SourceConfig(Strict):
     """in place of ``data.units``"""
     stress_order: StressOrder | None = None
     """in place of ``data.stress_order``"""
+    energy_offset: float | None = None
+    """in place of ``data.energy_offset``"""
 
 
 #: a source: path, glob, ``path@selector``, hub id, name of an embedded set, options, or a list of these
@@ -117,6 +119,9 @@ class DataConfig(Strict):
     of -1 turns the sign"""
     stress_order: StressOrder = "ase"
     """order of six stress components: ``ase`` (xx yy zz yz xz xy) or ``vasp`` (xx yy zz xy yz zx)"""
+    energy_offset: float = 0.0
+    """taken off every total energy, in the source's own unit: for sets of one composition whose
+    energies are stored with a constant"""
     references: Literal["shift", "keep", "refit", "given", "isolated_atoms"] = "shift"
     """energy per element added to the model. ``shift``: of least norm that fits label minus pretrained
     energy; ``keep``: none; ``refit``: the atomic energies of the labels of least norm, in place of the

@@ -149,6 +149,7 @@ class Mapper:
         require_labels: refuse a frame that has neither energy nor forces.
         given: quantities whose unit the user gave: what a layout says about them does not count.
         stress_order: order of six stress components, a key of :data:`STRESS_ORDERS`.
+        energy_offset: what is taken off every total energy, in the source's own unit.
     """
 
     fields: Mapping[str, str]
@@ -156,6 +157,7 @@ class Mapper:
     require_labels: bool = True
     given: frozenset[str] = frozenset()
     stress_order: str = "ase"
+    energy_offset: float = 0.0
     #: names that held each label in every frame so far
     _names: dict[str, set[str]] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
@@ -190,6 +192,8 @@ class Mapper:
         self._derive(raw, labels, found, scale)
         self._leave_out(raw, labels)
         energy, forces = labels["energy"], labels["forces"]
+        if energy is not None:
+            energy = energy - self.energy_offset * scale["energy"]
         if self.require_labels and energy is None and forces is None:
             raise raw.error(
                 "the frame has neither energy nor forces",

@@ -60,6 +60,7 @@ class Reading:
         units: units of the source.
         labels: frames must have labels.
         stress_order: of six stress components.
+        energy_offset: taken off every total energy.
         hub: options of a hub set (``config``, ``revision``, ``stream``).
         version: of the schema.
     """
@@ -72,6 +73,7 @@ class Reading:
     units: tuple[tuple[str, str], ...]
     labels: bool
     stress_order: str = "ase"
+    energy_offset: float = 0.0
     hub: tuple[tuple[str, Any], ...] = ()
     version: int = SCHEMA_VERSION
 
@@ -83,6 +85,7 @@ def load_source(
     units: Mapping[str, str] | None = None,
     labels: bool = True,
     stress_order: str = "ase",
+    energy_offset: float = 0.0,
 ) -> datasets.Dataset:
     """Read one source, or several one after the other.
 
@@ -92,6 +95,7 @@ def load_source(
         units: units of the source (``data.units``).
         labels: refuse frames that have neither energy nor forces.
         stress_order: ``ase`` or ``vasp`` (``data.stress_order``).
+        energy_offset: taken off every total energy, in its own unit (``data.energy_offset``).
 
     Returns:
         A data set with the columns of :data:`blip_ft.data.schema.FEATURES`, memory-mapped where
@@ -100,7 +104,14 @@ def load_source(
     Raises:
         DataError: missing, empty, truncated or unreadable file, bad selector, bad labels.
     """
-    readings = plan(spec, fields=fields, units=units, labels=labels, stress_order=stress_order)
+    readings = plan(
+        spec,
+        fields=fields,
+        units=units,
+        labels=labels,
+        stress_order=stress_order,
+        energy_offset=energy_offset,
+    )
     parts = [cached_dataset(_rows, FEATURES, reading=reading) for reading in readings]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
@@ -112,6 +123,7 @@ def iterate_source(
     units: Mapping[str, str] | None = None,
     labels: bool = True,
     stress_order: str = "ase",
+    energy_offset: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """The same rows one by one, without a cache: for sources larger than the disk.
 
@@ -121,12 +133,19 @@ def iterate_source(
         units: units of the source.
         labels: refuse frames that have neither energy nor forces.
         stress_order: ``ase`` or ``vasp``.
+        energy_offset: taken off every total energy.
 
     Raises:
         DataError: as for :func:`load_source`, when the row is reached.
     """
     for reading in plan(
-        spec, fields=fields, units=units, labels=labels, stress_order=stress_order, digest=False
+        spec,
+        fields=fields,
+        units=units,
+        labels=labels,
+        stress_order=stress_order,
+        energy_offset=energy_offset,
+        digest=False,
     ):
         yield from _rows(reading)
 
@@ -158,6 +177,7 @@ def plan(
     units: Mapping[str, str] | None = None,
     labels: bool = True,
     stress_order: str = "ase",
+    energy_offset: float = 0.0,
     digest: bool = True,
 ) -> list[Reading]:
     """What has to be read for a source; opens no more than it needs to identify the files.
@@ -168,6 +188,7 @@ def plan(
         units: units of the source.
         labels: refuse frames that have neither energy nor forces.
         stress_order: ``ase`` or ``vasp``.
+        energy_offset: taken off every total energy.
         digest: hash the contents of the files (for the cache).
 
     Raises:
@@ -183,6 +204,7 @@ def plan(
             units or {},
             labels,
             stress_order,
+            energy_offset,
             digest,
         )
         for one in specs
@@ -226,6 +248,7 @@ def _plan(
     unit_names: Mapping[str, str],
     labels: bool,
     stress_order: str,
+    energy_offset: float,
     digest: bool,
 ) -> Reading:
     own_fields = fields if spec.fields is None else spec.fields
@@ -263,6 +286,7 @@ def _plan(
         units=tuple(sorted(own_units.items())),
         labels=labels,
         stress_order=spec.stress_order or stress_order,
+        energy_offset=energy_offset if spec.energy_offset is None else spec.energy_offset,
         hub=tuple(sorted(options.items())),
     )
 
@@ -342,6 +366,7 @@ def _rows(reading: Reading) -> Iterator[dict[str, Any]]:
         require_labels=reading.labels,
         given=frozenset(given),
         stress_order=reading.stress_order,
+        energy_offset=reading.energy_offset,
     )
     files: Iterable[Iterator[RawFrame]] = (
         (readers.read_frames(Path(path), name, fields) for path, name in reading.paths)

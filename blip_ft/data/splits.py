@@ -178,6 +178,7 @@ def load_role(config: DataConfig, spec: Source, *, labels: bool = True) -> datas
         units={str(k): v for k, v in config.units.items()},
         labels=labels,
         stress_order=config.stress_order,
+        energy_offset=config.energy_offset,
     )
 
 

@@ -80,7 +80,9 @@ def predict(folder: Path) -> None:
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert set(shipped()) == {"sio2_sevennet", "sio2_chgnet", "sio2_mace_mp", "sio2_orb"}
+    ours = {n for n in shipped() if not n.endswith("_paper")}
+    assert ours == {"sio2_sevennet", "sio2_chgnet", "sio2_mace_mp", "sio2_orb"}
+    assert set(shipped()) - ours == {"ammonia_paper", "silica_glass_paper"}  # test_paper_recipes.py
 
 
 @pytest.mark.backend("sevennet")
@@ -152,7 +154,7 @@ def test_sio2_mace_mp(tmp_path: Path) -> None:
     assert len(list((tmp_path / "small/export-native").glob("draw-*.model"))) == 2
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(n for n in shipped() if not n.endswith("_paper")))
 def test_recipes_do_not_look_at_test_frames(name: str) -> None:
     """The embedded set's own split decides; a recipe that names test frames elsewhere is a defect."""
     recipe = load_recipe(name)
