@@ -155,7 +155,7 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], list[Any]
         raise foreign
     check(model, tasks, file=path)
     _mend(model, path)
-    weights = {str(k).removeprefix("module."): v for k, v in state.items() if k != "n_averaged"}
+    weights = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if k != "n_averaged"}
     return model, tasks, weights
 
 

@@ -50,6 +50,15 @@ class VariationalChannels(VariationalLinear):
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         return x.square() @ variance.T
 
+    def channels(self) -> tuple[Tensor, Tensor] | None:
+        """Every entry of a vector is a channel; components that mix under rotation share the signs."""
+        return _channels(*self.site.blocks[0].shape)
+
+    def invariants(self, x: Tensor) -> Tensor:
+        """The entries of a scalar row; mean squares over the components of others."""
+        one_scalar = self.site.blocks[0].scalar and x.dim() == 3 and x.shape[1] == 1
+        return x[:, 0] if one_scalar else super().invariants(x)
+
 
 class VariationalOrders(VariationalChannels):
     """The same where the vectors of a row are components that mix under rotation (orders +m and -m of
@@ -92,6 +101,10 @@ class VariationalSO3Linear(VariationalLayer):
         rest = scalars.new_zeros(x.shape[0], x.shape[1] - 1, scalars.shape[2])
         return torch.cat((scalars, rest), dim=1)
 
+    def channels(self) -> tuple[Tensor, Tensor] | None:
+        """As for other layers; all degrees share the signs."""
+        return _channels(*self.site.blocks[0].shape)
+
 
 class VariationalMixture(VariationalChannels):
     """``MOLE``, a mixture of linear experts: w = sum_e c_e W_e + Delta.
@@ -133,8 +146,9 @@ class VariationalMixture(VariationalChannels):
     @property
     def weight(self) -> Tensor:
         """Delta of the mean part, the part of the mixed weight that is not the experts'."""
-        if self.noise.mode == "draw" and self.site.name in self.noise.weights:
-            return self.delta + self.noise.weights[self.site.name]
+        state = self.noise
+        if state.mode == "draw" and state.row_amplitude is None and self.site.name in state.weights:
+            return self.delta + state.weights[self.site.name]
         return self.delta
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -158,6 +172,10 @@ class VariationalMixtureOfOrders(VariationalMixture):
     def blocks(base: Any) -> tuple[Block, ...]:
         """One matrix, not scalar."""
         return (Block(0, tuple(base.weights.shape[1:]), output_axis=0, scalar=False),)
+
+
+def _channels(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(inputs), torch.arange(outputs)
 
 
 def layer_type(module: nn.Module, *, mixes: bool) -> type[VariationalLayer] | str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from blip_ft.adapters.fairchem import FairchemBackbone, FairchemDirectBackbone
 
 from blip_ft.backbone import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.data import load_source
+from blip_ft.data.dataset import to_atoms
 from blip_ft.errors import BlipError, CheckpointError, DataError, RecipeError
 from blip_ft.export import export_native
 from blip_ft.potential import BayesianPotential
@@ -25,7 +28,7 @@ from blip_ft.variational.convert import plan
 from . import tiny_uma
 from .conservative import ConservativeContract
 from .contract import AdapterContract
-from .helpers import array, close, evaluate, same
+from .helpers import array, close, evaluate, evaluate_all, same
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("fairchem")
@@ -413,3 +416,22 @@ def test_export(tmp_path: Path, quartz: Atoms, kind: str) -> None:
 def test_an_export_cannot_hold_an_unknown_element(tmp_path: Path) -> None:
     with pytest.raises(BlipError, match="no element 118"):
         load(uma()).write_native(tmp_path / "m.pt", {118: 1.0})
+
+
+# ---- the stand-in ----------------------------------------------------------------------------
+
+
+@pytest.mark.backend("sevennet")
+def test_the_small_trained_model_is_what_its_description_says() -> None:
+    """Opened without trust, and as close to its teacher as is written beside it."""
+    from blip_ft.adapters.sevennet import SevenNetBackbone
+
+    file = Path(__file__).parents[1] / "models" / "sio2_uma.pt"
+    about = json.loads(file.with_suffix(".json").read_text())
+    model, teacher = load(file), SevenNetBackbone.load("7net-0")
+    assert model.origin["sha256"] == about["sha256"]
+    assert file.stat().st_size == about["bytes"] < 3_000_000
+    frames = [to_atoms(row, labels=False) for row in load_source("sio2_polymorphs@tridymite")][:6]
+    error = (evaluate_all(model, frames).forces - evaluate_all(teacher, frames).forces).abs().mean().item()
+    expected = about["error_against_teacher"]["polymorphs_tridymite"]["force_mae_mev_per_ang"]
+    assert 1000 * error == pytest.approx(expected, rel=0.5)

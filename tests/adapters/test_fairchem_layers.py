@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +120,10 @@ class TestLayer:
         if name == "so3":  # only scalars get noise per row
             assert torch.equal(layer.row_variance(x, variance)[:, 1:], torch.zeros(len(x), 8, 4))
             variance[1:] = 0
-        draws = variance.sqrt() * normal(4000, *layer.site.shape, seed=5)
+        draws = variance.sqrt() * normal(1500, *layer.site.shape, seed=5)
         rows = Rows.from_index(torch.arange(len(x)), len(x))
         outputs = torch.stack([layer.sampled(x, d.expand(len(x), *d.shape), rows) for d in draws])
-        torch.testing.assert_close(layer.row_variance(x, variance), outputs.var(dim=0), rtol=0.15, atol=1e-12)
+        torch.testing.assert_close(layer.row_variance(x, variance), outputs.var(dim=0), rtol=0.25, atol=1e-12)
 
     def test_noise_per_row_has_that_variance(self, name):
         layer, x, rows = make(name)
@@ -141,6 +140,26 @@ class TestLayer:
         variance = layer.row_variance(x, torch.full(layer.site.shape, 0.01).double())
         close(noisy - layer(x), variance.sqrt(), 1e-12)
         assert asked == [("x", True, variance[0].numel())]
+
+    def test_flipped_signs_are_a_weight_per_structure(self, name):
+        layer, x, rows = make(name)
+        weight = normal(*layer.site.shape, seed=3)
+        into, outof = normal(len(COUNTS), 5, seed=6).sign(), normal(len(COUNTS), 4, seed=7).sign()
+        without = layer(x)
+        layer.noise.weights, layer.noise.mode = {"x": weight[None]}, "flipout"
+        layer.noise.signs = lambda _site, n_in, n_out, _like: (into[:, :n_in], outof[:, :n_out])
+        signs = (outof[:, :, None] * into[:, None, :]).reshape(len(COUNTS), *[1] * (weight.dim() - 2), 4, 5)
+        close(layer(x) - without, layer.sampled(x, signs * weight, rows), 1e-12)
+
+    def test_invariants_do_not_turn(self, name):
+        layer, x, _ = make(name)
+        values = layer.invariants(x)
+        assert values.shape == (len(x), layer.n_invariants)
+        if name in ("scalars", "mixture"):
+            close(values, x.reshape(len(x), 5), 0)
+        else:  # any rotation of the components
+            turn = torch.linalg.qr(normal(x.shape[1], x.shape[1], seed=8)).Q
+            close(layer.invariants(torch.einsum("ab,nbc->nac", turn, x)), values, 1e-12)
 
     def test_merged_into_the_vendors_weight(self, name):
         layer, x, _ = make(name)
@@ -197,7 +216,7 @@ def frames(quartz: Atoms, ethanol: Atoms, boxed_atom: Atoms) -> list[Atoms]:
     return [ethanol, quartz, boxed_atom]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_experts": 0, "lmax": 3}, {"ff_type": "grid", "num_layers": 2}])
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 0, "lmax": 3}, {"ff_type": "grid"}])
 def test_every_draw_is_equivariant(tmp_path: Path, quartz: Atoms, changes: dict[str, Any]) -> None:
     model = FairchemBackbone.load(str(tiny_uma.uma(tmp_path / "uma.pt", **changes)), task="omat").double()
     stock = [evaluate(model, a) for a in (quartz, turned(quartz))]
@@ -277,13 +296,7 @@ def test_gradients_per_structure_are_those_of_autograd(tmp_path, frames, direct)
 # ---- mixtures --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compositions(quartz: Atoms, carbide: Atoms, ethanol: Atoms) -> Iterator[list[Atoms]]:
-    return iter([quartz, carbide, ethanol])
-
-
-@pytest.mark.parametrize("norm", ["softmax", "pnorm"])
-@pytest.mark.parametrize("experts", [4, 7])
+@pytest.mark.parametrize(("norm", "experts"), [("softmax", 4), ("softmax", 7), ("pnorm", 4)])
 def test_the_merged_model_is_the_same_for_all_compositions(tmp_path, quartz, carbide, ethanol, norm, experts):
     """The vendor's coefficients add up to 1 + 0.005 E (softmax) or 1: Delta is shared out accordingly."""
     file = tiny_uma.uma(tmp_path / "m.pt", num_experts=experts, moe_expert_coefficient_norm=norm)

@@ -81,7 +81,7 @@ def predict(folder: Path) -> None:
 
 def test_every_recipe_is_tested_here() -> None:
     ours = {n for n in shipped() if not n.endswith("_paper")}
-    assert ours == {"sio2_sevennet", "sio2_chgnet", "sio2_mace_mp", "sio2_orb"}
+    assert ours == {"sio2_sevennet", "sio2_chgnet", "sio2_mace_mp", "sio2_orb", "sio2_uma"}
     assert set(shipped()) - ours == {"ammonia_paper", "silica_glass_paper"}  # test_paper_recipes.py
 
 
@@ -152,6 +152,12 @@ def test_sio2_mace_mp(tmp_path: Path) -> None:
     predict(tmp_path)
     assert main(["export", str(tmp_path / "small"), "--draws", "2"]) == 0
     assert len(list((tmp_path / "small/export-native").glob("draw-*.model"))) == 2
+
+
+@pytest.mark.backend("fairchem")
+def test_sio2_uma(tmp_path: Path) -> None:
+    run("sio2_uma", tmp_path, f"model.checkpoint={STAND_INS / 'sio2_uma.pt'}")
+    predict(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in shipped() if not n.endswith("_paper")))
