@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import http.client
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -318,5 +319,10 @@ def calculator(head: str, device: torch.device, dtype: str, **source: Any) -> An
     import_mace()
     from mace.calculators import MACECalculator
 
-    with contained(loading="model_paths" in source):
-        return MACECalculator(device=str(device), default_dtype=dtype, head=head, **source)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns of the precision that is asked for here
+    try:
+        with contained(loading="model_paths" in source):
+            return MACECalculator(device=str(device), default_dtype=dtype, head=head, **source)
+    finally:
+        logging.disable(level)
