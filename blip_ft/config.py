@@ -94,6 +94,23 @@ class StreamConfig(Strict):
     posterior"""
 
 
+class ReplayConfig(Strict):
+    """Frames of a second source against forgetting, and frames that show how much was forgotten."""
+
+    source: Source | None = None
+    """frames that come with every step, in a term of their own beside the objective"""
+    labels: Literal["pretrained", "own"] = "pretrained"
+    """``pretrained``: the pretrained model's predictions; ``own``: their labels, after energy
+    references of their own"""
+    ratio: Positive = 0.25
+    """replayed frames per training frame"""
+    weight: Positive = 1.0
+    """1: a replayed frame pulls as much as a training frame"""
+    probe: Source | None = None
+    """frames on which the change from the pretrained model is reported after training
+    (``drift.json``); labels are not needed"""
+
+
 class DataConfig(Strict):
     """Where the frames come from."""
 
@@ -108,6 +125,8 @@ class DataConfig(Strict):
     context: Source | None = None
     """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
     the directions that matter there, beside those of ``posterior.context``"""
+    replay: ReplayConfig | None = None
+    """replay against forgetting and probe of the drift"""
     split: SplitConfig = SplitConfig()
     fields: dict[str, str] = {}
     """names of the labels in the source, where they are not found by themselves:

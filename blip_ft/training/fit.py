@@ -34,7 +34,7 @@ from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
 from blip_ft.data.checks import Finding
 from blip_ft.data.context import load_context
-from blip_ft.data.dataset import GraphCache
+from blip_ft.data.dataset import GraphCache, Item
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
@@ -46,6 +46,7 @@ from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
 from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import train
+from blip_ft.training.memory import Probe, describe, load_memory, load_probe
 from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
@@ -71,6 +72,8 @@ class Prepared:
     replay: list[Atoms] = field(default_factory=list)
     context: list[Atoms] = field(default_factory=list)
     stream: Callable[[int, int], FrameStream] | None = None
+    memory: list[Item] = field(default_factory=list)
+    probe: Probe | None = None
 
 
 def is_rank_zero() -> bool:
@@ -229,6 +232,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         replay,
         context,
         make_stream(recipe, splits, backbone),
+        load_memory(recipe, potential),
+        load_probe(recipe, potential),
     )
 
 
@@ -253,13 +258,17 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     if is_rank_zero():
         results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
     history: dict[str, list[dict[str, float]]] = {}
+    drift: dict[str, dict[str, float]] = {}
     posthoc = recipe.posterior.family == "posthoc_laplace"
     compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
     if compared or posthoc:
         logs = folder / "plain" if compared else folder
-        history["plain"] = train(recipe, potential, sets, logs, console, plain=True, stream=prepared.stream)
+        history["plain"] = train(
+            recipe, potential, sets, logs, console, plain=True, stream=prepared.stream, memory=prepared.memory
+        )
         if compared and is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
+            drift |= _drift(prepared, "plain", console)
     if posthoc:
         LaplaceFitter(recipe, potential, sets, console, prepared.context).fit()
         history["blip"] = history["plain"]
@@ -275,16 +284,30 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
             replay=prepared.replay,
             context=prepared.context,
             stream=prepared.stream,
+            memory=prepared.memory,
         )
     if not is_rank_zero():
         return {}
     results["blip"] = judge(
         recipe, potential, sets, draws=recipe.uncertainty.n_draws, console=console, what="BLIP"
     )
+    drift |= _drift(prepared, "blip", console)
+    if drift:
+        with whole_file(folder / "drift.json") as file:
+            json.dump(drift, file, indent=1)
     potential.calibration = results["blip"].calibration
     save_model(potential, folder / "model")
     receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
     return write_run(recipe, prepared, results, history, receipt, folder, console)
+
+
+def _drift(prepared: Prepared, model: str, console: Console) -> dict[str, dict[str, float]]:
+    """Change from the pretrained model on the probe frames; nothing where the recipe names none."""
+    if prepared.probe is None:
+        return {}
+    found = prepared.probe.drift(prepared.potential)
+    console.print(f"drift ({model}): {describe(found)}")
+    return {model: found}
 
 
 def reset_mean(potential: BayesianPotential) -> None:

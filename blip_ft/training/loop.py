@@ -17,6 +17,7 @@ from rich.console import Console
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
+from blip_ft.data.dataset import Item
 from blip_ft.data.stream import FrameStream
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
@@ -30,6 +31,7 @@ from blip_ft.training.callbacks import (
     WatchClamp,
 )
 from blip_ft.training.datamodule import FrameDataModule
+from blip_ft.training.memory import make_memory
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.replay import make_replay
 from blip_ft.training.subspace import SubspaceFitter
@@ -58,6 +60,7 @@ def train(
     replay: Sequence[Atoms] = (),
     context: Sequence[Atoms] = (),
     stream: Callable[[int, int], FrameStream] | None = None,
+    memory: Sequence[Item] = (),
 ) -> list[dict[str, float]]:
     """Train, and leave the potential in the state of its best epoch on the validation frames.
 
@@ -71,6 +74,7 @@ def train(
         replay: structures on which the pretrained model, which the potential must then still be, is to
             be remembered.
         context: unlabelled structures for the subspace posterior.
+        memory: labelled frames of ``data.replay``.
         stream: makes the batches of one rank where the training set is a stream.
 
     Returns:
@@ -118,6 +122,9 @@ def train(
         if fitter is not None:
             fitter.fit(final=True)
         return []
+    module.objective.memory = make_memory(
+        recipe, potential, list(memory), world=trainer.world_size, rank=trainer.global_rank
+    )
     if not plain and objective.kind == "function_kl":
         module.objective.replay = make_replay(
             potential,

@@ -66,6 +66,8 @@ class FineTuneModule(lightning.LightningModule):
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
         self._log("train/nll", step.data, batch=batch)
         self._log("train/kl", step.kl, batch=batch)
+        if self.objective.memory is not None:
+            self._log("train/replay", 0.0 if step.replay is None else step.replay, batch=batch)
         return loss
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:

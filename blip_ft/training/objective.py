@@ -30,6 +30,7 @@ from blip_ft.objectives import ElboScale, Likelihood, function_kl, label_crps
 from blip_ft.potential import BayesianPotential
 
 if TYPE_CHECKING:
+    from blip_ft.training.memory import Memory
     from blip_ft.training.replay import Replay
 
 
@@ -40,6 +41,7 @@ class StepLoss:
     loss: Tensor
     data: Tensor
     kl: Tensor
+    replay: Tensor | None = None
 
 
 class Objective:
@@ -66,11 +68,25 @@ class Objective:
     ) -> None:
         self.potential, self.likelihood, self.scale, self.recipe = potential, likelihood, scale, recipe
         self.plain, self.replay = plain, replay
+        #: frames of ``data.replay``, whose term stands beside every objective, plain too
+        self.memory: Memory | None = None
         options = recipe.objective
         self.kind = "elbo" if plain else options.kind
         self.draws = 1 if plain else options.draws or (1 if self.kind == "elbo" else 2)
 
     def __call__(self, batch: Batch, *, epoch: int, batch_index: int, step: int, world: int) -> StepLoss:
+        """Loss of a rank's share of a step, with the term of replayed frames; arguments as below."""
+        out = self._objective(batch, epoch=epoch, batch_index=batch_index, step=step, world=world)
+        share = None if self.memory is None else self.memory.batch(epoch, batch_index)
+        if self.memory is not None and share is not None:
+            share = share.to(batch.n_atoms.device)
+            samples, _ = self._samples(share, epoch, step)
+            nll = torch.stack([self.likelihood(p, share).total for p in samples]).mean(dim=0)
+            term = nll.sum() * self.memory.scale
+            out.loss, out.replay = out.loss + term, term.detach()
+        return out
+
+    def _objective(self, batch: Batch, *, epoch: int, batch_index: int, step: int, world: int) -> StepLoss:
         """Loss of a rank's share of a step.
 
         Args:
