@@ -92,6 +92,33 @@ def _fit(args: argparse.Namespace) -> None:
     fit(recipe)
 
 
+def _check(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from blip_ft.config import load_recipe
+
+    recipe = load_recipe(args.recipe, _overrides(args))
+    from blip_ft.check_data import check_data
+    from blip_ft.report.data_tables import print_report
+
+    console = Console(stderr=True)
+    columns = TextColumn("comparing frames with the model"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
+    model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
+    if args.json:
+        _show_json({"recipe": recipe.name, "model_name": model, **report.to_json()})
+    else:
+        out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+        print_report(out, f"{recipe.name}, {model}", report.summary, report.model, report.findings)
+    errors = [f for f in report.findings if f.severity == "error"]
+    if errors and (args.strict or not report.summary):
+        where = f"{errors[0].frames[0]}: " if errors[0].frames else ""
+        raise BlipError(f"{where}{errors[0].message}", remedy=errors[0].remedy)
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from blip_ft.data import FrameDataset, load_source
     from blip_ft.files import check_target, whole_file
@@ -360,6 +387,12 @@ def _parser() -> argparse.ArgumentParser:
     fit = command("fit", _fit, "fine-tune by a recipe and write the run's folder")
     fit.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(fit)
+
+    check = command("check", _check, "report on the data of a recipe, labels beside the pretrained model")
+    check.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    _add_overrides(check)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
     evaluate = command("evaluate", _evaluate, "compare a trained model with labelled structures")
     _add_model(evaluate)

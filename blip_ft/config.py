@@ -151,6 +151,12 @@ class DataConfig(Strict):
     batch_by: Literal["structures", "atoms", "edges"] = "structures"
     """what ``batch_size`` counts; ``atoms`` and ``edges`` bound the memory of a step where structures
     differ in size"""
+    check_frames: Annotated[int, Field(ge=0)] = 5000
+    """frames whose labels are compared with the pretrained model before training; of more, an even
+    sample; 0 for none"""
+    bad_labels: Literal["warn", "drop", "stop"] = "warn"
+    """what to do about labels that do not belong to their structures: ``warn``, ``drop`` these
+    frames (each is listed), or ``stop``"""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """structures per rank and step, or at most so many atoms or edges (``data.batch_by``)"""
     num_workers: Annotated[int, Field(ge=0)] = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_ft.config import load_recipe
-from blip_ft.data.checks import Finding
+from blip_ft.data.findings import Finding
 from blip_ft.errors import BlipError
 from blip_ft.report import write_report
 from blip_ft.uncertainty.calibration import Calibration
@@ -44,6 +44,7 @@ def rewrite_report(folder: str | Path) -> Path:
         receipt=receipt,
         findings=[Finding(**finding) for finding in receipt["data"]["findings"]],
         signatures=find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
+        data=_read(folder / "data_report.json") if (folder / "data_report.json").exists() else None,
     )
 
 

@@ -30,7 +30,7 @@ from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.predict import predict_atoms
 
-COMMANDS = ("fit", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
+COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
 
 
 def structure(n: int = 6, seed: int = 0, *, symbols: str = "SiO2SiO2", periodic: bool = True) -> Atoms:

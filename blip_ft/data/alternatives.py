@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
@@ -36,10 +37,26 @@ _AXES = sorted(
 )
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """A mistake that would explain wrong forces.
+
+    Attributes:
+        cause: ``axes``, ``factor``, ``frame`` (labels of another one), ``atoms`` (their order) or
+            ``unknown``.
+        text: the cause in words.
+        other: the frame whose labels these are, for ``frame``.
+    """
+
+    cause: str
+    text: str = ""
+    other: int | None = None
+
+
 def explain_forces(
     frame: int, structures: Sequence[Atoms], labels: Sequence[Floats], models: Sequence[Floats], usual: Floats
-) -> tuple[str, str]:
-    """Cause and its description; for labels of another frame the description is its number.
+) -> Explanation:
+    """What one frame with wrong forces looks like.
 
     Args:
         frame: the one with wrong forces.
@@ -47,31 +64,29 @@ def explain_forces(
         labels: (n, 3) forces of each.
         models: (n, 3) predicted forces of each.
         usual: (m,) usual error of each, eV/Å.
-
-    Returns:
-        ``("axes" | "factor" | "frame" | "atoms" | "unknown", text)``.
     """
     label, model = labels[frame], models[frame]
     error = _rms(label - model)
     limit = min(GAIN * error, CLOSE * float(usual[frame]))
     best = min(_AXES, key=lambda axes: _rms(_turned(label, axes) - model))
     if _rms(_turned(label, best) - model) < limit:
-        return "axes", _axes_text(best)
+        return Explanation("axes", _axes_text(best))
     square = float(np.sum(model**2))
     slope = float(np.sum(label * model)) / square if square else 0.0
     if slope > 0 and _rms(label / slope - model) < limit:
-        return "factor", f"{slope:.3g} times what they should be"
+        return Explanation("factor", f"{slope:.3g} times what they should be")
     other = _other_frame(frame, structures, labels, models, usual)
     if other is not None:
-        return "frame", str(other)
+        return Explanation("frame", other=other)
     if 1 < len(label) <= MAX_ATOMS:
         cost = np.sum((label[:, None, :] - model[None, :, :]) ** 2, axis=2)
         rows, columns = linear_sum_assignment(cost)
         ordered = np.empty_like(label)
         ordered[columns] = label[rows]
         if _rms(ordered - model) < limit:
-            return "atoms", f"{int(np.sum(columns != rows))} of {len(label)} atoms are in another order"
-    return "unknown", ""
+            moved = int(np.sum(columns != rows))
+            return Explanation("atoms", f"{moved} of {len(label)} atoms are in another order")
+    return Explanation("unknown")
 
 
 def _other_frame(
@@ -94,7 +109,8 @@ def _other_frame(
 
 def _turned(forces: Floats, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Floats:
     order, signs = axes
-    return forces[:, list(order)] * np.array(signs)
+    turned: Floats = forces[:, list(order)] * np.array(signs)
+    return turned
 
 
 def _axes_text(axes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:

@@ -8,8 +8,8 @@ user should know is a :class:`Finding`. Readers have already refused NaN and wro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
+from blip_ft.data.findings import Finding, place
+from blip_ft.data.frame_checks import contradict, lone_atoms, near_duplicates, net_forces, outliers
 from blip_ft.data.likely_units import Comparison, likely_unit
 from blip_ft.data.overlaps import worst_overlap
 from blip_ft.data.splits import Splits
@@ -27,7 +29,6 @@ from blip_ft.errors import DataError
 
 #: one row of the schema
 Row = dict[str, Any]
-Severity = Literal["error", "warning", "info"]
 #: ``predict(atoms)`` gives one dict per structure with ``energy`` (), ``forces`` (n, 3) and
 #: ``stress`` (6,) or (None or NaN where the model has none), eV and Å
 Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
@@ -38,30 +39,6 @@ UNIT_FRAMES = 16
 CORRELATED = 0.8
 #: slopes outside this range are remarkable even if no unit explains them
 PLAUSIBLE = (0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about the data that a user should know.
-
-    Attributes:
-        kind: ``label``, ``coverage``, ``geometry``, ``duplicate``, ``unit`` or ``sign``.
-        severity: ``error`` stops a run, ``warning`` may spoil it, ``info`` explains it.
-        frames: the frames it is about, each as ``"file, frame"``.
-        message: what was found.
-        remedy: what to do about it.
-    """
-
-    kind: str
-    severity: Severity
-    frames: list[str] = field(default_factory=list)
-    message: str = ""
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        shown = "; ".join(self.frames[:5]) + ("; ..." if len(self.frames) > 5 else "")
-        where = f" [{shown}]" if self.frames else ""
-        return f"{self.severity}: {self.message}{where}" + (f" - {self.remedy}" if self.remedy else "")
 
 
 # ---- frames ------------------------------------------------------------------------------------
@@ -94,9 +71,15 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
         findings += _coverage(role, rows)
         findings += _overlaps(role, rows, structures)
         findings += _copies(role, rows, structures)
+        findings += lone_atoms(role, rows, structures, backbone.cutoff)
+        findings += net_forces(role, rows)
+    findings += outliers([row for frames in splits.roles().values() for row in frames])
+    findings += near_duplicates(splits.roles())
     if splits.dropped:
         findings.append(
-            Finding("leak", "info", splits.dropped, f"{len(splits.dropped)} frames are left out of all roles")
+            Finding(
+                "coverage", "info", splits.dropped, f"{len(splits.dropped)} frames are left out of all roles"
+            )
         )
     return findings
 
@@ -104,13 +87,13 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
 def _coverage(role: str, rows: list[Row]) -> list[Finding]:
     findings = []
     for label in ("energy", "forces"):
-        without = [_place(row) for row in rows if row[label] is None]
+        without = [place(row) for row in rows if row[label] is None]
         if without:
             message = f"{role}: {len(without)} of {len(rows)} frames have no {label}"
             findings.append(
                 Finding("coverage", "info", without, message, "the label is left out of the loss there")
             )
-    senseless = [_place(row) for row in rows if row["stress"] is not None and not all(row["pbc"])]
+    senseless = [place(row) for row in rows if row["stress"] is not None and not all(row["pbc"])]
     if senseless:
         message = f"{role}: {len(senseless)} frames have a stress but are not periodic in all directions"
         findings.append(
@@ -126,7 +109,7 @@ def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Findi
         if found is not None:
             distance, i, j = found
             pair = "-".join(f"{chemical_symbols[atoms.numbers[k]]}{k}" for k in (i, j))
-            close.append(f"{_place(row)} ({pair} {distance:.2f} Å)")
+            close.append(f"{place(row)} ({pair} {distance:.2f} Å)")
     if not close:
         return []
     message = f"{role}: atoms overlap in {len(close)} of {len(rows)} frames"
@@ -134,15 +117,21 @@ def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Findi
 
 
 def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
-    copies = [_place(rows[i]) for i, head in enumerate(first_same(structures)) if i != head]
-    if not copies:
-        return []
-    message = f"{role}: {len(copies)} frames are copies of another one in the set"
-    return [Finding("duplicate", "info", copies, message, "they count twice; remove them if not meant")]
-
-
-def _place(row: Row) -> str:
-    return f"{row['source']}, frame {row['frame']}"
+    heads = first_same(structures)
+    copies = [i for i, head in enumerate(heads) if i != head]
+    findings = []
+    if copies:
+        message = f"{role}: {len(copies)} frames are copies of another one in the set"
+        notes = [place(rows[i], f"as frame {rows[heads[i]]['frame']}") for i in copies]
+        remedy = "they count twice; remove them if not meant"
+        findings.append(Finding("duplicate", "info", notes, message, remedy))
+    differ = [i for i in copies if contradict(rows[i], rows[heads[i]])]
+    if differ:
+        message = f"{role}: {len(differ)} frames have other labels than a frame of the same structure"
+        notes = [place(rows[i], f"and frame {rows[heads[i]]['frame']}") for i in differ]
+        remedy = "one of each two is wrong, or they are of two levels of theory: remove one"
+        findings.append(Finding("label", "warning", notes, message, remedy))
+    return findings
 
 
 # ---- units -------------------------------------------------------------------------------------
@@ -167,15 +156,29 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
     chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), UNIT_FRAMES)).round().astype(int))
     rows = [train[int(i)] for i in chosen]
     predictions = predict([to_atoms(row, labels=False) for row in rows])
-    findings: list[Finding] = []
+    findings = unit_findings(rows, predictions, use_stress=use_stress)
+    for quantity, finding in findings.items():
+        if finding.severity == "error":
+            raise DataError(finding.message, file=rows[0]["source"], field=quantity, remedy=finding.remedy)
+    return list(findings.values())
+
+
+def unit_findings(
+    rows: list[Row], predictions: Sequence[dict[str, Any]], *, use_stress: bool = True
+) -> dict[str, Finding]:
+    """What :func:`check_units` finds in given frames, by quantity; nothing is raised.
+
+    Args:
+        rows: of the schema.
+        predictions: of the pretrained model, one per row, see :data:`Predict`.
+        use_stress: a wrong unit of stress is an error rather than a warning.
+    """
+    findings: dict[str, Finding] = {}
     for quantity, compared in _comparisons(rows, predictions).items():
         finding = _judge(quantity, compared)
-        if finding is None:
-            continue
-        if finding.severity == "error" and (quantity != "stress" or use_stress):
-            raise DataError(finding.message, file=rows[0]["source"], field=quantity, remedy=finding.remedy)
-        milder: Severity = "warning" if finding.severity == "error" else finding.severity
-        findings.append(replace(finding, severity=milder))
+        if finding is not None:
+            mild = finding.severity == "error" and quantity == "stress" and not use_stress
+            findings[quantity] = replace(finding, severity="warning") if mild else finding
     return findings
 
 

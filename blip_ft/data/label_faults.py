@@ -10,7 +10,7 @@ are first explained as far as smooth functions of the structure explain them,
 
 and what is left is compared with what is usual for frames like this one. A frame is named if it is
 both far outside the usual (`RATIO`, `ENERGY_Z`) and wrong by an amount that matters (`SHARE`,
-`ENERGY_FLOOR`). For forces that are wrong the alternatives are tried: another order of atoms,
+`FORCE_FLOOR`, `ENERGY_FLOOR`). For forces that are wrong the alternatives are tried: another order of atoms,
 exchanged or inverted axes, a factor, the labels of another frame.
 
 The constants were set on seven sets and tested on others, see docs/data.md.
@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 from ase import Atoms
+from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from blip_ft.data.alternatives import explain_forces
@@ -35,13 +36,16 @@ MIN_FRAMES = 8
 #: an energy is wrong if its residual is this many local spreads ...
 ENERGY_Z = 4.5
 #: ... and at least this large, eV/atom
-ENERGY_FLOOR = 0.02
+ENERGY_FLOOR = 0.025
 #: forces are wrong if their residual is this many times the usual one ...
 RATIO = 2.5
-#: ... and this share of what two unrelated sets of forces would differ by
-SHARE = 0.25
-#: stresses likewise; models err more on them
-STRESS_RATIO, STRESS_SHARE = 4.0, 0.5
+#: ... this share of what two unrelated sets of forces would differ by, and at least so large, eV/Å
+SHARE, FORCE_FLOOR = 0.25, 0.05
+#: stresses likewise (eV/Å^3); models err more on them
+STRESS_RATIO, STRESS_SHARE, STRESS_FLOOR = 4.0, 0.5, 3e-3
+#: residuals so many spreads beyond the bulk take no part in any further fit; errors of forces,
+#: so many times what is usual for their size
+GROSS, _GROSS_RATIO = 10.0, 4.0
 #: below these a residual is as good as none: spread of energies, eV/atom; forces, eV/Å; stress, eV/Å^3
 _ENERGY_NOISE, _FORCE_NOISE, _STRESS_NOISE = 2e-3, 1e-2, 1e-3
 #: principal components of the features that the energy may be regressed on
@@ -53,6 +57,8 @@ _NEIGHBOURS = 15
 #: elements with features of their own; sets with more use the mean over all atoms
 _MAX_ELEMENTS = 8
 
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Label = Literal["energy", "forces", "stress"]
 
 
@@ -68,7 +74,8 @@ class Compared:
         model_energy: predicted energy.
         model_forces: (n, 3).
         model_stress: (6,) or ``None``.
-        features: (f,) sum of the model's atomic features per element, or ``None``.
+        features: {element: (f,) sum of the model's features of its atoms}, or ``None``.
+        group: trajectory, phase, ... or ``""``.
     """
 
     atoms: Atoms
@@ -79,6 +86,7 @@ class Compared:
     model_forces: Floats
     model_stress: Floats | None = None
     features: dict[int, Floats] | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,12 @@ class LabelFault:
     Attributes:
         index: of the frame.
         label: which one.
-        cause: ``offset``, ``atoms`` (order), ``axes``, ``factor``, ``frame`` (labels of another
-            one) or ``unknown``.
+        cause: ``offset`` (energies), ``group`` (energies that are off in all frames of a group, which may be the model's error), ``atoms`` (order), ``axes``, ``factor``, ``frame``
+            (labels of another one) or ``unknown``.
         size: error in eV/atom (energy, signed), eV/Å (forces, rms) or eV/Å^3 (stress, rms).
         usual: what is usual for such frames, same unit.
-        text: the cause in words.
+        text: details of the cause.
+        other: the frame whose labels these are, for ``frame``.
     """
 
     index: int
@@ -101,23 +110,45 @@ class LabelFault:
     size: float
     usual: float
     text: str = ""
+    other: int | None = None
 
 
-def find_label_faults(frames: Sequence[Compared]) -> list[LabelFault]:
-    """Name the labels that are wrong.
+@dataclass
+class LabelCheck:
+    """The faults, and what they were judged by; arrays are NaN where there is no label.
+
+    Attributes:
+        faults: in the order of the frames, at most one per frame and label.
+        energy: (m,) residual that composition and features do not explain, eV/atom.
+        energy_usual: (m,) its usual size.
+        forces: (m,) rms residual that the pair potential does not explain, eV/Å.
+        forces_usual: (m,) its usual size.
+    """
+
+    faults: list[LabelFault]
+    energy: Floats
+    energy_usual: Floats
+    forces: Floats
+    forces_usual: Floats
+
+
+def check_labels(frames: Sequence[Compared]) -> LabelCheck:
+    """Judge the labels of one set and name those that are wrong.
 
     Args:
-        frames: of one set, in one unit.
-
-    Returns:
-        Faults in the order of the frames; at most one per frame and label. Empty for fewer than
-        :data:`MIN_FRAMES` frames.
+        frames: all in one unit. Fewer than :data:`MIN_FRAMES` say nothing about what is usual,
+            and no fault is found then.
     """
+    none = [np.full(len(frames), np.nan) for _ in range(4)]
+    check = LabelCheck([], *none)
     if len(frames) < MIN_FRAMES:
-        return []
+        return check
     space = _Space(frames)
-    faults = [*_force_faults(frames, space), *_energy_faults(frames, space), *_stress_faults(frames, space)]
-    return sorted(faults, key=lambda fault: (fault.index, fault.label))
+    check.faults += _force_faults(frames, space, check)
+    check.faults += _energy_faults(frames, space, check)
+    check.faults += _stress_faults(frames, space)
+    check.faults.sort(key=lambda fault: (fault.index, fault.label))
+    return check
 
 
 # ---- what frames are like --------------------------------------------------------------------
@@ -146,15 +177,24 @@ class _Space:
         self.components = u[:, strong] * np.sqrt(len(frames))
         self.weights = s[strong] / s[0] if strong.any() else s[strong]
 
-    def usual(self, residual: Floats, members: Floats) -> Floats:
-        """Spread of the residuals of the frames most like each one, at least that of all."""
-        k = min(_NEIGHBOURS, len(members) - 1)
+    def usual(self, residual: Floats, members: Ints, gross: Bools) -> Floats:
+        """Spread of the residuals of the frames most like each one, at least that of all.
+
+        Frames that are ``gross`` are nobody's neighbours: bad frames may well be alike.
+        """
+        good = np.flatnonzero(~gross)
+        everywhere = spread(residual[good])
         near = (self.components * self.weights)[members, :_NEIGHBOURS]
-        if k < 5 or not near.shape[1]:
-            return np.full(len(members), spread(residual))
-        _, neighbours = KDTree(near).query(near, k=k + 1)
-        local = 1.4826 * np.median(np.abs(residual)[neighbours[:, 1:]], axis=1)
-        return np.maximum(local, spread(residual))
+        k = min(_NEIGHBOURS + 1, len(good))
+        if k < 6 or not near.shape[1]:
+            return np.full(len(members), everywhere)
+        _, neighbours = KDTree(near[good]).query(near, k=k)
+        neighbours = good[neighbours]
+        other = neighbours != np.arange(len(members))[:, None]
+        other[other.all(axis=1), -1] = False  # gross frames do not find themselves
+        size = np.abs(residual)[neighbours[other].reshape(len(members), k - 1)]
+        usual: Floats = np.maximum(1.4826 * np.median(size, axis=1), everywhere)
+        return usual
 
 
 def _features(frames: Sequence[Compared], elements: list[int], functions: PairFunctions) -> Floats:
@@ -166,33 +206,59 @@ def _features(frames: Sequence[Compared], elements: list[int], functions: PairFu
     for row, frame in zip(rows, frames, strict=True):
         for z, value in (frame.features or {}).items():
             row[elements.index(z)] = value / len(frame.atoms)
-    if len(elements) > _MAX_ELEMENTS:
-        return rows.sum(axis=1)
-    return rows.reshape(len(frames), -1)
+    flat: Floats = rows.sum(axis=1) if len(elements) > _MAX_ELEMENTS else rows.reshape(len(frames), -1)
+    return flat
 
 
 # ---- energies ----------------------------------------------------------------------------------
 
 
-def _energy_faults(frames: Sequence[Compared], space: _Space) -> list[LabelFault]:
-    members = np.array([i for i, f in enumerate(frames) if f.energy is not None], dtype=int)
+def _energy_faults(frames: Sequence[Compared], space: _Space, check: LabelCheck) -> list[LabelFault]:
+    # a lone atom is a reference, not a structure that the model was trained on
+    members = np.array(
+        [i for i, f in enumerate(frames) if f.energy is not None and (len(f.atoms) > 1 or f.atoms.pbc.any())],
+        dtype=int,
+    )
     if len(members) < MIN_FRAMES:
         return []
     target = np.array([_energy_residual(frames[i]) for i in members])
-    residual = _smooth_residual(target, space, members)
-    usual = np.maximum(space.usual(residual, members), _ENERGY_NOISE)
+    plain = robust_fit(space.composition[members], target).residual
+    gross = np.abs(plain) > max(GROSS * spread(plain), 4 * ENERGY_FLOOR)
+    residual = _smooth_residual(target, space, members, gross)
+    usual = np.maximum(space.usual(residual, members, gross), _ENERGY_NOISE)
+    check.energy[members], check.energy_usual[members] = residual, usual
     wrong = (np.abs(residual) > ENERGY_Z * usual) & (np.abs(residual) > ENERGY_FLOOR)
+    shared, own = _shared_residual(frames, members, residual)
+    alone = np.abs(residual - shared) > np.maximum(ENERGY_FLOOR, ENERGY_Z * own)
+    alone |= np.abs(shared) < ENERGY_FLOOR / 2
     return [
         LabelFault(
             int(members[k]),
             "energy",
-            "offset",
+            "offset" if alone[k] else "group",
             float(residual[k]),
             float(usual[k]),
-            f"off by {1e3 * residual[k]:+.0f} meV/atom where {1e3 * usual[k]:.1f} is usual",
         )
         for k in np.flatnonzero(wrong)
     ]
+
+
+def _shared_residual(frames: Sequence[Compared], members: Ints, residual: Floats) -> tuple[Floats, Floats]:
+    """(m,) median residual of the other frames of the same group and atoms, and their spread.
+
+    A structure that the model and the smooth functions describe badly is off in all its frames.
+    Both are 0 where there are fewer than three others.
+    """
+    alike: dict[tuple[str, bytes], list[int]] = {}
+    for k, i in enumerate(members):
+        alike.setdefault((frames[i].group, np.sort(frames[i].atoms.numbers).tobytes()), []).append(k)
+    shared, own = np.zeros(len(members)), np.zeros(len(members))
+    for group in alike.values():
+        if len(group) > 3:
+            for k in group:
+                others = residual[[other for other in group if other != k]]
+                shared[k], own[k] = np.median(others), spread(others)
+    return shared, own
 
 
 def _energy_residual(frame: Compared) -> float:
@@ -200,7 +266,7 @@ def _energy_residual(frame: Compared) -> float:
     return (frame.energy - frame.model_energy) / len(frame.atoms)
 
 
-def _smooth_residual(target: Floats, space: _Space, members: Floats) -> Floats:
+def _smooth_residual(target: Floats, space: _Space, members: Ints, gross: Bools) -> Floats:
     """What the best of a few regressions on composition and features leaves over, eV/atom."""
     target = target - np.median(target)
     best, best_score = target, np.inf
@@ -210,8 +276,8 @@ def _smooth_residual(target: Floats, space: _Space, members: Floats) -> Floats:
         design = np.concatenate(
             [space.composition, space.components[:, :k] * np.sqrt(space.weights[:k])], axis=1
         )
-        residual = robust_fit(design[members], target).residual
-        score = trimmed_rms(residual)
+        residual = robust_fit(design[members], target, exclude=gross).residual
+        score = trimmed_rms(residual[~gross])
         if score < best_score:
             best, best_score = residual, score
     return best
@@ -220,7 +286,7 @@ def _smooth_residual(target: Floats, space: _Space, members: Floats) -> Floats:
 # ---- forces ------------------------------------------------------------------------------------
 
 
-def _force_faults(frames: Sequence[Compared], space: _Space) -> list[LabelFault]:
+def _force_faults(frames: Sequence[Compared], space: _Space, check: LabelCheck) -> list[LabelFault]:
     members = [i for i, f in enumerate(frames) if f.forces is not None and len(f.atoms) > 1]
     if len(members) < MIN_FRAMES:
         return []
@@ -233,42 +299,43 @@ def _force_faults(frames: Sequence[Compared], space: _Space) -> list[LabelFault]
     models = [a + b for a, b in zip(models, added, strict=True)]
     error = np.array([_rms(a - b) for a, b in zip(labels, models, strict=True)])
     size = np.array([_rms(b) for b in models])
-    usual = _usual_error(error, size, space, np.array(members), _FORCE_NOISE)
     apart = np.array([np.hypot(_rms(a), _rms(b)) for a, b in zip(labels, models, strict=True)])
-    wrong = np.flatnonzero((error > RATIO * usual) & (error > SHARE * np.maximum(apart, 3 * _FORCE_NOISE)))
+    large = error > np.maximum(SHARE * apart, FORCE_FLOOR)
+    usual = _usual_error(error, size, large, space, np.array(members), _FORCE_NOISE)
+    wrong = np.flatnonzero((error > RATIO * usual) & large)
+    check.forces[members], check.forces_usual[members] = error, usual
     faults = []
     for k in wrong:
-        cause, text = explain_forces(int(k), structures, labels, models, usual)
-        if cause == "frame":
-            other = int(text)
-            text = f"look like those of frame #{members[other]}"  # replaced by its name in a report
-            faults.append(
-                LabelFault(
-                    members[k], "forces", cause, float(error[k]), float(usual[k]), str(members[other])
-                )
-            )
-            continue
-        faults.append(LabelFault(members[k], "forces", cause, float(error[k]), float(usual[k]), text))
+        why = explain_forces(int(k), structures, labels, models, usual)
+        other = None if why.other is None else members[why.other]
+        faults.append(
+            LabelFault(members[k], "forces", why.cause, float(error[k]), float(usual[k]), why.text, other)
+        )
     return faults
 
 
-def _usual_error(error: Floats, size: Floats, space: _Space, members: Floats, floor: float) -> Floats:
+def _usual_error(
+    error: Floats, size: Floats, large: Bools, space: _Space, members: Ints, floor: float
+) -> Floats:
     """Error that is usual for the size of the predicted values and the kind of structure.
 
-    Logarithms are regressed on log size, its square, composition and features, robustly.
+    Logarithms are regressed on log size, its square, composition and features, robustly; without
+    the features first, and frames that are ``large`` and far off then are left out of the second
+    fit, which could explain them: bad frames may well be alike.
     """
     log_error = np.log(np.maximum(error, 0.2 * floor))
     log_size = np.log(np.maximum(size, 2.0 * floor))
     k = min(8, len(members) // 10, space.components.shape[1])
-    design = np.column_stack(
-        [
-            log_size - log_size.mean(),
-            log_size**2 - np.mean(log_size**2),
-            space.composition[members],
-            (space.components[:, :k] * np.sqrt(space.weights[:k]))[members],
-        ]
+    plain = np.column_stack(
+        [log_size - log_size.mean(), log_size**2 - np.mean(log_size**2), space.composition[members]]
     )
-    return np.maximum(np.exp(log_error - robust_fit(design, log_error, ridge=1e-3).residual), floor)
+    first = robust_fit(plain, log_error, ridge=1e-3)
+    gross = large & (first.residual > np.log(_GROSS_RATIO))
+    if gross.mean() > 0.5:
+        gross[:] = False
+    design = np.column_stack([plain, (space.components[:, :k] * np.sqrt(space.weights[:k]))[members]])
+    fit = robust_fit(design, log_error, ridge=1e-3, exclude=gross)
+    return np.maximum(np.exp(log_error - fit.residual), floor)
 
 
 # ---- stress ------------------------------------------------------------------------------------
@@ -291,9 +358,10 @@ def _stress_faults(frames: Sequence[Compared], space: _Space) -> list[LabelFault
     models = models + np.median(labels - models, axis=0)
     error = np.array([_rms(a - b) for a, b in zip(labels, models, strict=True)])
     size = np.array([_rms(b) for b in models])
-    usual = _usual_error(error, size, space, members, _STRESS_NOISE)
     apart = np.array([np.hypot(_rms(a), _rms(b)) for a, b in zip(labels, models, strict=True)])
-    wrong = (error > STRESS_RATIO * usual) & (error > STRESS_SHARE * np.maximum(apart, 3 * _STRESS_NOISE))
+    large = error > np.maximum(STRESS_SHARE * apart, STRESS_FLOOR)
+    usual = _usual_error(error, size, large, space, members, _STRESS_NOISE)
+    wrong = (error > STRESS_RATIO * usual) & large
     return [
         LabelFault(int(members[k]), "stress", "unknown", float(error[k]), float(usual[k]))
         for k in np.flatnonzero(wrong)

@@ -137,7 +137,9 @@ def _fit(
         return None
     rng = np.random.default_rng(0)
     share = min(1.0, MAX_ROWS / rows, MAX_NUMBERS / (rows * functions.size))
-    chosen = known if share == 1.0 else sorted(rng.choice(known, max(5, int(share * len(known))), replace=False))
+    chosen = (
+        known if share == 1.0 else sorted(rng.choice(known, max(5, int(share * len(known))), replace=False))
+    )
     parts = []
     for i in chosen:
         residual = residuals[i]
@@ -146,7 +148,7 @@ def _fit(
         parts.append((designs[i], residual.reshape(-1)))
     grams = [x.T @ x / len(x) for x, _ in parts] if functions.size <= 100 else None
     sides = [x.T @ y / len(x) for x, y in parts]
-    weight = np.ones(len(parts))
+    weight: Floats = np.ones(len(parts))
     coefficients = np.zeros(functions.size)
     for step in range(_STEPS):
         gram = np.zeros((functions.size, functions.size))

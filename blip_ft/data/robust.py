@@ -50,29 +50,33 @@ class RobustFit:
     scale: float
 
 
-def robust_fit(design: Floats, target: Floats, *, ridge: float = 1e-4) -> RobustFit:
+def robust_fit(
+    design: Floats, target: Floats, *, ridge: float = 1e-4, exclude: NDArray[np.bool_] | None = None
+) -> RobustFit:
     """Fit ``target`` by the columns of ``design`` and a constant.
 
     Args:
         design: (m, p), columns of about unit size.
         target: (m,).
         ridge: penalty on the coefficients, not on the constant, in units of m.
+        exclude: (m,) points that never get any weight.
     """
     m = len(target)
+    taken = np.ones(m, dtype=bool) if exclude is None or exclude.all() else ~exclude
     columns = np.concatenate([design, np.ones((m, 1))], axis=1)
     penalty = np.diag(np.append(np.full(design.shape[1], ridge), 1e-12))
-    weight, residual, leverage, scale = np.ones(m), target, np.zeros(m), 0.0
+    weight, residual, leverage, scale = taken.astype(float), target, np.zeros(m), 0.0
     for step in range(_STEPS):
         gram = (columns * weight[:, None]).T @ columns + max(weight.sum(), 1.0) * penalty
         solution = np.linalg.solve(gram, np.column_stack([columns.T @ (weight * target), columns.T]))
         residual = target - columns @ solution[:, 0]
         leverage = np.clip(weight * np.einsum("mp,pm->m", columns, solution[:, 1:]), 0.0, _LEVERAGE)
-        scale = max(spread(residual), 1e-12)
+        scale = max(spread(residual[taken]), 1e-12)
         size = np.abs(residual) / scale
         if step < _HUBER_STEPS:
-            weight = np.minimum(1.0, _HUBER / np.maximum(size, 1e-12))
+            weight = taken * np.minimum(1.0, _HUBER / np.maximum(size, 1e-12))
         else:
-            weight = np.where(size < _TUKEY, (1.0 - (size / _TUKEY) ** 2) ** 2, 0.0)
+            weight = taken * np.where(size < _TUKEY, (1.0 - (size / _TUKEY) ** 2) ** 2, 0.0)
     return RobustFit(residual / (1.0 - leverage), weight, scale)
 
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from blip_ft.config import Recipe
 from blip_ft.files import whole_file
-from blip_ft.report import plots, tables
+from blip_ft.report import data_tables, plots, tables
+from blip_ft.report.data_plots import label_figure
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
@@ -64,6 +65,7 @@ def write_report(
     receipt: Mapping[str, Any],
     findings: Sequence[FindingLike],
     signatures: Sequence[Signature],
+    data: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html``; it gets its name once it is complete.
 
@@ -79,6 +81,8 @@ def write_report(
         receipt: JSON-like; every entry becomes a section, whatever its depth.
         findings: of the data checks.
         signatures: of failures, see ``blip_ft.uncertainty.signatures``.
+        data: ``summary``, ``model`` and ``frames`` of the data report
+            (``blip_ft.data.examine.DataReport``), where there is one.
 
     Returns:
         Path of the file.
@@ -101,6 +105,9 @@ def write_report(
         calibration=_calibration_rows(calibration),
         receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
         findings=sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
+        data_roles=list(data["summary"]) if data else [],
+        data_rows=data_tables.summary_rows(data["summary"], data["model"]) if data else [],
+        data_figure=_data_figure(data),
         signatures=sorted(signatures, key=lambda s: s.severity != "error"),
     )
     path = Path(folder) / "report.html"
@@ -189,6 +196,19 @@ def _figures(
             "One point per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
         )
     return out
+
+
+def _data_figure(data: Mapping[str, Any] | None) -> Picture | None:
+    if not data or not data["frames"].get("role"):
+        return None
+    title = "Labels beside the pretrained model"
+    return Picture(
+        title,
+        Markup(to_svg(label_figure(data["frames"], CSS), title)),
+        "What composition and smooth functions of the structure do not explain of label minus model. "
+        "Middle: inside the band no energy is called wrong. Right: rms of a frame's forces; on the line "
+        "it is as large as usual for such a frame, above the dashed one the forces may be wrong.",
+    )
 
 
 def _calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:

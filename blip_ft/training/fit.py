@@ -28,18 +28,19 @@ import torch
 from ase import Atoms
 from rich.console import Console
 
-from blip_ft.backbone import get_adapter
+from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.checkpoint import require_space, save_model
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
-from blip_ft.data.checks import Finding
 from blip_ft.data.context import load_context
 from blip_ft.data.dataset import GraphCache, Item
+from blip_ft.data.examine import DataReport, examine, without_bad_labels
+from blip_ft.data.findings import Finding
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
 from blip_ft.data.stream import FrameStream, make_stream
-from blip_ft.errors import BlipError, RecipeError
+from blip_ft.errors import BlipError, DataError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
@@ -74,6 +75,7 @@ class Prepared:
     stream: Callable[[int, int], FrameStream] | None = None
     memory: list[Item] = field(default_factory=list)
     probe: Probe | None = None
+    report: DataReport | None = None
 
 
 def is_rank_zero() -> bool:
@@ -166,6 +168,16 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
+    calculator = backbone.stock_calculator()
+    report: DataReport | None = None
+    if not options.from_scratch:  # initial weights know no units and no labels to compare with
+        findings += check_units(
+            splits.train,
+            lambda atoms: gates.stock_predictions(calculator, atoms),
+            use_stress=recipe.objective.use_stress,
+        )
+        splits, report = _labels_checked(recipe, splits, backbone, findings)
+        findings = report.findings
     replay = replayed(recipe, splits.train, backbone)
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
@@ -179,16 +191,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
         console.print(f"labels of {line}", markup=False)
 
-    calculator = backbone.stock_calculator()
     double = copy.deepcopy(backbone).double().stock_calculator()
     probe = _spread(sets, GATE_FRAMES)
     stock = gates.stock_predictions(calculator, probe)
-    if not options.from_scratch:  # initial weights know no units to compare with
-        findings += check_units(
-            splits.train,
-            lambda atoms: gates.stock_predictions(calculator, atoms),
-            use_stress=recipe.objective.use_stress,
-        )
 
     potential = BayesianPotential(
         backbone,
@@ -234,7 +239,40 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         make_stream(recipe, splits, backbone),
         load_memory(recipe, potential),
         load_probe(recipe, potential),
+        report,
     )
+
+
+def _labels_checked(
+    recipe: Recipe, splits: Splits, backbone: Backbone, findings: list[Finding]
+) -> tuple[Splits, DataReport]:
+    """The data report, and the splits without what the recipe wants dropped.
+
+    Raises:
+        DataError: ``data.bad_labels`` is ``stop`` and there are some, or nothing would be left.
+    """
+    report = examine(
+        splits,
+        backbone,
+        findings=findings,
+        use_stress=recipe.objective.use_stress,
+        most=recipe.data.check_frames,
+    )
+    if report.bad and recipe.data.bad_labels == "drop":
+        return without_bad_labels(splits, report), report
+    if report.bad and recipe.data.bad_labels == "stop":
+        role, bad = next(iter(report.bad.items()))
+        index, reason = next(iter(bad.items()))
+        row = splits.roles()[role][index]
+        n = sum(len(rows) for rows in report.bad.values())
+        raise DataError(
+            f"{n} frames have labels that do not belong to their structures, the first: {reason}",
+            file=row["source"],
+            frame=row["frame"],
+            field=reason.partition(" ")[0],
+            remedy="blip-finetune check lists all; mend or remove them, or set data.bad_labels to drop or warn",
+        )
+    return splits, report
 
 
 def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
@@ -335,6 +373,8 @@ def write_run(
     calibration = results["blip"].calibration
     signatures = find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"])
     splits = prepared.splits
+    report = prepared.report
+    data = None if report is None else report.to_json() | {"frames": report.frames}
     files = {
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
         "splits.json": json.dumps(splits_file.to_json(splits.roles(), splits.rule, splits.dropped)),
@@ -342,6 +382,7 @@ def write_run(
         "calibration.json": json.dumps(calibration.to_dict(), indent=1),
         "history.json": json.dumps(history, indent=1),
         "metrics.json": json.dumps(metrics, indent=1),
+        "data_report.json": json.dumps(data, indent=1),
     }
     for name, text in files.items():
         with whole_file(folder / name) as file:
@@ -360,6 +401,7 @@ def write_run(
         receipt=receipt,
         findings=prepared.findings,
         signatures=signatures,
+        data=data,
     )
     for signature in signatures:
         console.print(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from blip_ft.config import DataConfig
 from blip_ft.data import FrameDataset
-from blip_ft.data.checks import Finding
+from blip_ft.data.findings import Finding
 from blip_ft.data.references import References, fit_references, given_references, refit_references
 from blip_ft.errors import DataError, nearest
 from blip_ft.potential import BayesianPotential

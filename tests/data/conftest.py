@@ -50,9 +50,9 @@ def frames() -> Callable[..., list[Atoms]]:
             atoms = Atoms("Si2O4", scaled_positions=SCALED, cell=CELL, pbc=True)
             atoms.positions += rng.normal(0, 0.1, (6, 3))
             stress = rng.normal(0, 0.01, 6)
-            atoms.calc = SinglePointCalculator(
-                atoms, energy=rng.normal(-50, 1), forces=rng.normal(0, 1, (6, 3)), stress=stress
-            )
+            energy, forces = rng.normal(-50, 1), rng.normal(0, 1, (6, 3))
+            forces -= forces.mean(axis=0)
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
             result.append(atoms)
         return result
 

@@ -104,7 +104,7 @@ def test_copies_in_one_role_are_mentioned(frames: Frames, save: Save, backbone: 
     some = frames(2)
     (finding,) = check_frames(splits(load_source(save([*some, some[0]]))), backbone)
     assert (finding.kind, finding.severity) == ("duplicate", "info")
-    assert finding.frames[0].endswith("frame 2")
+    assert finding.frames[0].endswith("frame 2 (as frame 0)")
 
 
 def test_dropped_frames_are_listed(frames: Frames, save: Save, backbone: FakeBackbone) -> None:

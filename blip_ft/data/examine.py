@@ -1,0 +1,410 @@
+"""The data report: everything that can be said about a set before anything is trained on it.
+
+``examine`` looks at every frame of every role and at the labels beside a pretrained model's
+predictions. It is what ``blip-finetune check`` prints and a part of ``blip-finetune fit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.data import chemical_symbols
+from ase.formula import Formula
+
+from blip_ft.backbone import Backbone
+from blip_ft.data.checks import Row, check_frames, unit_findings
+from blip_ft.data.dataset import to_atoms
+from blip_ft.data.findings import SEVERITIES, Finding, place
+from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelCheck, LabelFault, check_labels
+from blip_ft.data.leaks import group_leaks
+from blip_ft.data.robust import Floats
+from blip_ft.data.splits import Splits
+from blip_ft.errors import DataError
+
+#: frames whose labels are compared with the pretrained model; of more, an even sample
+MAX_COMPARED = 5000
+#: atoms per call of the model, which takes some MB for each while it differentiates
+_BATCH_ATOMS = 400
+
+
+@dataclass
+class DataReport:
+    """What ``examine`` found.
+
+    Attributes:
+        findings: errors first.
+        summary: ``{role: {...}}``: counts, elements and ranges, see :func:`summarise`.
+        model: ``{role: {...}}``: errors of the pretrained model, see :func:`model_errors`.
+        frames: one entry per frame that was compared, for plots: ``role``, ``energy`` and
+            ``energy_residual`` (eV/atom, relative), ``forces`` (rms label), ``forces_residual``,
+            ``forces_usual`` (eV/Å), ``fault``.
+        bad: ``{role: {row: reason}}`` of the frames with a wrong label.
+    """
+
+    findings: list[Finding]
+    summary: dict[str, dict[str, Any]]
+    model: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frames: dict[str, list[Any]] = field(default_factory=dict)
+    bad: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "summary": self.summary,
+            "model": self.model,
+            "findings": [f.to_json() for f in self.findings],
+        }
+
+
+def examine(
+    splits: Splits,
+    backbone: Backbone,
+    *,
+    findings: Sequence[Finding] | None = None,
+    use_stress: bool = False,
+    most: int = MAX_COMPARED,
+    progress: Callable[[int, int], Any] | None = None,
+) -> DataReport:
+    """Look at all frames, and at their labels beside the pretrained model.
+
+    Args:
+        splits: frames of every role.
+        backbone: the pretrained model, as loaded.
+        findings: of ``check_frames``, ``group_leaks`` and ``check_units`` where they have been
+            called; otherwise all are done here, and a wrong unit is a finding, not an error.
+        use_stress: stress will be trained on.
+        most: frames to compare with the model; of more, an even sample is taken and said so.
+        progress: called with the number of frames predicted and of all that will be.
+
+    Raises:
+        DataError: an empty role, a frame without labels, or an element the model does not know.
+    """
+    roles = splits.roles()
+    found = list(check_frames(splits, backbone) + group_leaks(splits) if findings is None else findings)
+    report = DataReport(found, {name: summarise(frames) for name, frames in roles.items()})
+    chosen = _chosen(roles, most)
+    total = sum(len(frames) for frames in roles.values())
+    if len(chosen) < total:
+        message = f"labels of {len(chosen)} of {total} frames, evenly taken, are compared with the model"
+        found.append(Finding("coverage", "info", [], message, "data.check_frames sets their number"))
+    names, rows = [name for name, _ in chosen], [roles[name][index] for name, index in chosen]
+    compared = compare(rows, backbone, progress)
+    report.model = model_errors(names, compared)
+    wrong_unit = False
+    if findings is None:
+        units_found, wrong_unit = _units(names, rows, compared, use_stress)
+        found += units_found
+    if not wrong_unit:  # everything looks wrong until the unit is right
+        check = check_labels(compared)
+        found += label_findings(check.faults, rows)
+        report.frames = _curves(names, compared, check)
+        for fault in (f for f in check.faults if f.cause != "group"):
+            role, index = chosen[fault.index]
+            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
+        if 0 < len(compared) < MIN_FRAMES:
+            message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
+            found.append(Finding("coverage", "info", [], message))
+    found.sort(key=lambda f: SEVERITIES.index(f.severity))
+    return report
+
+
+def without_bad_labels(splits: Splits, report: DataReport) -> Splits:
+    """The splits without the frames of ``report.bad``, each listed among the dropped ones.
+
+    Raises:
+        DataError: nothing would be left of a role.
+    """
+    kept, dropped = {}, list(splits.dropped)
+    for name, frames in splits.roles().items():
+        bad = report.bad.get(name, {})
+        kept[name] = frames.select([i for i in range(len(frames)) if i not in bad]) if bad else frames
+        dropped += [f"{place(frames[i])}: wrong label, {reason}" for i, reason in sorted(bad.items())]
+        if not len(kept[name]):
+            raise DataError(
+                f"every frame of {name} has a wrong label",
+                field="data.bad_labels",
+                remedy="see blip-finetune check, and mend the labels",
+            )
+    n = sum(len(bad) for bad in report.bad.values())
+    tests = {name.removeprefix("test/"): f for name, f in kept.items() if name.startswith("test/")}
+    rule = f"{splits.rule} {n} frames with a wrong label are left out."
+    return replace(
+        splits,
+        train=kept["train"],
+        validation=kept["validation"],
+        calibration=kept["calibration"],
+        test=tests,
+        rule=rule,
+        dropped=dropped,
+    )
+
+
+# ---- what the set is -------------------------------------------------------------------------
+
+
+def summarise(frames: datasets.Dataset) -> dict[str, Any]:
+    """Counts, elements, compositions, ranges of labels; energies eV/atom, forces eV/Å, stress GPa."""
+    n, energy, largest, rms, pressure = [], [], [], [], []
+    stress_range = [np.inf, -np.inf]
+    elements: set[int] = set()
+    compositions: set[tuple[int, ...]] = set()
+    labels = {"energy": 0, "forces": 0, "stress": 0}
+    for row in frames:
+        n.append(len(row["numbers"]))
+        elements |= set(row["numbers"])
+        compositions.add(tuple(np.bincount(row["numbers"])))
+        for label in labels:
+            labels[label] += row[label] is not None
+        if row["energy"] is not None:
+            energy.append(row["energy"] / n[-1])
+        if row["forces"] is not None:
+            norms = np.linalg.norm(row["forces"], axis=1)
+            largest.append(float(norms.max()))
+            rms.append(float(np.sqrt(np.mean(norms**2) / 3.0)))
+        if row["stress"] is not None:
+            values = np.asarray(row["stress"]) / units.GPa
+            pressure.append(float(-values[:3].mean()))
+            stress_range = [min(stress_range[0], values.min()), max(stress_range[1], values.max())]
+    return {
+        "frames": len(n),
+        "atoms": int(np.sum(n)),
+        "atoms_per_frame": _range(n),
+        "elements": [chemical_symbols[z] for z in sorted(elements)],
+        "compositions": len(compositions),
+        "groups": len(set(frames["group"]) - {""}),
+        "labels": labels,
+        "energy_ev_per_atom": _range(energy),
+        "force_rms_ev_per_ang": _range(rms),
+        "largest_force_ev_per_ang": _range(largest),
+        "stress_gpa": [float(v) for v in stress_range] if pressure else None,
+        "pressure_gpa": _range(pressure),
+    }
+
+
+def _range(values: Sequence[float]) -> list[float] | None:
+    """Smallest, median and largest."""
+    if not len(values):
+        return None
+    return [float(np.min(values)), float(np.median(values)), float(np.max(values))]
+
+
+# ---- beside the model ------------------------------------------------------------------------
+
+
+def _chosen(roles: Mapping[str, datasets.Dataset], most: int) -> list[tuple[str, int]]:
+    """(role, row) of the frames to compare."""
+    total = sum(len(frames) for frames in roles.values())
+    out: list[tuple[str, int]] = []
+    for name, frames in roles.items():
+        share = len(frames) if total <= most else round(most * len(frames) / total)
+        if share:
+            index = np.unique(np.linspace(0, len(frames) - 1, share).round().astype(int))
+            out += [(name, int(i)) for i in index]
+    return out
+
+
+def compare(
+    rows: Sequence[Row], backbone: Backbone, progress: Callable[[int, int], Any] | None = None
+) -> list[Compared]:
+    """Labels of rows of the schema beside the predictions of a model.
+
+    Args:
+        rows: the frames.
+        backbone: the model.
+        progress: called with the number of frames done and of all.
+    """
+    out: list[Compared] = []
+    remaining = iter(rows)
+    size = max(1, min(32, _BATCH_ATOMS // max((len(r["numbers"]) for r in rows), default=1)))
+    while chunk := list(islice(remaining, size)):
+        structures = [to_atoms(row, labels=False) for row in chunk]
+        batch = backbone.batch(structures).to(backbone.device)
+        with torch.no_grad():  # the backbone switches autograd on for its own forces
+            p = backbone(batch, forces=True, stress=True)
+        if p.forces is None:
+            raise DataError("the model predicts no forces", remedy="choose another model")
+        ends = np.cumsum([len(a) for a in structures])[:-1]
+        forces = np.split(_array(p.forces), ends)
+        features = [None] * len(chunk) if p.node_features is None else np.split(_array(p.node_features), ends)
+        for k, (row, atoms) in enumerate(zip(chunk, structures, strict=True)):
+            stress = None if p.stress is None else _array(p.stress[k])
+            out.append(
+                Compared(
+                    atoms,
+                    row["energy"],
+                    None if row["forces"] is None else np.asarray(row["forces"], dtype=float),
+                    None if row["stress"] is None else np.asarray(row["stress"], dtype=float),
+                    float(p.energy[k]),
+                    forces[k],
+                    stress if stress is not None and np.isfinite(stress).all() else None,
+                    _sums(atoms, features[k]),
+                    row["group"],
+                )
+            )
+        if progress is not None:
+            progress(len(out), len(rows))
+    return out
+
+
+def _units(
+    names: Sequence[str], rows: Sequence[Row], compared: Sequence[Compared], use_stress: bool
+) -> tuple[list[Finding], bool]:
+    """Findings on units and signs per role, and whether energies or forces are in a wrong unit.
+
+    What holds for train is not repeated for the other roles.
+    """
+    found: list[Finding] = []
+    wrong: set[str] = set()
+    for role in dict.fromkeys(names):
+        members = [i for i, name in enumerate(names) if name == role]
+        predictions = [
+            {
+                "energy": compared[i].model_energy,
+                "forces": compared[i].model_forces,
+                "stress": compared[i].model_stress,
+            }
+            for i in members
+        ]
+        by_quantity = unit_findings([rows[i] for i in members], predictions, use_stress=use_stress)
+        for quantity, finding in by_quantity.items():
+            if quantity not in wrong:
+                found.append(replace(finding, message=f"{role}: {finding.message}"))
+            if finding.severity == "error":
+                wrong.add(quantity)
+    return found, bool(wrong & {"energy", "forces"})
+
+
+def _array(tensor: torch.Tensor) -> Floats:
+    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)
+
+
+def _sums(atoms: Atoms, features: Floats | None) -> dict[int, Floats] | None:
+    if features is None:
+        return None
+    return {int(z): features[atoms.numbers == z].sum(axis=0) for z in np.unique(atoms.numbers)}
+
+
+def model_errors(roles: Sequence[str], compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
+    """Mean absolute errors of the pretrained model per role, without what is wrong with its zero.
+
+    Energies are compared after a shift per element (least squares over all roles).
+    """
+    labelled = [i for i, c in enumerate(compared) if c.energy is not None]
+    residual = np.full(len(compared), np.nan)
+    if labelled:
+        elements = sorted({int(z) for i in labelled for z in np.unique(compared[i].atoms.numbers)})
+        shares = np.array([[np.mean(compared[i].atoms.numbers == z) for z in elements] for i in labelled])
+        raw = np.array([_energy_residual(compared[i]) for i in labelled])
+        residual[labelled] = raw - shares @ np.linalg.lstsq(shares, raw, rcond=None)[0]
+    out: dict[str, dict[str, Any]] = {}
+    for role in dict.fromkeys(roles):
+        members = [i for i, name in enumerate(roles) if name == role]
+        forces = [c.forces - c.model_forces for c in (compared[i] for i in members) if c.forces is not None]
+        stress = [
+            c.stress - c.model_stress
+            for c in (compared[i] for i in members)
+            if c.stress is not None and c.model_stress is not None
+        ]
+        out[role] = {
+            "frames": len(members),
+            "energy_mae_mev_per_atom": _mean(1e3 * np.abs(residual[members])),
+            "force_mae_mev_per_ang": _mean(1e3 * np.abs(np.concatenate(forces)) if forces else np.zeros(0)),
+            "stress_mae_gpa": _mean(np.abs(np.array(stress)) / units.GPa),
+        }
+    return out
+
+
+def _energy_residual(c: Compared) -> float:
+    assert c.energy is not None
+    return (c.energy - c.model_energy) / len(c.atoms)
+
+
+def _mean(values: Floats) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
+
+
+def _curves(roles: Sequence[str], compared: Sequence[Compared], check: LabelCheck) -> dict[str, list[Any]]:
+    faults: dict[int, str] = {}
+    for fault in (f for f in check.faults if f.cause != "group"):
+        faults[fault.index] = ", ".join(filter(None, (faults.get(fault.index), fault.label)))
+    size = [np.nan if c.forces is None else float(np.sqrt(np.mean(c.forces**2))) for c in compared]
+    energy = [np.nan if c.energy is None else c.energy / len(c.atoms) for c in compared]
+    columns = {
+        "energy": energy,
+        "energy_residual": check.energy.tolist(),
+        "energy_usual": check.energy_usual.tolist(),
+        "forces": size,
+        "forces_residual": check.forces.tolist(),
+        "forces_usual": check.forces_usual.tolist(),
+    }
+    return {
+        "role": list(roles),
+        **{k: [None if not np.isfinite(v) else float(v) for v in values] for k, values in columns.items()},
+        "fault": [faults.get(i, "") for i in range(len(compared))],
+    }
+
+
+# ---- faults as findings ----------------------------------------------------------------------
+
+_MESSAGES = {
+    ("energy", "offset"): "the energies of {n} frames are off from what the model and the other frames say",
+    ("forces", "axes"): "the forces of {n} frames fit only with other axes",
+    ("forces", "factor"): "the forces of {n} frames fit only with a factor",
+    ("forces", "frame"): "the forces of {n} frames are those of another frame",
+    ("forces", "atoms"): "the forces of {n} frames fit only in another order of the atoms",
+    ("forces", "unknown"): "the forces of {n} frames do not belong to their structures",
+    ("stress", "unknown"): "the stresses of {n} frames do not belong to their structures",
+}
+_REMEDIES = {
+    "offset": "look whether these calculations converged and used the settings of the others; remove "
+    "the frames or repeat them (data.bad_labels: drop leaves them out)",
+    "axes": "write positions and forces in the same frame of axes",
+    "factor": "convert all frames from one unit",
+    "frame": "labels and structures were joined in different orders: join them again",
+    "atoms": "a program sorted the atoms (by element, say): bring forces into the order of the positions",
+    "unknown": "look whether these calculations finished and belong to these structures; remove the "
+    "frames or repeat them (data.bad_labels: drop leaves them out)",
+}
+
+
+def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
+    """One finding for each label and cause, with every frame."""
+    groups: dict[tuple[str, str], list[LabelFault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.label, fault.cause), []).append(fault)
+    out = []
+    together = groups.pop(("energy", "group"), [])
+    if together:
+        names = sorted({_kind(rows[fault.index]) for fault in together})
+        message = f"all energies of {', '.join(names)} are off from what the model and the others say"
+        remedy = "an error of the model there, or other settings than for the rest"
+        out.append(Finding("label", "info", [], message, remedy))
+    for key, members in groups.items():
+        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
+        message = _MESSAGES[key].format(n=len(members))
+        out.append(Finding("label", "warning", frames, message, _REMEDIES[key[1]]))
+    return out
+
+
+def _kind(row: Row) -> str:
+    formula = Formula.from_list([chemical_symbols[z] for z in row["numbers"]]).format("hill")
+    return f"{formula} ({row['group']})" if row["group"] else formula
+
+
+def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
+    if fault.label == "energy":
+        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}"
+    if fault.other is not None:
+        return f"those of frame {rows[fault.other]['frame']}"
+    if fault.text:
+        return fault.text
+    factor, unit = (1e3, "meV/Å") if fault.label == "forces" else (1 / units.GPa, "GPa")
+    return f"off by {factor * fault.size:.3g} {unit}, usual {factor * fault.usual:.3g}"
