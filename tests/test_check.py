@@ -122,6 +122,7 @@ def test_fit_stops_drops_or_warns(call: Any, folder: Path) -> None:
     page = (run / "report.html").read_text()
     assert "Labels beside the pretrained model" in page
     assert "What every role holds" in page
-    before = page
     assert call("report", run)[0] == 0
-    assert (run / "report.html").read_text() == before
+    again = (run / "report.html").read_text()
+    assert again.count("<svg") == page.count("<svg")
+    assert "Labels beside the pretrained model" in again
