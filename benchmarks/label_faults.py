@@ -80,7 +80,7 @@ def _load(path: Path, rows: list[dict]) -> list[Compared]:
                 None if row["stress"] is None else np.array(row["stress"]),
                 float(stored["energy"][i]),
                 stored[f"forces{i}"],
-                stored[f"stress{i}"] if f"stress{i}" in stored else None,
+                stored.get(f"stress{i}"),
                 {int(z): stored[f"features{i}_{z}"] for z in np.unique(atoms.numbers)},
                 row["group"],
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -190,12 +191,13 @@ def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
                     frame=frame,
                     remedy="the frame before has more lines than it announces, or this is no XYZ file",
                 )
-            n = int(line)
+            digits = line.strip()
+            n = int(digits) if len(digits) < 19 else sys.maxsize  # more than any list can hold
             head = next(lines, "")
             rows = list(islice(lines, n))
             if len(rows) < n or not head:
                 raise DataError(
-                    f"the frame announces {n} atoms and the file ends after {len(rows)}",
+                    f"the frame announces {digits[:40]} atoms and the file ends after {len(rows)}",
                     file=name,
                     frame=frame,
                     remedy="the file is cut short: copy it again, or remove the last frame",
