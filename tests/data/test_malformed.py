@@ -56,7 +56,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, cache: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.xyz"
     with open(path, "wb") as file:  # noqa: PTH123 (a name in bytes)
         file.write(GOOD.encode() + b"x\n")
-    with pytest.raises(DataError, match="caf\N{REPLACEMENT CHARACTER}[.]xyz, frame 1: line 5"):
+    with pytest.raises(DataError, match=r"caf.\.xyz, frame 1: line 5"):
         load_source(os.fsdecode(path))
 
 
