@@ -87,7 +87,12 @@ def examine(
         DataError: an empty role, a frame without labels, or an element the model does not know.
     """
     roles = splits.roles()
-    found = list(check_frames(splits, backbone) + group_leaks(splits) if findings is None else findings)
+    if findings is None:
+        # the message names the groups; whole roles of frames would bury what else is found
+        leaks = [replace(finding, frames=[]) for finding in group_leaks(splits)]
+        found = check_frames(splits, backbone) + leaks
+    else:
+        found = list(findings)
     report = DataReport(found, {name: summarise(frames) for name, frames in roles.items()})
     chosen = _chosen(roles, most)
     total = sum(len(frames) for frames in roles.values())

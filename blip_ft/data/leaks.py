@@ -30,7 +30,7 @@ def group_leaks(splits: Splits) -> list[Finding]:
             Finding(
                 "leak",
                 "warning" if role.startswith("test") else "info",
-                [] if len(places) == len(frames) else places,
+                places,
                 f"{role}: {len(places)} of {len(frames)} frames are of groups that are trained on ({names})",
                 "errors there are those of neighbours in a trajectory; for new ones divide by group "
                 "(data.split.by: group) or give frames of other groups",
