@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.predict import predict_atoms
+from blip_ft.uncertainty.predict import Method, predict_atoms
 
 #: standard ASE properties; the others in ``results`` are ours
 STANDARD = ["energy", "free_energy", "energies", "forces", "stress"]
@@ -19,6 +19,7 @@ UNCERTAIN = [
     "forces_std_norm",
     "forces_cov",
     "stress_std",
+    "energies_std",
     "energy_std_total",
     "forces_std_total",
     "stress_std_total",
@@ -40,12 +41,17 @@ class BlipCalculator(Calculator):
     ``forces_std_norm``    (n,)       eV/Å, root of the trace of the covariance; invariant
     ``forces_cov``         (n, 3, 3)  (eV/Å)^2
     ``stress_std``         (6,)       eV/Å^3
+    ``energies_std``       (n,)       eV, of each atom's energy
     =====================  =========  ==================================================
 
     Args:
         potential: from ``blip_ft.load``.
         n_draws: fewer draws than the model has are faster; 0 gives the mean weights without
             uncertainties. By default all.
+        method: ``draws``: mean and std over the draws. ``energy``: the mean weights' prediction and,
+            from the same backward call, ``energy_std`` of the linearised model: the fastest, for
+            molecular dynamics. ``linear``: also its exact ``forces_cov`` and ``stress_std``, or an
+            estimate from ``n_draws`` random directions.
 
     Structures that are not periodic in all directions have no stress: asking for it raises
     ``PropertyNotImplementedError``.
@@ -53,9 +59,16 @@ class BlipCalculator(Calculator):
 
     implemented_properties = [*STANDARD, *UNCERTAIN]
 
-    def __init__(self, potential: BayesianPotential, *, n_draws: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        potential: BayesianPotential,
+        *,
+        n_draws: int | None = None,
+        method: Method = "draws",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.potential, self.n_draws = potential, n_draws
+        self.potential, self.n_draws, self.method = potential, n_draws, method
 
     def calculate(
         self,
@@ -66,11 +79,11 @@ class BlipCalculator(Calculator):
         """Evaluate all draws on ``atoms``."""
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
-        (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws)
+        (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws, method=self.method)
         self.results = {k: v for k, v in item.items() if v is not None}
         self.results["free_energy"] = self.results["energy"]
         missing = [p for p in properties or [] if p not in self.results]
         if missing:
             raise PropertyNotImplementedError(
-                f"{', '.join(missing)}: no stress without periodicity in all directions, no std without draws"
+                f"{', '.join(missing)}: no stress without periodicity in all directions, no std that the calculator's method does not give"
             )

@@ -31,6 +31,7 @@ from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
+    from blip_ft.uncertainty.predict import Method
 
 MAX_ATOMIC_NUMBER = 119
 
@@ -214,6 +215,10 @@ class BayesianPotential(nn.Module):
         """
         with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample):
             out: Prediction = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
+        return self.on_reference(out, batch)
+
+    def on_reference(self, out: Prediction, batch: Batch) -> Prediction:
+        """The backbone's prediction with its energies in float64 on the user's reference."""
         out.energy = out.energy.double() + self.reference_energy(batch)
         if out.node_energy is not None:
             out.node_energy = out.node_energy.double() + self._atom_references(batch)
@@ -230,8 +235,8 @@ class BayesianPotential(nn.Module):
         self.to(getattr(torch, dtype))
         return self
 
-    def calculator(self, *, n_draws: int | None = None) -> BlipCalculator:
+    def calculator(self, *, n_draws: int | None = None, method: Method = "draws") -> BlipCalculator:
         """An ASE calculator; see :class:`blip_ft.calculator.BlipCalculator`."""
         from blip_ft.calculator import BlipCalculator
 
-        return BlipCalculator(self, n_draws=n_draws)
+        return BlipCalculator(self, n_draws=n_draws, method=method)

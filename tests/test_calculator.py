@@ -74,6 +74,7 @@ class TestResults:
             "forces": (2, 3),
             "stress": (6,),
             "energy_std": (),
+            "energies_std": (2,),
             "forces_std": (2, 3),
             "forces_std_norm": (2,),
             "forces_cov": (2, 3, 3),

@@ -162,6 +162,7 @@ def train(
                 style="yellow",
             )
     if fitter is not None:
+        potential.to(device_of(recipe))  # Lightning has moved it to the CPU
         fitter.fit(final=True)
     return history.rows
 

@@ -175,10 +175,11 @@ class SubspaceFitter:
 
     def _labels(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Label (B,) and its noise (B,) of every output: the energy, then the projected forces."""
-        objective, n = self.recipe.objective, batch.n_structures
-        nan = torch.full((n,), torch.nan, dtype=torch.float64)
+        objective = self.recipe.objective
+        n_atoms = batch.n_atoms.double()
+        nan = torch.full_like(n_atoms, torch.nan)
         energy = batch.labels.get("energy", nan) - self.potential.reference_energy(batch)
-        noise = torch.full((n,), objective.forces_std, dtype=torch.float64)
+        noise = torch.full_like(n_atoms, objective.forces_std)
         if "forces" in batch.labels:
             # atoms without weight have no label, and their direction is zero
             known = torch.where((_atom_weights(batch) > 0)[:, None], batch.labels["forces"], 0.0)
@@ -187,7 +188,7 @@ class SubspaceFitter:
             forces = [nan] * self.projections
         # a weight multiplies the log likelihood, so it divides the variance
         root = frame_weights(batch).sqrt()
-        energy_noise = objective.energy_std * batch.n_atoms.double()
+        energy_noise = objective.energy_std * n_atoms
         return [(energy, energy_noise / root), *((f, noise / root) for f in forces)]
 
     def _signs(self, batch: Batch) -> list[Tensor]:
@@ -215,13 +216,13 @@ class SubspaceFitter:
             yield part, batch, values, rows
 
     def _batch(self, items: Sequence[Item]) -> Batch:
-        """A batch of frames that all have labels, or none."""
+        """A batch of frames that all have labels, or none, on the model's device."""
         backbone = self.potential.backbone
         if items[0].labels:
-            return collate(backbone, items)
+            return collate(backbone, items).to(backbone.device)
         batch = backbone.collate([i.atoms for i in items], [i.graph for i in items])
         batch.keys = [i.key for i in items]
-        return batch
+        return batch.to(backbone.device)
 
     def _projected(
         self, items: Sequence[Item], *, draw: int | None = None
@@ -231,7 +232,7 @@ class SubspaceFitter:
             outputs = zip(values, rows, self._labels(batch), strict=True)
             for k, (value, gradient, (label, noise)) in enumerate(outputs):
                 projected = (gradient @ self.posterior.directions.T).double() / noise[:, None]
-                yield batch, k, ((label - value) / noise).numpy(), projected.cpu().numpy()
+                yield batch, k, ((label - value) / noise).cpu().numpy(), projected.cpu().numpy()
 
     def mean_hessian(self, draw: int) -> np.ndarray:
         """H = sum over training rows of g g^T in the latent space, each structure at its own draw."""

@@ -10,8 +10,7 @@ in its weights, and their stds are divided by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,54 +21,43 @@ from blip_ft.backbone import Batch, Prediction
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.moments import BatchMoments, to_double
+from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
 
-
-@dataclass
-class BatchMoments:
-    """Mean and epistemic covariance of a batch over draws; float64, units of ``Prediction``.
-
-    Attributes:
-        mean: mean prediction.
-        energy_std: (B,) eV; None without draws, like all that follow.
-        forces_cov: (n, 3, 3) (eV/Å)^2 covariance of each atom's force.
-        stress_std: (B, 6) eV/Å^3.
-        node_energy_std: (n,) eV.
-    """
-
-    mean: Prediction
-    energy_std: Tensor | None = None
-    forces_cov: Tensor | None = None
-    stress_std: Tensor | None = None
-    node_energy_std: Tensor | None = None
-
-    @property
-    def forces_std(self) -> Tensor | None:
-        """(n, 3) std of each force component in the lab frame, eV/Å."""
-        return (
-            None if self.forces_cov is None else self.forces_cov.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-        )
-
-    @property
-    def forces_std_norm(self) -> Tensor | None:
-        """(n,) square root of the trace of each force covariance, eV/Å; rotation invariant."""
-        if self.forces_cov is None:
-            return None
-        return self.forces_cov.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).sqrt()
+#: how error bars are made
+Method = Literal["draws"] | OnePass
 
 
 def predict_batch(
-    potential: BayesianPotential, batch: Batch, *, n_draws: int | None = None, stress: bool = True
+    potential: BayesianPotential,
+    batch: Batch,
+    *,
+    n_draws: int | None = None,
+    stress: bool = True,
+    method: Method = "draws",
 ) -> BatchMoments:
-    """Moments over the fixed draws; ``n_draws=0`` evaluates the mean weights only."""
+    """Mean and covariance of a batch.
+
+    Args:
+        potential: the model.
+        batch: structures.
+        n_draws: 0 evaluates the mean weights only; with ``method='linear'`` the number of random
+            directions, by default all.
+        stress: also predict stress.
+        method: ``draws``: moments over the fixed draws; ``energy`` and ``linear``: the mean model
+            with stds of the linearised one (``one_pass``).
+    """
+    if method != "draws" and n_draws != 0:
+        return predict_one_pass(potential, batch, method=method, n_directions=n_draws, stress=stress)
     n = potential.n_draws if n_draws is None else n_draws
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
-            return BatchMoments(_double(potential(batch, mode="off", stress=stress)))
+            return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
     previous, potential.n_draws = potential.n_draws, n
     try:
         with torch.no_grad():
-            draws = [_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
+            draws = [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
     finally:
         potential.n_draws = previous
     width = potential.amplitude
@@ -93,11 +81,6 @@ def predict_batch(
     return out
 
 
-def _double(prediction: Prediction) -> Prediction:
-    parts = {k: v.detach().double() for k, v in vars(prediction).items() if v is not None}
-    return Prediction(**parts)
-
-
 def predict_set(
     potential: BayesianPotential,
     dataset: FrameDataset,
@@ -106,6 +89,7 @@ def predict_set(
     n_draws: int | None = None,
     batch_size: int = 16,
     stress: bool = True,
+    method: Method = "draws",
     progress: Callable[[int], Any] | None = None,
 ) -> SetPrediction:
     """Predictions, stds and labels of a whole set.
@@ -117,6 +101,7 @@ def predict_set(
         n_draws: draws to use; 0 for the mean weights alone (no stds).
         batch_size: structures per call.
         stress: also predict stress.
+        method: see :func:`predict_batch`.
         progress: called with the number of frames done after each batch.
     """
     names = [f"{s}#{f}" for s, f in zip(dataset.frames["source"], dataset.frames["frame"], strict=True)]
@@ -124,7 +109,7 @@ def predict_set(
     for start in range(0, len(dataset), batch_size):
         index = range(start, min(start + batch_size, len(dataset)))
         batch = collate(potential.backbone, [dataset[i] for i in index]).to(potential.backbone.device)
-        moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress)
+        moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress, method=method)
         parts.append(_to_arrays(moments, batch, name, names[start : start + batch_size]))
         if progress is not None:
             progress(len(index))
@@ -171,6 +156,7 @@ def predict_atoms(
     *,
     batch_size: int = 16,
     n_draws: int | None = None,
+    method: Method = "draws",
     progress: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict structures; one dict each.
@@ -179,14 +165,15 @@ def predict_atoms(
     structure is not periodic; epistemic stds, multiplied by the calibration's scale if there is
     one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
     total stds, which add the aleatoric noise of the calibration: ``energy_std_total``,
-    ``forces_std_total``, ``stress_std_total``; ``energies`` (n,) eV per atom.
+    ``forces_std_total``, ``stress_std_total``; ``energies`` (n,) eV per atom and their epistemic
+    ``energies_std``. What ``method`` (:func:`predict_batch`) does not give is absent.
     """
     out: list[dict[str, Any]] = []
     for group in _chunks(atoms, batch_size):
         for a in group:
             potential.backbone.check(a)
         batch = potential.backbone.batch(group).to(potential.backbone.device)
-        moments = predict_batch(potential, batch, n_draws=n_draws)
+        moments = predict_batch(potential, batch, n_draws=n_draws, method=method)
         out += _split(moments, batch, potential.calibration or Calibration.identity())
         if progress is not None:
             progress(len(group))
@@ -218,16 +205,18 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
             else None,
         }
         if moments.energy_std is not None:
-            assert moments.forces_std is not None
-            assert moments.forces_std_norm is not None
             e, f, s = calibration.energy, calibration.forces, calibration.stress
             item["energy_std"] = e.scale * float(moments.energy_std[i])
-            item["forces_std"] = f.scale * _numpy(moments.forces_std[atoms])
-            item["forces_std_norm"] = f.scale * _numpy(moments.forces_std_norm[atoms])
-            item["forces_cov"] = f.scale**2 * _numpy(moments.forces_cov[atoms])  # type: ignore[index]
             # the energy's calibration is per atom, as its labels are compared per atom
             item["energy_std_total"] = float(np.hypot(e.aleatoric * n, item["energy_std"]))
-            item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
+            if moments.node_energy_std is not None:
+                item["energies_std"] = e.scale * _numpy(moments.node_energy_std[atoms])
+            if moments.forces_cov is not None:
+                covariance = f.scale**2 * _numpy(moments.forces_cov[atoms])
+                variance = np.diagonal(covariance, axis1=1, axis2=2).clip(min=0)
+                item["forces_cov"], item["forces_std"] = covariance, np.sqrt(variance)
+                item["forces_std_norm"] = np.sqrt(variance.sum(axis=1))
+                item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
             if periodic and moments.stress_std is not None:
                 item["stress_std"] = s.scale * _numpy(moments.stress_std[i])
                 item["stress_std_total"] = np.hypot(s.aleatoric, item["stress_std"])

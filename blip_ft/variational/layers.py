@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from blip_ft.variational.noise import NoiseState, Rows, grouped_matmul
+from blip_ft.variational.noise import NoiseState, Rows, Tap, grouped_matmul, grouped_outer
 from blip_ft.variational.sites import Block, Site
 
 
@@ -147,7 +147,13 @@ class VariationalLayer(nn.Module, ABC):
         x = self.pack(*inputs)
         out = self.mean(x, self.weight)
         noise = self._perturbation(x)
-        return self.activate(out if noise is None else out + noise)
+        if noise is not None:
+            out = out + noise
+        if self.noise.taps is not None:
+            if not out.requires_grad:  # nothing before this layer depends on a leaf
+                out = out.detach().requires_grad_(True)
+            self.noise.taps.append(Tap(self, x.detach(), out))
+        return self.activate(out)
 
     def _perturbation(self, x: Tensor) -> Tensor | None:
         """(rows, ..., out) noise beside the mean part; ``None`` if there is none, or the weight has it."""
@@ -244,6 +250,22 @@ class VariationalLayer(nn.Module, ABC):
         """(rows, ..., in) input -> (rows, k) smooth numbers that no rotation changes."""
         return x if x.dim() == 2 else x.square().flatten(1, -2).mean(dim=1)
 
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:
+        """Gradient with respect to each structure's own copy of the weight, (B, *shape).
+
+        Args:
+            x: (rows, in) input of the layer.
+            grad: (rows, out) gradient with respect to the output of its linear map.
+            rows: layout of ``x``.
+
+        As the map is linear in its weight, it does not matter at which weight. This general form
+        costs a forward pass of :meth:`sampled`; layers that have a direct one override it.
+        """
+        weight = x.new_zeros(len(rows.counts), *self.site.shape).requires_grad_(True)
+        with torch.enable_grad():
+            out = self.sampled(x, weight, rows)
+        return torch.autograd.grad(out, weight, grad)[0]
+
     def activate(self, x: Tensor) -> Tensor:
         """What the vendor does after the linear map."""
         return x
@@ -267,6 +289,9 @@ class VariationalLinear(VariationalLayer):
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight.transpose(1, 2), rows)
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        return grouped_outer(grad, x, rows)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:  # noqa: D102
         return x.square() @ variance.T
@@ -316,6 +341,21 @@ class VariationalIrrepsLinear(VariationalLayer):
             v = v.transpose(2, 3).reshape(n, width, mul_out * dim)
             out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
         return rows.unpad(_join(base.irreps_out, out, padded.new_zeros(n, width, 0)))
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        base: Any = self.base
+        inputs, grads = rows.pad(x), rows.pad(grad)
+        n, width = inputs.shape[:2]
+        parts = []
+        for block, ins, s_in, s_out, scale in self._paths():
+            dim = base.irreps_in[ins.i_in].ir.dim
+            u = inputs[..., s_in].reshape(n, width, block.shape[0], dim).permute(0, 2, 1, 3)
+            v = grads[..., s_out].reshape(n, width, block.shape[1], dim).transpose(2, 3)
+            product = torch.bmm(
+                u.reshape(n, block.shape[0], width * dim), v.reshape(n, width * dim, block.shape[1])
+            )
+            parts.append(scale * product.reshape(n, -1))
+        return torch.cat(parts, dim=1)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalar paths only: noise per component of l > 0 would not rotate with the structure."""
@@ -451,6 +491,9 @@ class VariationalRadialLayer(VariationalLayer):
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight / self._norm(), rows)
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        return grouped_outer(x, grad, rows) / self._norm()
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:  # noqa: D102
         return x.square() @ (variance / self._norm() ** 2)

@@ -111,6 +111,28 @@ def grouped_matmul(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     return rows.unpad(torch.bmm(rows.pad(x), weight))
 
 
+def grouped_outer(x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+    """Sum over each structure's rows of x_r y_r^T: (rows, ..., i), (rows, ..., o) -> (B, i, o)."""
+    if len(rows.counts) == 1:
+        return (x.flatten(0, -2).T @ y.flatten(0, -2))[None]
+    return torch.bmm(rows.pad(x).flatten(1, -2).transpose(1, 2), rows.pad(y).flatten(1, -2))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What one call of a layer leaves for weight gradients (``uncertainty.one_pass``).
+
+    Attributes:
+        layer: the converted layer.
+        x: (rows, in) its input.
+        out: (rows, out) output of its linear map, a node of the graph.
+    """
+
+    layer: Any
+    x: Tensor
+    out: Tensor
+
+
 @dataclass
 class NoiseState:
     """What all converted layers of a model read in their forward pass.
@@ -127,6 +149,7 @@ class NoiseState:
         signs: ``(site name, inputs, outputs, like) -> (B, inputs), (B, outputs)`` for ``flipout``.
         row_amplitude: ``(layer, input rows) -> (rows, 1)`` factor of every row's perturbation, for
             families whose spread depends on the input; ``None`` for the others.
+        taps: where layers leave their inputs and outputs, one entry per call; ``None``: nowhere.
     """
 
     mode: Mode = "off"
@@ -136,12 +159,14 @@ class NoiseState:
     row_normal: Callable[[str, Rows, int, Tensor], Tensor] | None = None
     signs: Callable[[str, int, int, Tensor], tuple[Tensor, Tensor]] | None = None
     row_amplitude: Callable[[Any, Tensor], Tensor] | None = None
+    taps: list[Tap] | None = None
 
     def clear(self) -> None:
         """Back to ``off``; frees the sampled weights."""
         self.mode = "off"
         self.weights, self.variances, self.rows, self.row_normal = {}, {}, {}, None
         self.signs, self.row_amplitude = None, None
+        self.taps = None
 
 
 def keyed_row_normal(

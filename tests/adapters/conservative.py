@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty import one_pass
+
 from .contract import AdapterContract
 from .helpers import array, close, energies, evaluate, same, trainable
 
@@ -88,6 +92,26 @@ class ConservativeContract(AdapterContract):
             assert (one is None) == (two is None)
             if one is not None:
                 torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("noise", ["all", "scalar"])
+    def test_gradients_of_each_structure_come_with_the_forces(
+        self, backbone, quartz, ethanol, noise, monkeypatch
+    ):
+        def second_evaluation(*args):
+            raise AssertionError("a converted layer leaves no tap")
+
+        options = ModelConfig(adapter=backbone.name, checkpoint="-", noise=noise)
+        posterior = PosteriorConfig(family="channel", prior_scale=0.1)
+        potential = BayesianPotential(copy.deepcopy(backbone), options, posterior)
+        from_leaves = one_pass._from_leaves
+        monkeypatch.setattr(one_pass, "_from_leaves", second_evaluation)
+        batch = potential.backbone.batch([quartz, ethanol])
+        batch.keys = [0, 1]
+        prediction, gradients = one_pass.energy_gradients(potential, batch)
+        same(prediction, potential(batch, stress=True), 1e-10)
+        for name, expected in from_leaves(potential, batch).items():
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-6, atol=1e-9 * scale)
 
     def test_forces_under_no_grad(self, backbone, quartz):
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 from blip_ft.variational.layers import (
     VariationalIrrepsLinear,
+    VariationalLayer,
     VariationalLinear,
     VariationalRadialLayer,
     layer_type,
@@ -183,6 +184,20 @@ class TestAgainstTheVendor:
         call(b.layer, inputs(base)).sum().backward()
         assert base.weight.grad is None
         assert b.layer.delta.grad is not None
+
+    @pytest.mark.parametrize("counts", [COUNTS, [5]])
+    def test_weight_gradient_is_that_of_the_map(self, bench, kind, counts):
+        base = make_base(kind)
+        b = bench(base)
+        x, rows = inputs(base), b.rows(counts)
+        out = b.layer.mean(x, b.layer.weight)
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        direct = b.layer.weight_gradient(x, grad, rows)
+        general = VariationalLayer.weight_gradient(b.layer, x, grad, rows)
+        torch.testing.assert_close(direct.reshape(general.shape), general)
+        weight = b.layer.weight.detach().requires_grad_(True)
+        (whole,) = torch.autograd.grad(b.layer.mean(x, weight), weight, grad)
+        torch.testing.assert_close(direct.sum(dim=0).reshape(whole.shape), whole)
 
     def test_wrong_kind_of_rows_is_an_error(self, bench, kind):
         base = make_base(kind)

@@ -75,6 +75,20 @@ class Posterior(nn.Module, ABC):
     def sample(self, latent: Tensor) -> dict[str, Tensor]:
         """(B, latent_numel) -> {site name: (B, *site.shape)} perturbations; linear in ``latent``."""
 
+    def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Variance of an output that is linear in the weights: g^T Sigma g, (B,).
+
+        Args:
+            gradients: {site name: (B, *site.shape)} d(output)/d(weight).
+        """
+        first = next(iter(gradients.values()))
+        latent = first.new_zeros(len(first), self.latent_numel).requires_grad_(True)
+        with torch.enable_grad():
+            sampled = self.sample(latent)
+            value = torch.stack([(g * sampled[name]).sum() for name, g in gradients.items()]).sum()
+        (slope,) = torch.autograd.grad(value, latent)
+        return slope.square().sum(dim=1)
+
     @abstractmethod
     def kl(self) -> Tensor:
         """KL of the spread, KL(N(0, Sigma) || N(0, s^2)), nats; the mean's part is the prior's."""

@@ -209,6 +209,13 @@ class SubspacePosterior(Posterior):
             for s, part in zip(self.sites, parts, strict=True)
         }
 
+    def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
+        """|S^(1/2) V D g|^2 of each row, (B,)."""
+        flat = torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+        # (r, P) times (P, B): the directions are read once, and never transposed in memory
+        slope = self.scale.T.to(flat) @ (self.directions.to(flat) @ flat.T)
+        return slope.square().sum(dim=0)
+
     def kl(self) -> Tensor:
         """KL(N(0, S) || N(0, s^2 I)) = 1/2 [tr S / s^2 - r - ln det(S / s^2)], nats."""
         factor = self.scale / self.prior_std

@@ -1,0 +1,48 @@
+"""What a prediction with error bars of one batch is, however it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from blip_ft.backbone import Prediction
+
+
+@dataclass
+class BatchMoments:
+    """Mean and epistemic covariance of a batch; float64, units of ``Prediction``.
+
+    Attributes:
+        mean: mean prediction.
+        energy_std: (B,) eV; None without draws, like all that follow.
+        forces_cov: (n, 3, 3) (eV/Å)^2 covariance of each atom's force.
+        stress_std: (B, 6) eV/Å^3.
+        node_energy_std: (n,) eV.
+    """
+
+    mean: Prediction
+    energy_std: Tensor | None = None
+    forces_cov: Tensor | None = None
+    stress_std: Tensor | None = None
+    node_energy_std: Tensor | None = None
+
+    @property
+    def forces_std(self) -> Tensor | None:
+        """(n, 3) std of each force component in the lab frame, eV/Å."""
+        return (
+            None if self.forces_cov is None else self.forces_cov.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        )
+
+    @property
+    def forces_std_norm(self) -> Tensor | None:
+        """(n,) square root of the trace of each force covariance, eV/Å; rotation invariant."""
+        if self.forces_cov is None:
+            return None
+        return self.forces_cov.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).sqrt()
+
+
+def to_double(prediction: Prediction) -> Prediction:
+    """The same numbers in float64, without a graph."""
+    parts = {k: v.detach().double() for k, v in vars(prediction).items() if v is not None}
+    return Prediction(**parts)

@@ -1,0 +1,229 @@
+"""Error bars of the linearised model, without sampling.
+
+An output y(w) that is linear in the weights over the width of the posterior N(theta, Sigma) has
+
+    std(y) = |Sigma^(1/2) dy/dw|                                                           (1)
+
+``energy``: dE/dw comes from the *same* backward call as the forces, so the std of the energy costs
+little more than a call of the mean model. Each converted layer leaves its input and output; the
+gradient with respect to a structure's own copy of its weight is a sum of outer products over the
+structure's rows.
+
+``linear``: for the forces F = -dE/dx, equation (1) needs r more backward calls. With weights
+theta + A z, z standard normal and of r numbers,
+
+    dF/dz u = -d/dx (u . dE/dz),                                                           (2)
+
+one backward call per direction u through the graph of dE/dz, which gives the derivatives of the
+stress too. Over all r unit vectors u, sum_u (dF/dz u)(dF/dz u)^T is the exact covariance. K random
+orthonormal directions times sqrt(r/K) estimate it without bias (:func:`relative_error`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blip_ft.backbone import Batch, Prediction
+from blip_ft.conservative import ConservativeBackbone
+from blip_ft.errors import BlipError
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.jacobian import output_gradients
+from blip_ft.uncertainty.moments import BatchMoments, to_double
+from blip_ft.variational import Rows
+from blip_ft.variational.noise import Tap, normal
+
+OnePass = Literal["energy", "linear"]
+#: latent numbers above which all directions of the forces cannot be asked for
+MAX_DIRECTIONS = 1024
+
+
+def predict_one_pass(
+    potential: BayesianPotential,
+    batch: Batch,
+    *,
+    method: OnePass = "energy",
+    n_directions: int | None = None,
+    stress: bool = True,
+) -> BatchMoments:
+    """The mean model's prediction with stds of the linearised model.
+
+    Args:
+        potential: its posterior is used at full width.
+        batch: structures.
+        method: ``energy``: std of the energy; ``linear``: also of forces and stress.
+        n_directions: K random directions for forces and stress; by default all, exact.
+        stress: also predict stress.
+
+    Returns:
+        Units of ``Prediction``; what the method does not give is ``None``.
+
+    Raises:
+        BlipError: ``linear`` for a model whose forces are not gradients of its energy, or for a
+            family with too many latent numbers for all directions.
+    """
+    if not potential.posterior.ready:
+        with torch.no_grad():
+            return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
+    prediction, gradients = energy_gradients(potential, batch, stress=stress)
+    moments = BatchMoments(
+        prediction, energy_std=potential.posterior.linear_variance(gradients).double().sqrt()
+    )
+    if method == "linear":
+        _add_forces(moments, potential, batch, n_directions, stress=stress)
+    return moments
+
+
+def relative_error(n_directions: int, rank: int) -> float:
+    """Std of an estimated force std over the exact one, from K of r random directions.
+
+    For a force that only one latent direction moves, the worst case, the estimated variance over
+    the exact one is r/K times a Beta(K/2, (r-K)/2) number; half its relative std is
+    sqrt((r - K) / (2 K (r + 2))). Forces that n directions move alike have 1/sqrt(n) of that.
+    """
+    k = min(n_directions, rank)
+    return math.sqrt((rank - k) / (2 * k * (rank + 2)))
+
+
+# ---- energy ----------------------------------------------------------------------------------
+
+
+def energy_gradients(
+    potential: BayesianPotential, batch: Batch, *, stress: bool = True
+) -> tuple[Prediction, dict[str, Tensor]]:
+    """Prediction of the mean weights and dE/dw of every structure, from one backward call.
+
+    Returns:
+        Prediction in float64 on the user's reference; {site name: (B, *site.shape)} in eV.
+    """
+    backbone, state = potential.backbone, potential.converted.noise
+    wanted = {s.name for s in potential.posterior.sites}
+    state.clear()
+    state.rows = {kind: Rows.from_index(i, batch.n_structures) for kind, i in batch.rows.items()}
+    state.taps = []
+    try:
+        with torch.enable_grad():
+            if isinstance(backbone, ConservativeBackbone):
+                result = backbone._energy(batch)
+                taps = [t for t in state.taps if t.layer.site.name in wanted]
+                grads = torch.autograd.grad(
+                    result.energy.sum(),
+                    (*result.leaves, *(t.out for t in taps)),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                n = len(result.leaves)
+                forces, virial = backbone._assemble(batch, grads[:n])
+                prediction = Prediction(
+                    result.energy,
+                    forces,
+                    virial if stress else None,
+                    result.node_energy,
+                    result.node_features,
+                )
+                grads = grads[n:]
+            else:
+                prediction = backbone(batch, forces=True, stress=stress)
+                taps = [t for t in state.taps if t.layer.site.name in wanted]
+                grads = torch.autograd.grad(
+                    prediction.energy.sum(), [t.out for t in taps], allow_unused=True, materialize_grads=True
+                )
+        gradients = _by_site(taps, grads, state.rows)
+    finally:
+        state.clear()
+    if gradients.keys() != wanted:  # a layer that leaves no taps: each structure's weights as leaves
+        gradients = _from_leaves(potential, batch)
+    return potential.on_reference(to_double(prediction), batch), gradients
+
+
+def _by_site(
+    taps: list[Tap], grads: tuple[Tensor, ...] | list[Tensor], rows: dict[str, Rows]
+) -> dict[str, Tensor]:
+    """Sum over the calls of layers that share a weight."""
+    out: dict[str, Tensor] = {}
+    for tap, grad in zip(taps, grads, strict=True):
+        name = tap.layer.site.name
+        part = tap.layer.weight_gradient(tap.x, grad, rows[tap.layer.rows])
+        part = part.reshape(len(part), *tap.layer.site.shape)
+        out[name] = out[name] + part if name in out else part
+    return out
+
+
+def _from_leaves(potential: BayesianPotential, batch: Batch) -> dict[str, Tensor]:
+    """The same gradients by a second evaluation."""
+    _, gradient = next(iter(output_gradients(potential, batch, [])))
+    sites = potential.posterior.sites
+    parts = gradient.split([s.numel for s in sites], dim=1)
+    return {
+        s.name: p.reshape(-1, *s.shape) / potential.prior.rms(s.name)
+        for s, p in zip(sites, parts, strict=True)
+    }
+
+
+# ---- forces ----------------------------------------------------------------------------------
+
+
+def _add_forces(
+    moments: BatchMoments,
+    potential: BayesianPotential,
+    batch: Batch,
+    n_directions: int | None,
+    *,
+    stress: bool,
+) -> None:
+    """Covariance of forces and std of stress, by equation (2)."""
+    backbone, state, posterior = potential.backbone, potential.converted.noise, potential.posterior
+    if not isinstance(backbone, ConservativeBackbone):
+        raise BlipError(
+            f"forces of this {backbone.name} model are not gradients of its energy",
+            remedy="use draws (method='draws'), or method='energy' for the energy alone",
+            field="method",
+        )
+    r = posterior.latent_numel
+    if n_directions is None and r > MAX_DIRECTIONS:
+        raise BlipError(
+            f"'{posterior.family}' has {r:,} latent numbers: too many for the exact force covariance",
+            remedy="give n_directions, for instance 32, or use draws",
+            field="n_directions",
+        )
+    directions = _directions(r, n_directions, potential.seed).to(backbone.device, backbone.dtype)
+    latent = torch.zeros(batch.n_structures, r, dtype=backbone.dtype, device=backbone.device)
+    latent.requires_grad_(True)
+    n = int(batch.n_atoms.sum())
+    covariance = torch.zeros(n, 3, 3, dtype=torch.float64, device=backbone.device)
+    variance = torch.zeros(batch.n_structures, 6, dtype=torch.float64, device=backbone.device)
+    state.clear()
+    state.rows = {kind: Rows.from_index(i, batch.n_structures) for kind, i in batch.rows.items()}
+    try:
+        with torch.enable_grad():
+            state.weights, state.mode = posterior.sample(latent), "structure"
+            result = backbone._energy(batch)
+            (slope,) = torch.autograd.grad(result.energy.sum(), latent, create_graph=True)
+            for i, u in enumerate(directions):
+                grads = torch.autograd.grad(
+                    (slope @ u).sum(),
+                    result.leaves,
+                    retain_graph=i + 1 < len(directions),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                forces, virial = (x.detach().double() for x in backbone._assemble(batch, grads))
+                covariance += forces[:, :, None] * forces[:, None, :]
+                variance += virial.square()
+    finally:
+        state.clear()
+    moments.forces_cov = covariance
+    if stress:
+        moments.stress_std = variance.sqrt()
+
+
+def _directions(rank: int, count: int | None, seed: int) -> Tensor:
+    """(K, r) unit vectors, or K random orthonormal ones times sqrt(r/K)."""
+    if count is None or count >= rank:
+        return torch.eye(rank, dtype=torch.float64)
+    random = normal(("directions", seed, count), rank * count).reshape(rank, count)
+    q, _ = torch.linalg.qr(random)
+    return q.T * math.sqrt(rank / count)
