@@ -100,6 +100,8 @@ class SubspaceFitter:
         )
         report = self.posterior.fit(data)
         s, t = report["prior_scale"], report["temperature"]
+        if not final and temperature == "auto":
+            t = 1.0  # that of the loss: S is to be where the ELBO that is trained is stationary
         self.potential.prior.prior_scale = s
         # the linearised covariance can be so wide that draws leave the linear regime; averaging
         # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
