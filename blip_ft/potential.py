@@ -77,7 +77,7 @@ class BayesianPotential(nn.Module):
         self.structure_kl: Tensor | None = None
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
-        #: width of the fixed draws in units of the posterior's; stds are divided by it
+        #: width of all draws, in training and after, in units of the posterior's; stds are divided by it
         self.amplitude = 1.0
         self._draws: Tensor | None = None
 
@@ -143,7 +143,7 @@ class BayesianPotential(nn.Module):
                     keys = [("flipout", self.seed, step, *numbered(sample))]
                     state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
                 latent = self.posterior.latent(keys, dtype)
-                state.weights = self.posterior.sample(latent.to(device, dtype))
+                state.weights = self.posterior.sample(self.amplitude * latent.to(device, dtype))
             if mode != "draw":
                 n = batch.n_structures
                 state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}

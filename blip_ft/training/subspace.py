@@ -109,7 +109,7 @@ class SubspaceFitter:
         if final and temperature == "auto":
             t = self.choose_temperature(hessian, s)
         self.posterior.set_covariance(hessian, s, t)
-        self.potential.amplitude = self.choose_amplitude() if final else 1.0
+        self.potential.amplitude = self.choose_amplitude()
         report |= {
             "temperature": t,
             "amplitude": self.potential.amplitude,
@@ -252,6 +252,7 @@ class SubspaceFitter:
         linear regime is punished for its error and its spread alike. Label noise is fitted beside.
         """
         best, chosen = math.inf, TEMPERATURES[0]
+        self.potential.amplitude = 1.0
         for t in TEMPERATURES:
             self.posterior.set_covariance(hessian, scale, t)
             prediction = predict_set(

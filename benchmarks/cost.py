@@ -1,0 +1,211 @@
+"""What converted models cost, as ratios to the untouched backbone, side by side in one run.
+
+    python benchmarks/cost.py [--backends sevennet chgnet ...] [--rounds 15] [--device cpu]
+
+Every round times each variant once, in a random order, and takes its ratio to the reference of the
+same round; shown are the median ratio and its quartiles. The reference of the calls is the
+untouched backbone's energies and forces, that of the training steps the converted model's step
+without noise (which is what plain fine-tuning does). Memory is what a step keeps for its backward
+pass, each storage once. Frames: quartz, 9 atoms. Writes benchmarks/results/cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from blip_ft.backbone import Backbone, Batch, adapter_names, get_adapter
+from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
+from blip_ft.objectives import GaussianLikelihood
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.predict import predict_batch
+
+OUT = Path(__file__).parent / "results" / "cost.json"
+#: (adapter, checkpoint) that need no download
+BACKENDS = {"sevennet": "7net-0", "chgnet": "0.3.0"}
+SIZES = (1, 16)
+RANK = 64
+#: most that a ratio should be
+TARGETS = {
+    "converted, no noise": 1.03,
+    "energy_std in one pass": 1.25,
+    "8 draws": 7.2,
+    "step, local": 1.2,
+    "step, structure": 1.35,
+    "memory of a step, structure": 1.3,
+}
+
+
+def quartz(n: int) -> list[Any]:
+    """n different frames of quartz, rattled."""
+    from ase.spacegroup import crystal
+
+    cell = crystal(
+        ["Si", "O"],
+        [(0.4697, 0, 1 / 3), (0.4133, 0.2672, 0.4525)],
+        spacegroup=154,
+        cellpar=[4.916, 4.916, 5.405, 90, 90, 120],
+    )
+    out = []
+    for seed in range(n):
+        out.append(cell.copy())
+        out[-1].rattle(0.05, seed=seed)
+    return out
+
+
+def potential_of(backbone: Backbone, name: str, family: str, noise: str) -> BayesianPotential:
+    potential = BayesianPotential(
+        copy.deepcopy(backbone),
+        ModelConfig(adapter=name, checkpoint=BACKENDS[name], noise=noise),
+        PosteriorConfig(family=family, rank=RANK, prior_scale=0.1, init_std=0.003),
+        n_draws=8,
+    )
+    if family == "subspace":  # any directions cost the same
+        posterior = potential.posterior
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(posterior.directions.shape, generator=generator)
+        posterior.directions.copy_(rows / rows.norm(dim=1, keepdim=True))
+        posterior.set_covariance(np.eye(RANK), 0.01, 1.0)
+    return potential
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def saved_bytes(call: Callable[[], object]) -> int:
+    """Bytes that are kept for the backward pass while ``call`` runs."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storages.values())
+
+
+def ratios(
+    variants: dict[str, Callable[[], object]], reference: str, rounds: int, device: str
+) -> dict[str, list[float]]:
+    rng = np.random.default_rng(0)
+    for call in variants.values():
+        call()
+        call()
+    out: dict[str, list[float]] = {name: [] for name in variants if name != reference}
+    for _ in range(rounds):
+        times = {name: timed(variants[name], device) for name in rng.permutation(list(variants))}
+        for name in out:
+            out[name].append(times[name] / times[reference])
+    return out
+
+
+def labelled(backbone: Backbone, n: int, device: str) -> Batch:
+    batch = backbone.batch(quartz(n)).to(device)
+    batch.keys = list(range(n))
+    prediction = backbone(batch)
+    batch.labels = {"energy": prediction.energy.detach() + 0.01, "forces": prediction.forces.detach() + 0.01}
+    return batch
+
+
+def step(potential: BayesianPotential, batch: Batch, mode: str) -> Callable[[], None]:
+    likelihood = GaussianLikelihood(ObjectiveConfig())
+
+    def call() -> None:
+        prediction = potential(batch, mode=mode, create_graph=True)
+        loss = likelihood(prediction, batch).total.sum() + potential.kl()
+        loss.backward()
+        potential.zero_grad(set_to_none=True)
+
+    return call
+
+
+def measure(name: str, rounds: int, device: str, console: Console) -> list[dict[str, Any]]:
+    backbone = get_adapter(name).load(BACKENDS[name]).to(device)
+    rows = []
+    for size in SIZES:
+        batch = labelled(backbone, size, device)
+        subspace = potential_of(backbone, name, "subspace", "scalar").to(device)
+        channel = potential_of(backbone, name, "channel", "scalar").to(device)
+        calls = {
+            "untouched": lambda: backbone(batch, stress=False),
+            "converted, no noise": lambda: subspace(batch, mode="off"),
+            "energy_std in one pass": lambda: predict_batch(subspace, batch, stress=False, method="energy"),
+            "energy_std in one pass, channel": lambda: predict_batch(
+                channel, batch, stress=False, method="energy"
+            ),
+            "8 draws": lambda: predict_batch(subspace, batch, stress=False),
+            "16 directions": lambda: predict_batch(
+                subspace, batch, stress=False, method="linear", n_draws=16
+            ),
+        }
+        console.print(f"{name}, batch of {size}: calls")
+        found = ratios(calls, "untouched", rounds, device)
+        steps = {
+            "step, no noise": step(subspace, batch, "off"),
+            "step, local": step(channel, batch, "local"),
+            "step, structure": step(subspace, batch, "structure"),
+            "step, structure, channel": step(channel, batch, "structure"),
+        }
+        console.print(f"{name}, batch of {size}: training steps")
+        found |= ratios(steps, "step, no noise", rounds, device)
+        kept = saved_bytes(steps["step, no noise"])
+        found["memory of a step, structure"] = [saved_bytes(steps["step, structure"]) / kept]
+        for what, values in found.items():
+            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+            rows.append(
+                {
+                    "backend": name,
+                    "batch": size,
+                    "device": device,
+                    "what": what,
+                    "ratio": median,
+                    "low": low,
+                    "high": high,
+                    "target": TARGETS.get(what),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    installed = [n for n in adapter_names() if n in BACKENDS]
+    parser.add_argument("--backends", nargs="+", default=installed, choices=sorted(BACKENDS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.backends:
+        rows += measure(name, given.rounds, given.device, Console(stderr=True))
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table("backend", "batch", "what", "ratio", "quartiles", "target")
+    for r in rows:
+        target = "" if r["target"] is None else f"{r['target']:.2f}"
+        quartiles = f"{r['low']:.2f} to {r['high']:.2f}"
+        table.add_row(r["backend"], str(r["batch"]), r["what"], f"{r['ratio']:.2f}", quartiles, target)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
