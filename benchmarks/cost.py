@@ -28,7 +28,7 @@ from blip_ft.backbone import Backbone, Batch, adapter_names, get_adapter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
 from blip_ft.objectives import GaussianLikelihood
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.uncertainty.predict import Method, predict_batch
 
 OUT = Path(__file__).parent / "results" / "cost.json"
 #: (adapter, checkpoint) that need no download
@@ -113,8 +113,8 @@ def ratios(
     out: dict[str, list[float]] = {name: [] for name in variants if name != reference}
     for _ in range(rounds):
         times = {name: timed(variants[name], device) for name in rng.permutation(list(variants))}
-        for name in out:
-            out[name].append(times[name] / times[reference])
+        for name, values in out.items():
+            values.append(times[name] / times[reference])
     return out
 
 
@@ -138,51 +138,42 @@ def step(potential: BayesianPotential, batch: Batch, mode: str) -> Callable[[], 
     return call
 
 
-def measure(name: str, rounds: int, device: str, console: Console) -> list[dict[str, Any]]:
-    backbone = get_adapter(name).load(BACKENDS[name]).to(device)
+def measure(
+    backbone: Backbone, name: str, size: int, rounds: int, device: str, console: Console
+) -> list[dict[str, Any]]:
+    """Rows of one backend and batch size."""
+    batch = labelled(backbone, size, device)
+    subspace = potential_of(backbone, name, "subspace", "scalar").to(device)
+    channel = potential_of(backbone, name, "channel", "scalar").to(device)
+
+    def predict(potential: BayesianPotential, method: Method, n: int | None = None) -> Callable[[], object]:
+        return lambda: predict_batch(potential, batch, stress=False, method=method, n_draws=n)
+
+    console.print(f"{name}, batch of {size}: calls")
+    calls = {
+        "untouched": lambda: backbone(batch, stress=False),
+        "converted, no noise": lambda: subspace(batch, mode="off"),
+        "energy_std in one pass": predict(subspace, "energy"),
+        "energy_std in one pass, channel": predict(channel, "energy"),
+        "8 draws": predict(subspace, "draws"),
+        "16 directions": predict(subspace, "linear", 16),
+    }
+    found = ratios(calls, "untouched", rounds, device)
+    console.print(f"{name}, batch of {size}: training steps")
+    steps = {
+        "step, no noise": step(subspace, batch, "off"),
+        "step, local": step(channel, batch, "local"),
+        "step, structure": step(subspace, batch, "structure"),
+        "step, structure, channel": step(channel, batch, "structure"),
+    }
+    found |= ratios(steps, "step, no noise", rounds, device)
+    kept = saved_bytes(steps["step, no noise"])
+    found["memory of a step, structure"] = [saved_bytes(steps["step, structure"]) / kept]
     rows = []
-    for size in SIZES:
-        batch = labelled(backbone, size, device)
-        subspace = potential_of(backbone, name, "subspace", "scalar").to(device)
-        channel = potential_of(backbone, name, "channel", "scalar").to(device)
-        calls = {
-            "untouched": lambda: backbone(batch, stress=False),
-            "converted, no noise": lambda: subspace(batch, mode="off"),
-            "energy_std in one pass": lambda: predict_batch(subspace, batch, stress=False, method="energy"),
-            "energy_std in one pass, channel": lambda: predict_batch(
-                channel, batch, stress=False, method="energy"
-            ),
-            "8 draws": lambda: predict_batch(subspace, batch, stress=False),
-            "16 directions": lambda: predict_batch(
-                subspace, batch, stress=False, method="linear", n_draws=16
-            ),
-        }
-        console.print(f"{name}, batch of {size}: calls")
-        found = ratios(calls, "untouched", rounds, device)
-        steps = {
-            "step, no noise": step(subspace, batch, "off"),
-            "step, local": step(channel, batch, "local"),
-            "step, structure": step(subspace, batch, "structure"),
-            "step, structure, channel": step(channel, batch, "structure"),
-        }
-        console.print(f"{name}, batch of {size}: training steps")
-        found |= ratios(steps, "step, no noise", rounds, device)
-        kept = saved_bytes(steps["step, no noise"])
-        found["memory of a step, structure"] = [saved_bytes(steps["step, structure"]) / kept]
-        for what, values in found.items():
-            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-            rows.append(
-                {
-                    "backend": name,
-                    "batch": size,
-                    "device": device,
-                    "what": what,
-                    "ratio": median,
-                    "low": low,
-                    "high": high,
-                    "target": TARGETS.get(what),
-                }
-            )
+    for what, values in found.items():
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+        row = {"backend": name, "batch": size, "device": device, "what": what}
+        rows.append(row | {"ratio": median, "low": low, "high": high, "target": TARGETS.get(what)})
     return rows
 
 
@@ -197,7 +188,9 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in given.backends:
-        rows += measure(name, given.rounds, given.device, Console(stderr=True))
+        backbone = get_adapter(name).load(BACKENDS[name]).to(given.device)
+        for size in SIZES:
+            rows += measure(backbone, name, size, given.rounds, given.device, Console(stderr=True))
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
     table = Table("backend", "batch", "what", "ratio", "quartiles", "target")
     for r in rows:

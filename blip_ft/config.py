@@ -243,6 +243,9 @@ class PosteriorConfig(Strict):
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
     per training frame; ``objective.kind: function_kl`` compares on as many"""
+    mean_steps: Annotated[int, Field(ge=0)] = 2
+    """``subspace``: Gauss-Newton steps of the mean at the final fit, each as long as the validation
+    frames like; with any, the first fit takes one too"""
     start: Annotated[float, Field(ge=0, le=1)] = 0.6
     """``subspace``: share of the epochs after which the posterior is fitted for the first time and
     the noise comes in; it is fitted again at the end"""

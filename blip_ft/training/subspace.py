@@ -28,12 +28,19 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
 from blip_ft.uncertainty.predict import predict_batch, predict_set
-from blip_ft.variational.posteriors.subspace import Rows, SubspaceData, SubspacePosterior
+from blip_ft.variational.posteriors.subspace import (
+    Rows,
+    SubspaceData,
+    SubspacePosterior,
+    gauss_newton_step,
+)
 
 #: structures per backward call
 BATCH = 6
 #: temperatures tried on validation frames
 TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
+#: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
+STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: real draws for each
 TEMPERATURE_DRAWS = 6
 #: shift of the mean over draws from the mean model that is allowed, in units of the spread
@@ -74,6 +81,7 @@ class SubspaceFitter:
         ]
         self.groups = groups_of(train)
         self.projections = self.recipe.posterior.projections
+        self.round = 0  # the fits of one final call take different projections
 
     @property
     def posterior(self) -> SubspacePosterior:
@@ -93,16 +101,27 @@ class SubspaceFitter:
         scale, temperature = recipe.posterior.prior_scale, recipe.objective.temperature
         # the first fit only steers the noise in training: half the projections do
         self.projections = max(1, recipe.posterior.projections // (1 if final else 2))
-        data = SubspaceData(
-            rows=self.rows,
-            prior_scale=None if scale == "auto" else float(scale),
-            temperature=None if temperature == "auto" else float(temperature),
-        )
-        report = self.posterior.fit(data)
+        steps: list[float] = []
+        rows: Rows | None
+        for self.round in range(max(1, recipe.posterior.mean_steps) if final else 1):
+            rows = None  # as large as all that follows: free it before the next
+            rows = self.rows()
+            report = self.posterior.fit(
+                SubspaceData(
+                    rows=rows,
+                    prior_scale=None if scale == "auto" else float(scale),
+                    temperature=None if temperature == "auto" else float(temperature),
+                )
+            )
+            if recipe.posterior.mean_steps:
+                steps.append(self.move_mean(rows, report["prior_scale"]))
         s, t = report["prior_scale"], report["temperature"]
         if not final and temperature == "auto":
             t = 1.0  # that of the loss: S is to be where the ELBO that is trained is stationary
-        self.potential.prior.prior_scale = s
+        if final:
+            # in training the mean keeps the wide prior it started with: an s from the first fit's few
+            # projections can be several times too small, and would pull the mean back
+            self.potential.prior.prior_scale = s
         # the linearised covariance can be so wide that draws leave the linear regime; averaging
         # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
         hessian = self.mean_hessian(int(final))
@@ -112,6 +131,7 @@ class SubspaceFitter:
         self.potential.amplitude = self.choose_amplitude()
         report |= {
             "temperature": t,
+            "mean_steps": steps,
             "amplitude": self.potential.amplitude,
             "effective_parameters": self.posterior.effective_parameters(),
         }
@@ -124,27 +144,62 @@ class SubspaceFitter:
         )
         return report
 
+    def move_mean(self, rows: Rows, scale: float) -> float:
+        """A damped Gauss-Newton step of the mean, of the length that validation frames prefer.
+
+        Returns:
+            Length in units of the full step, one of :data:`STEP_LENGTHS`; 0 where none helps.
+        """
+        known = torch.from_numpy(rows.is_train)
+        assert rows.errors is not None
+        step = gauss_newton_step(rows.gradients[known], rows.errors[rows.is_train], scale)
+        deltas, sites = self.potential.converted.deltas, self.posterior.sites
+        parts = step.split([s.numel for s in sites])
+        moves = {
+            s.name: part.reshape(s.shape) * self.potential.prior.rms(s.name)
+            for s, part in zip(sites, parts, strict=True)
+        }
+        best, chosen, at = self.validation_misfit(), 0.0, 0.0
+        with torch.no_grad():
+            for length in (*STEP_LENGTHS, None):  # the last round sets the best one
+                target = chosen if length is None else length
+                for name, move in moves.items():
+                    deltas[name].add_((target - at) * move)
+                at = target
+                if length is not None and (misfit := self.validation_misfit()) < best:
+                    best, chosen = misfit, length
+        return chosen
+
+    def validation_misfit(self) -> float:
+        """Mean over validation frames of 1/2 (error/noise)^2 summed over labels, at the mean weights."""
+        objective = self.recipe.objective
+        p = predict_set(self.potential, self.sets["validation"], "validation", n_draws=0, stress=False)
+        forces = np.nansum((p.forces_error / objective.forces_std) ** 2)
+        energy = np.nansum((p.energy_error / objective.energy_std) ** 2)
+        return float(0.5 * (forces + energy) / len(p.n_atoms))
+
     # ---- rows ------------------------------------------------------------------------------
     def rows(self) -> Rows:
         """Gradient rows of training and context frames at the present mean."""
         train = self.sets["train"]
         items = [train[i] for i in range(len(train))]
-        gradients, targets, groups, scored = [], [], [], []
+        gradients, targets, errors, groups, scored = [], [], [], [], []
         for index, batch, values, rows in self._gradients([*items, *self.context]):
             labelled = bool(batch.labels)
             moved = self._change(batch) if labelled else []
             outputs = zip(values, rows, self._labels(batch), strict=True)
             for k, (value, gradient, (label, noise)) in enumerate(outputs):
                 gradients.append(gradient / noise[:, None])
+                error = (label - value) / noise if labelled else torch.full_like(noise, torch.nan)
+                errors.append(error.cpu().numpy())
                 # label minus the model linearised at its mean, moved back to the pretrained weights
-                target = (label - value + moved[k]) / noise if labelled else torch.full_like(noise, torch.nan)
-                targets.append(target.cpu().numpy())
+                targets.append((error + moved[k] / noise if labelled else error).cpu().numpy())
                 groups += [self.groups[i] if labelled else "" for i in index]
                 scored += [k > 0] * len(index)
         known, counts = np.concatenate(targets), np.array(scored)
         if not np.isfinite(known[counts]).any():  # energies alone are labelled: they are scored then
             counts[:] = True
-        return Rows(torch.cat(gradients), known, np.array(groups), counts)
+        return Rows(torch.cat(gradients), known, np.array(groups), counts, np.concatenate(errors))
 
     def _change(self, batch: Batch) -> list[Tensor]:
         """Linearised change of each output (B,) from the pretrained weights to the present mean.
@@ -195,7 +250,9 @@ class SubspaceFitter:
 
     def _signs(self, batch: Batch) -> list[Tensor]:
         root = _atom_weights(batch).sqrt().cpu()[:, None]
-        return [signs * root for signs in random_signs(batch, self.projections, self.recipe.seed)]
+        return [
+            signs * root for signs in random_signs(batch, self.projections, (self.recipe.seed, self.round))
+        ]
 
     def _gradients(
         self, items: Sequence[Item], *, draw: int | None = None

@@ -75,7 +75,7 @@ def output_gradients(
         state.clear()
 
 
-def random_signs(batch: Batch, count: int, seed: int) -> list[Tensor]:
+def random_signs(batch: Batch, count: int, seed: object) -> list[Tensor]:
     """``count`` random sign vectors (n, 3) / sqrt(count), keyed by structure.
 
     For g_i the gradients of the force components, E[sum_k (sum_i v_ki g_i)(sum_i v_ki g_i)^T]

@@ -62,12 +62,18 @@ def predict_one_pass(
         Units of ``Prediction``; what the method does not give is ``None``.
 
     Raises:
-        BlipError: ``linear`` for a model whose forces are not gradients of its energy, or for a
+        BlipError: a family whose draws are no weights; ``linear`` for a model whose forces are not gradients of its energy, or for a
             family with too many latent numbers for all directions.
     """
     if not potential.posterior.ready:
         with torch.no_grad():
             return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
+    if not potential.posterior.draws_are_weights:
+        raise BlipError(
+            f"the spread of '{potential.posterior.family}' depends on the input: it has no linear form",
+            remedy="use draws (method='draws')",
+            field="method",
+        )
     prediction, gradients = energy_gradients(potential, batch, stress=stress)
     moments = BatchMoments(
         prediction, energy_std=potential.posterior.linear_variance(gradients).double().sqrt()

@@ -13,6 +13,7 @@ from blip_ft.variational.posteriors.subspace import (
     Rows,
     SubspaceData,
     SubspacePosterior,
+    gauss_newton_step,
     gram_matrix,
     left_out_nll,
 )
@@ -38,7 +39,7 @@ def problem(m: int, seed: int = 0, groups: int = 3, *, p: int = P) -> tuple[Rows
 
 
 def fitted(posterior: SubspacePosterior, rows: Rows, s: float, t: float) -> SubspacePosterior:
-    posterior.fit(SubspaceData(lambda: rows, prior_scale=s, temperature=t))
+    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
     return posterior
 
 
@@ -188,3 +189,20 @@ def test_gram_matrix_of_float32_rows_keeps_small_eigenvalues() -> None:
     rows = torch.from_numpy((np.diag([1e2, 1.0, 1e-1, 3e-2]) @ q).astype(np.float32))
     values = np.sqrt(np.linalg.eigvalsh(gram_matrix(rows))[::-1])
     np.testing.assert_allclose(values, [1e2, 1.0, 1e-1, 3e-2], rtol=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(m=st.integers(1, 6), p=st.integers(1, 8), scale=st.floats(0.05, 20), seed=st.integers(0, 1000))
+def test_gauss_newton_step_is_the_damped_least_squares_solution(m, p, scale, seed):
+    rng = np.random.default_rng(seed)
+    g, e = rng.normal(size=(m, p)), rng.normal(size=m)
+    expected = np.linalg.solve(g.T @ g + np.eye(p) / scale**2, g.T @ e)
+    step = gauss_newton_step(torch.from_numpy(g), e, scale)
+    np.testing.assert_allclose(step.numpy(), expected, rtol=1e-7, atol=1e-10)
+
+
+def test_gauss_newton_step_solves_a_linear_model_in_one_step():
+    rng = np.random.default_rng(0)
+    g, w = rng.normal(size=(5, 9)), rng.normal(size=9)
+    step = gauss_newton_step(torch.from_numpy(g), g @ w, 1e6)
+    np.testing.assert_allclose(g @ step.numpy(), g @ w, atol=1e-8)

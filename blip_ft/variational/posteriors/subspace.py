@@ -20,7 +20,7 @@ out (:func:`left_out_nll`). Derivations: docs/theory.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,12 +52,15 @@ class Rows:
             weights, over the noise; NaN for context rows, which have no label.
         groups: (m,) group of the frame (trajectory, phase, ...), for the left-out rule.
         scored: (m,) rows whose likelihood counts in the left-out rule (forces).
+        errors: (m,) label minus output at the mean, over the noise; NaN for context rows. Only
+            :func:`gauss_newton_step` needs it.
     """
 
     gradients: Tensor
     targets: np.ndarray
     groups: np.ndarray
     scored: np.ndarray
+    errors: np.ndarray | None = None
 
     @property
     def is_train(self) -> np.ndarray:
@@ -113,7 +116,7 @@ class SubspacePosterior(Posterior):
             scores, for the receipt.
         """
         assert isinstance(context, SubspaceData)
-        rows = context.rows()
+        rows = context.rows
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
@@ -247,14 +250,32 @@ class SubspaceData:
     """What :meth:`SubspacePosterior.fit` needs from the model and the data.
 
     Attributes:
-        rows: computes gradient rows at the present mean.
+        rows: gradient rows at the present mean.
         prior_scale: s; ``None`` to choose it by left-out groups.
         temperature: T; likewise.
     """
 
-    rows: Callable[[], Rows]
+    rows: Rows
     prior_scale: float | None = None
     temperature: float | None = None
+
+
+def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
+    """Step of the weights, in units of rms(w0), towards the labels; (P,).
+
+    argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
+    linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
+    natural-gradient step of the ELBO's mean with a trust region in place of the pull to w0
+    (Levenberg-Marquardt). One solve in the space of outputs, whatever the number of weights.
+
+    Args:
+        gradients: (m, P) rows G of training outputs.
+        errors: (m,) e, label minus output, over the noise.
+        scale: s.
+    """
+    inner = gram_matrix(gradients) + np.eye(len(errors)) / scale**2
+    solved = torch.from_numpy(np.linalg.solve(inner, errors)).to(gradients)
+    return solved @ gradients
 
 
 def gram_matrix(rows: Tensor) -> np.ndarray:
