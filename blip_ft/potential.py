@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class BayesianPotential(nn.Module):
         self.calibration: Calibration | None = None
         #: width of all draws, in training and after, in units of the posterior's; stds are divided by it
         self.amplitude = 1.0
+        #: what every fit of a closed form has chosen, for the receipt
+        self.fit_reports: list[dict[str, Any]] = []
         self._draws: Tensor | None = None
 
     # ---- parts ---------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class LaplaceFitter:
             f"{report['effective_parameters']:.0f} effective parameters, "
             f"draws at {self.potential.amplitude:.2g} of the width"
         )
+        self.potential.fit_reports.append({"final": True} | report)
         return report
 
     def _rows(self) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,6 @@ class SubspaceFitter:
     sets: dict[str, FrameDataset]
     console: Console
     unlabelled: Sequence[Atoms] = ()
-    reports: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         options, train = self.recipe.posterior, self.sets["train"]
@@ -135,7 +134,7 @@ class SubspaceFitter:
             "amplitude": self.potential.amplitude,
             "effective_parameters": self.posterior.effective_parameters(),
         }
-        self.reports.append(report)
+        self.potential.fit_reports.append({"final": final} | report)
         self.console.print(
             f"posterior: {self.posterior.rank} directions of {report['n_rows']} gradients hold "
             f"{100 * report['captured']:.0f} % of the spread; prior scale {s:.3g}, "
