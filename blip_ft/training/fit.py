@@ -46,7 +46,7 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
 from blip_ft.training.evaluate import Judgement, judge
 from blip_ft.training.laplace import LaplaceFitter
-from blip_ft.training.loop import train
+from blip_ft.training.loop import device_of, train
 from blip_ft.training.memory import Probe, describe, load_memory, load_probe
 from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
@@ -308,6 +308,7 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
             drift |= _drift(prepared, "plain", console)
     if posthoc:
+        potential.to(device_of(recipe))  # Lightning has moved it to the CPU
         LaplaceFitter(recipe, potential, sets, console, prepared.context).fit()
         history["blip"] = history["plain"]
     else:
