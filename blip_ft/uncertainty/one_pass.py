@@ -231,5 +231,5 @@ def _directions(rank: int, count: int | None, seed: int) -> Tensor:
     if count is None or count >= rank:
         return torch.eye(rank, dtype=torch.float64)
     random = normal(("directions", seed, count), rank * count).reshape(rank, count)
-    q, _ = torch.linalg.qr(random)
-    return q.T * math.sqrt(rank / count)
+    orthonormal: Tensor = torch.linalg.qr(random).Q
+    return orthonormal.T * math.sqrt(rank / count)
