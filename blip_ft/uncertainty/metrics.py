@@ -226,7 +226,7 @@ def per_frame(prediction: SetPrediction, calibration: Calibration | None = None)
     """One number per frame, (F,) each, NaN where not defined: what bootstraps resample.
 
     Keys ``energy_mae_mev_per_atom`` and ``force_mae_mev_per_ang``; with a calibration also
-    ``energy_crps_mev_per_atom`` and ``force_crps_mev_per_ang``; ``force_error`` (eV/Å, mean
+    ``energy_crps_mev_per_atom``, ``force_crps_mev_per_ang`` and ``force_nll``; ``force_error`` (eV/Å, mean
     norm) and, for a model with spread, ``force_uncertainty`` (eV/Å, mean epistemic norm).
     Force values are means over the frame's components: weight them by ``n_atoms``.
     """
@@ -244,6 +244,7 @@ def per_frame(prediction: SetPrediction, calibration: Calibration | None = None)
         out["energy_crps_mev_per_atom"] = 1e3 * gaussian_crps(prediction.energy_error, std["energy"])
     if "forces" in std:
         out["force_crps_mev_per_ang"] = 1e3 * forces(gaussian_crps(error, std["forces"]))
+        out["force_nll"] = forces(gaussian_nll(error, np.maximum(std["forces"], MIN_STD)))
     if prediction.forces_std_norm is not None:
         known = np.isfinite(error).all(axis=1)
         out["force_uncertainty"] = prediction.mean_over_atoms(
