@@ -35,6 +35,7 @@ SMALL = [
     "posterior.rank=6",
     "posterior.projections=1",
     "posterior.context=0.1",
+    "posterior.mean_steps=1",
     "posterior.start=0.5",
     "uncertainty.n_draws=2",
     "trainer.max_epochs=2",
