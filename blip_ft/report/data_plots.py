@@ -50,12 +50,17 @@ def label_figure(frames: Mapping[str, Sequence[Any]], theme: Theme = LIGHT) -> F
         )
     cross: dict[str, Any] = {"s": 26, "color": FAULT, "marker": "X", "linewidths": 0, "zorder": 4}
     axes[0].scatter(energy[bad], values["forces"][bad], **cross)
-    axes[1].scatter(number[bad], residual[bad], **cross)
+    energies = np.array(["energy" in f for f in frames["fault"]], dtype=bool)
+    axes[1].scatter(number[energies], residual[energies], **cross)
+    axes[1].scatter(number[bad & ~energies], residual[bad & ~energies], s=12, color=FAULT, linewidths=0)
     axes[2].scatter(1e3 * values["forces_usual"][bad], 1e3 * values["forces_residual"][bad], **cross)
     axes[1].axhspan(
         -1e3 * ENERGY_FLOOR, 1e3 * ENERGY_FLOOR, color=theme.grid, alpha=0.45, linewidth=0, zorder=0
     )
     axes[1].set_yscale("symlog", linthresh=2e3 * ENERGY_FLOOR)
+    low, high = axes[1].get_ylim()
+    axes[1].set_yticks([sign * v for v in (0, 25, 100, 1000, 10_000) for sign in (-1, 1)], minor=False)
+    axes[1].set_ylim(low, high)
     axes[1].yaxis.set_major_formatter("{x:g}")
     _log(axes[2], values)
     titles = ("what the set spans", "energies beside the model", "forces beside the model")
