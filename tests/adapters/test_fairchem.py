@@ -29,6 +29,7 @@ from . import tiny_uma
 from .conservative import ConservativeContract
 from .contract import AdapterContract
 from .helpers import array, close, evaluate, evaluate_all, same
+from .variational import VariationalContract
 from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("fairchem")
@@ -55,7 +56,7 @@ def direct() -> Path:
     return tiny_uma.direct(folder() / "direct.pt")
 
 
-class TestUMA(VendorContract, ConservativeContract):
+class TestUMA(VendorContract, ConservativeContract, VariationalContract):
     package = "fairchem"
     suffix = ".pt"
 
@@ -72,7 +73,7 @@ class TestUMA(VendorContract, ConservativeContract):
         return FairchemBackbone.load(str(path), trust=trust, task="omat")
 
 
-class TestDirect(AdapterContract):
+class TestDirect(AdapterContract, VariationalContract):
     """Forces are predicted, not differentiated: what holds for derivatives does not apply."""
 
     @classmethod
