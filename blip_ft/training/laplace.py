@@ -7,22 +7,18 @@ alone; so is the way the temperature is chosen: real draws, at full width, on va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 from rich.console import Console
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.subspace import NOISES, TEMPERATURE_DRAWS, TEMPERATURES, SubspaceFitter
-from blip_ft.uncertainty.calibration import gaussian_nll, residuals
-from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors.laplace import LaplaceData, LaplacePosterior
-from blip_ft.variational.posteriors.subspace import Rows
+from blip_ft.training.subspace import SubspaceFitter
+from blip_ft.variational.posteriors.laplace import LaplacePosterior
+from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
 
 
 class LaplaceFitter:
@@ -52,16 +48,17 @@ class LaplaceFitter:
     def fit(self) -> dict[str, Any]:
         """Directions, prior scale, temperature, and width of the draws; a report for the receipt."""
         scale, temperature = self.recipe.posterior.prior_scale, self.recipe.objective.temperature
-        data = LaplaceData(
+        data = SubspaceData(
             rows=self._rows(),
             prior_scale=None if scale == "auto" else float(scale),
             temperature=None if temperature == "auto" else float(temperature),
         )
         report = self.posterior.fit(data)
         self.potential.prior.prior_scale = report["prior_scale"]
-        self.potential.amplitude = 1.0
         if temperature == "auto":
-            report["temperature"] = self._choose_temperature(report["prior_scale"])
+            report["temperature"] = self._shared.choose_temperature(
+                lambda t: self.posterior.set_covariance(report["prior_scale"], t)
+            )
         self.posterior.set_covariance(report["prior_scale"], report["temperature"])
         self.potential.amplitude = self._shared.choose_amplitude()
         report |= {
@@ -84,19 +81,3 @@ class LaplaceFitter:
             return self._shared.rows()
         finally:
             self._shared.context = context
-
-    def _choose_temperature(self, scale: float) -> float:
-        """T with the best likelihood of the validation forces under a few real draws."""
-        best, chosen = math.inf, TEMPERATURES[0]
-        noise = self.recipe.objective.forces_std
-        for t in TEMPERATURES:
-            self.posterior.set_covariance(scale, t)
-            prediction = predict_set(
-                self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
-            )
-            error, std, _ = residuals(prediction, "forces")
-            assert std is not None
-            nll = min(float(gaussian_nll(error, np.hypot(a * noise, std)).mean()) for a in NOISES)
-            if nll < best:
-                best, chosen = nll, t
-        return chosen

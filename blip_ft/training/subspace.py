@@ -8,7 +8,7 @@ and the temperature from validation frames.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class SubspaceFitter:
         # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
         hessian = self.mean_hessian(int(final))
         if final and temperature == "auto":
-            t = self.choose_temperature(hessian, s)
+            t = self.choose_temperature(lambda t: self.posterior.set_covariance(hessian, s, t))
         self.posterior.set_covariance(hessian, s, t)
         self.potential.amplitude = self.choose_amplitude()
         report |= {
@@ -282,35 +282,30 @@ class SubspaceFitter:
         batch.keys = [i.key for i in items]
         return batch.to(backbone.device)
 
-    def _projected(
-        self, items: Sequence[Item], *, draw: int | None = None
-    ) -> Iterator[tuple[Batch, int, Any, Any]]:
-        """(batch, output k, label minus output over noise (B,), gradients over noise V^T (B, r))."""
-        for _, batch, values, rows in self._gradients(items, draw=draw):
-            outputs = zip(values, rows, self._labels(batch), strict=True)
-            for k, (value, gradient, (label, noise)) in enumerate(outputs):
-                projected = (gradient @ self.posterior.directions.T).double() / noise[:, None]
-                yield batch, k, ((label - value) / noise).cpu().numpy(), projected.cpu().numpy()
-
     def mean_hessian(self, draw: int) -> np.ndarray:
         """H = sum over training rows of g g^T in the latent space, each structure at its own draw."""
         train = self.sets["train"]
         total = np.zeros((self.posterior.rank, self.posterior.rank))
-        for _, _, error, g in self._projected([train[i] for i in range(len(train))], draw=draw):
-            known = np.isfinite(error)
-            total += g[known].T @ g[known]
+        directions = self.posterior.directions.T
+        for _, batch, values, rows in self._gradients([train[i] for i in range(len(train))], draw=draw):
+            for value, gradient, (label, noise) in zip(values, rows, self._labels(batch), strict=True):
+                g = ((gradient @ directions).double() / noise[:, None])[torch.isfinite(label - value)]
+                total += (g.T @ g).cpu().numpy()
         return total
 
-    def choose_temperature(self, hessian: np.ndarray, scale: float) -> float:
+    def choose_temperature(self, set_covariance: Callable[[float], None]) -> float:
         """T with the best likelihood of the validation forces under real draws.
 
         Mean and spread come from a few draws at full width, so that a T whose draws leave the
         linear regime is punished for its error and its spread alike. Label noise is fitted beside.
+
+        Args:
+            set_covariance: gives the posterior the covariance at a T.
         """
         best, chosen = math.inf, TEMPERATURES[0]
         self.potential.amplitude = 1.0
         for t in TEMPERATURES:
-            self.posterior.set_covariance(hessian, scale, t)
+            set_covariance(t)
             prediction = predict_set(
                 self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
             )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.laplace import LaplaceData, LaplacePosterior
-from blip_ft.variational.posteriors.subspace import Rows
+from blip_ft.variational.posteriors.laplace import LaplacePosterior
+from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7
@@ -39,7 +39,7 @@ def problem(m: int, seed: int = 0, context: int = 0, dtype: torch.dtype = DOUBLE
 
 def fitted(rows: Rows, s: float, t: float, dtype: torch.dtype = DOUBLE) -> LaplacePosterior:
     posterior = make(dtype)
-    posterior.fit(LaplaceData(rows, prior_scale=s, temperature=t))
+    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
     return posterior
 
 
@@ -132,7 +132,7 @@ def test_scale_by_the_left_out_rule() -> None:
 
     rows, _ = problem(30, context=4)
     posterior = make()
-    report = posterior.fit(LaplaceData(rows))
+    report = posterior.fit(SubspaceData(rows))
     train = rows.is_train
     table = left_out_nll(
         gram_matrix(rows.gradients)[np.ix_(train, train)],

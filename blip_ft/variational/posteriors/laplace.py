@@ -13,7 +13,6 @@ Directions that no label determines keep the prior's width: all P weights carry 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,33 +20,12 @@ import torch
 from torch import Tensor
 
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.subspace import (
-    PRIOR_SCALES,
-    TEMPERATURES,
-    Rows,
-    gram_matrix,
-    left_out_nll,
-)
+from blip_ft.variational.posteriors.subspace import SubspaceData, choose_scales, gram_matrix
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
 #: directions that the labels narrow by less than this share of the prior's variance are left out
 NEGLIGIBLE = 1e-3
-
-
-@dataclass
-class LaplaceData:
-    """What :meth:`LaplacePosterior.fit` needs from the model and the data.
-
-    Attributes:
-        rows: gradient rows at the present mean.
-        prior_scale: s; ``None`` to choose it by left-out groups.
-        temperature: T; likewise.
-    """
-
-    rows: Rows
-    prior_scale: float | None = None
-    temperature: float | None = None
 
 
 class LaplacePosterior(Posterior):
@@ -86,30 +64,19 @@ class LaplacePosterior(Posterior):
         """Set V, s and T from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`LaplaceData`; rows without a label are not used.
+            context: a :class:`~blip_ft.variational.posteriors.subspace.SubspaceData`; rows without a label are not used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores (the same rule as for ``subspace``), for the receipt.
         """
-        assert isinstance(context, LaplaceData)
+        assert isinstance(context, SubspaceData)
         rows = context.rows
         train = rows.is_train
         gradients = rows.gradients[torch.from_numpy(train)]
         gram = gram_matrix(gradients)
         report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gram)}
-        s, temperature = context.prior_scale, context.temperature
-        if s is None or temperature is None:
-            table = left_out_nll(
-                gram,
-                rows.targets[train],
-                rows.groups[train],
-                rows.scored[train],
-                scales=PRIOR_SCALES if s is None else (s,),
-                temperatures=TEMPERATURES if temperature is None else (temperature,),
-            )
-            s, temperature = min(table, key=lambda key: table[key])
-            report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
+        s, temperature = choose_scales(context, gram, report)
         self._set_directions(gradients, gram)
         self.set_covariance(s, temperature)
         return report | {

@@ -120,18 +120,7 @@ class SubspacePosterior(Posterior):
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
-        s, temperature = context.prior_scale, context.temperature
-        if s is None or temperature is None:
-            table = left_out_nll(
-                gram[np.ix_(train, train)],
-                rows.targets[train],
-                rows.groups[train],
-                rows.scored[train],
-                scales=PRIOR_SCALES if s is None else (s,),
-                temperatures=TEMPERATURES if temperature is None else (temperature,),
-            )
-            s, temperature = min(table, key=lambda key: table[key])
-            report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
+        s, temperature = choose_scales(context, gram[np.ix_(train, train)], report)
         report["captured"] = self._set_directions(rows.gradients, gram, train, s, temperature)
         projected = self._project(rows.gradients[torch.from_numpy(train)])
         self.set_covariance(projected.T @ projected, s, temperature)
@@ -247,7 +236,7 @@ def _directions_in_half(module: nn.Module, state: dict[str, Tensor], prefix: str
 
 @dataclass
 class SubspaceData:
-    """What :meth:`SubspacePosterior.fit` needs from the model and the data.
+    """What the fits of ``subspace`` and ``posthoc_laplace`` need from the model and the data.
 
     Attributes:
         rows: gradient rows at the present mean.
@@ -258,6 +247,30 @@ class SubspaceData:
     rows: Rows
     prior_scale: float | None = None
     temperature: float | None = None
+
+
+def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
+    """Prior scale s and temperature T: as given, else the best by left-out groups, whose table goes into the report.
+
+    Args:
+        data: rows, and what is given.
+        gram: (m, m) Gram matrix of the training rows.
+        report: gets ``left_out_nll``.
+    """
+    s, temperature, rows = data.prior_scale, data.temperature, data.rows
+    if s is not None and temperature is not None:
+        return s, temperature
+    train = rows.is_train
+    table = left_out_nll(
+        gram,
+        rows.targets[train],
+        rows.groups[train],
+        rows.scored[train],
+        scales=PRIOR_SCALES if s is None else (s,),
+        temperatures=TEMPERATURES if temperature is None else (temperature,),
+    )
+    report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
+    return min(table, key=lambda key: table[key])
 
 
 def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
