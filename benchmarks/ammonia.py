@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from blip_ft.checkpoint import save_model
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training.fit import Prepared, prepare
+from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
@@ -48,9 +51,11 @@ POSTERIORS: dict[str, dict[str, Any]] = {
     "default": {},
     "channel": {"posterior": {"family": "channel", "prior_scale": 0.1}, "objective": {"temperature": 3e-4}},
     "weight": {"posterior": {"family": "weight", "prior_scale": 0.1}, "objective": {"temperature": 3e-4}},
+    "adaptive": {"posterior": {"family": "adaptive", "prior_scale": 0.1}, "objective": {"temperature": 3e-4}},
 }
+LAPLACE = {"posterior": {"family": "posthoc_laplace"}}
 VARIANTS = ("subspace", "linear")
-METHODS = ("null", "plain", "ensemble", *POSTERIORS, *VARIANTS)
+METHODS = ("null", "plain", "ensemble", "posthoc_laplace", *POSTERIORS, *VARIANTS)
 
 Predictions = dict[str, SetPrediction]
 
@@ -72,7 +77,7 @@ def recipe_for(folder: Path, seed: int, method: str, rate: float, epochs: int) -
         "optimizer": {"learning_rate": rate},
         "trainer": {"max_epochs": epochs, "gradient_clip_val": 10.0},
     }
-    for section, values in POSTERIORS.get(method, {}).items():
+    for section, values in (LAPLACE if method == "plain" else POSTERIORS[method]).items():
         tree.setdefault(section, {}).update(values)
     return parse_recipe(tree)
 
@@ -90,12 +95,28 @@ def predictions(prepared: Prepared, draws: int | None, method: Method = "draws")
 # ---- methods ---------------------------------------------------------------------------------
 
 
-def run_plain(folder: Path, seed: int, rate: float, epochs: int, console: Console) -> Predictions:
-    recipe = recipe_for(folder, seed, "plain", rate, epochs)
+def trained(recipe: Recipe, console: Console, *, plain: bool) -> Prepared:
+    """A finished training; its history, and what the posterior's fit found, are kept beside the predictions."""
     prepared = prepare(recipe, console)
     with tempfile.TemporaryDirectory() as log:
-        train(recipe, prepared.potential, prepared.sets, Path(log), console, plain=True)
-    return predictions(prepared, 0)
+        history = train(recipe, prepared.potential, prepared.sets, Path(log), console, plain=plain)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    found = {"history": history, "fits": prepared.potential.fit_reports}
+    (KEPT / f"{recipe.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    return prepared
+
+
+def run_plain(
+    folder: Path, seed: int, rate: float, epochs: int, console: Console, *, laplace: bool = False
+) -> dict[str, Predictions]:
+    """Plain fine-tuning, and the Laplace covariance around it if wanted."""
+    recipe = recipe_for(folder, seed, "plain", rate, epochs)
+    prepared = trained(recipe, console, plain=True)
+    out = {"plain": predictions(prepared, 0)}
+    if laplace:
+        LaplaceFitter(recipe, prepared.potential, prepared.sets, console).fit()
+        out["posthoc_laplace"] = predictions(prepared, recipe.uncertainty.n_draws)
+    return out
 
 
 def run_posterior(
@@ -103,11 +124,13 @@ def run_posterior(
 ) -> dict[str, Predictions]:
     """One training; ``default`` also gives its draws at full width and its linearised error bars."""
     recipe = recipe_for(folder, seed, method, rate, epochs)
-    prepared = prepare(recipe, console)
-    with tempfile.TemporaryDirectory() as log:
-        train(recipe, prepared.potential, prepared.sets, Path(log), console, plain=False)
+    prepared = trained(recipe, console, plain=False)
     out = {method: predictions(prepared, recipe.uncertainty.n_draws)}
     if method == "default":
+        kept_run = KEPT / f"run-{seed}"  # for flatness.py
+        save_model(prepared.potential, kept_run / "model")
+        (kept_run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        (kept_run / "receipt.json").write_text(json.dumps({"posterior": prepared.potential.fit_reports}))
         out["linear"] = predictions(prepared, None, "linear")
         prepared.potential.amplitude = 1.0
         out["subspace"] = predictions(prepared, recipe.uncertainty.n_draws)
@@ -172,15 +195,29 @@ def kept(method: str, seed: int, make: Callable[[], dict[str, Predictions]] | No
 
 
 def collect(
-    folder: Path, seed: int, methods: list[str], rate: float, epochs: int, console: Console
+    folder: Path,
+    seed: int,
+    seeds: list[int],
+    methods: list[str],
+    rate: float,
+    epochs: int,
+    console: Console,
 ) -> dict[str, Predictions]:
+    """Calibration-ready predictions of one seed; ``seeds`` are all that will be asked for."""
     out: dict[str, Predictions] = {}
     needed = range(seed, seed + MEMBERS) if "ensemble" in methods else [seed]
-    for s in needed if {"plain", "ensemble", "null"} & set(methods) else []:
-        plain = kept("plain", s, lambda s=s: {"plain": run_plain(folder, s, rate, epochs, console)})
+    for s in needed if {"plain", "ensemble", "null", "posthoc_laplace"} & set(methods) else []:
+        laplace = s in seeds and "posthoc_laplace" in methods
+
+        def make(s: int = s, laplace: bool = laplace) -> dict[str, Predictions]:
+            return run_plain(folder, s, rate, epochs, console, laplace=laplace)
+
+        plain = kept("plain", s, make)
         if s == seed:
             out["plain"] = plain
             out["null"] = energy_null(plain)
+        if laplace and s == seed:
+            out["posthoc_laplace"] = kept("posthoc_laplace", s, make)
     if "ensemble" in methods:
         out["ensemble"] = ensemble([kept("plain", s) for s in needed])
     for method in POSTERIORS:
@@ -210,7 +247,7 @@ def tune(folder: Path, console: Console) -> None:
     for epochs in EPOCHS:
         for rate in RATES:
             started = time.monotonic()
-            near = run_plain(folder, 0, rate, epochs, console)["near"]
+            near = run_plain(folder, 0, rate, epochs, console)["plain"]["near"]
             mae = 1e3 * float(np.abs(near.forces - near.forces_label).mean())
             rows.append({"learning_rate": rate, "epochs": epochs, "validation_force_mae": mae})
             print(
@@ -225,7 +262,7 @@ def run(folder: Path, seeds: list[int], methods: list[str], console: Console) ->
     best = min(json.loads(TUNED.read_text()), key=lambda r: r["validation_force_mae"])
     rows = json.loads(OUT.read_text()) if OUT.is_file() else []
     for seed in seeds:
-        found = collect(folder, seed, methods, best["learning_rate"], best["epochs"], console)
+        found = collect(folder, seed, seeds, methods, best["learning_rate"], best["epochs"], console)
         for method, sets in found.items():
             calibration = calibration_of(method, sets)
             for split in ("near", "far"):

@@ -193,7 +193,8 @@ def _figures(
         add(
             "Training",
             plots.training_curves(history, CSS),
-            "One point per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
+            "One point per epoch; dotted: the epoch with the lowest validation CRPS, which was kept. "
+            "Points past the last epoch are Gauss-Newton steps of the mean.",
         )
     return out
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.module import FineTuneModule
+from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.variational.posteriors import AdaptivePosterior
 
 
@@ -130,6 +132,22 @@ class History(Callback):
         self._echo = echo
         self._steps: list[dict[str, float]] = []
         self._start = time.monotonic()
+
+    def after(self, validation: SetPrediction) -> None:
+        """A further row, without training losses, for a step of the mean after the epochs.
+
+        Args:
+            validation: predictions of the mean it led to.
+        """
+        forces, energy = validation.forces_error, validation.energy_error
+        self.rows.append(
+            {
+                "epoch": self.rows[-1]["epoch"] + 1 if self.rows else 0.0,
+                "seconds": time.monotonic() - self._start,
+                "val_force_mae": 1e3 * float(np.nanmean(np.abs(forces))),
+                "val_energy_mae": 1e3 * float(np.nanmean(np.abs(energy))),
+            }
+        )
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         """Collect what the step logged."""

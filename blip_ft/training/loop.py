@@ -35,6 +35,7 @@ from blip_ft.training.memory import make_memory
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.replay import make_replay
 from blip_ft.training.subspace import SubspaceFitter
+from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import AdaptivePosterior
 
 DEFAULT_EPOCHS = 24
@@ -150,7 +151,8 @@ def train(
             f"training broke down: {error}", remedy="start again with the change named above"
         ) from error
     best.restore(module)
-    console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
+    if best.epoch >= 0:
+        console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
     if prior is not None:
         scales = [s for paths in prior.update().values() for s in paths]
         console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")
@@ -163,6 +165,9 @@ def train(
             )
     if fitter is not None:
         potential.to(device_of(recipe))  # Lightning has moved it to the CPU
+        fitter.moved = lambda: history.after(
+            predict_set(potential, sets["validation"], "validation", n_draws=0, stress=False)
+        )
         fitter.fit(final=True)
     return history.rows
 

@@ -60,6 +60,7 @@ class SubspaceFitter:
         console: for progress.
         unlabelled: structures (``data.context``) whose directions are in beside those of perturbed
             training frames.
+        moved: called after every Gauss-Newton step of the mean.
     """
 
     recipe: Recipe
@@ -67,6 +68,7 @@ class SubspaceFitter:
     sets: dict[str, FrameDataset]
     console: Console
     unlabelled: Sequence[Atoms] = ()
+    moved: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         options, train = self.recipe.posterior, self.sets["train"]
@@ -98,11 +100,13 @@ class SubspaceFitter:
         """
         recipe = self.recipe
         scale, temperature = recipe.posterior.prior_scale, recipe.objective.temperature
-        # the first fit only steers the noise in training: half the projections do
-        self.projections = max(1, recipe.posterior.projections // (1 if final else 2))
         steps: list[float] = []
         rows: Rows | None
-        for self.round in range(max(1, recipe.posterior.mean_steps) if final else 1):
+        rounds = max(1, recipe.posterior.mean_steps) if final else 1
+        for self.round in range(rounds):
+            # fits that only steer the noise in training or move the mean do with half the projections
+            last = final and self.round == rounds - 1
+            self.projections = max(1, recipe.posterior.projections // (1 if last else 2))
             rows = None  # as large as all that follows: free it before the next
             rows = self.rows()
             report = self.posterior.fit(
@@ -114,7 +118,19 @@ class SubspaceFitter:
             )
             if recipe.posterior.mean_steps:
                 steps.append(self.move_mean(rows, report["prior_scale"]))
-        s, t = report["prior_scale"], report["temperature"]
+                if self.moved is not None:
+                    self.moved()
+        report["mean_steps"] = steps
+        return self.settle(report, final=final)
+
+    def settle(self, report: dict[str, Any], *, final: bool) -> dict[str, Any]:
+        """Covariance from real draws, temperature and width of the draws, along the directions as they are.
+
+        Args:
+            report: of the posterior's fit: ``prior_scale`` and ``temperature``; completed and returned.
+            final: choose the temperature on the validation frames, where the recipe does not give it.
+        """
+        s, t, temperature = report["prior_scale"], report["temperature"], self.recipe.objective.temperature
         if not final and temperature == "auto":
             t = 1.0  # that of the loss: S is to be where the ELBO that is trained is stationary
         if final:
@@ -130,7 +146,6 @@ class SubspaceFitter:
         self.potential.amplitude = self.choose_amplitude()
         report |= {
             "temperature": t,
-            "mean_steps": steps,
             "amplitude": self.potential.amplitude,
             "effective_parameters": self.posterior.effective_parameters(),
         }
