@@ -287,7 +287,7 @@ class ObjectiveConfig(Strict):
     """train on stress labels where they exist"""
     temperature: Positive | Literal["auto"] = "auto"
     """weight T of the KL term: 1 is Bayes, below it the posterior is colder; ``auto``
-    (``subspace``, ``posthoc_laplace``): by left-out groups, at the end by the validation frames"""
+    (``subspace``, ``posthoc_laplace``): 1 in training, at the end by the validation frames"""
     kl_warmup: Annotated[int, Field(ge=0)] = 0
     """epochs over which the KL term grows from 0 to its full weight"""
 

@@ -146,7 +146,7 @@ def test_covariance_is_where_the_elbo_is_stationary() -> None:
 def test_left_out_groups_against_explicit_regression() -> None:
     rows, x = problem(m=12)
     s, t = 0.5, 2.0
-    table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=[s], temperatures=[t])
+    table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=[s], temperature=t)
     scores = []
     for g in np.unique(rows.groups):
         out = rows.groups == g
@@ -155,7 +155,7 @@ def test_left_out_groups_against_explicit_regression() -> None:
         variance = np.einsum("ip,pq,iq->i", x[out], sigma, x[out]) + t
         error = rows.targets[out] - x[out] @ mean
         scores.append(np.mean(0.5 * np.log(2 * np.pi * variance) + 0.5 * error**2 / variance))
-    assert table[(s, t)] == pytest.approx(np.mean(scores), rel=1e-9)
+    assert table[s] == pytest.approx(np.mean(scores), rel=1e-9)
 
 
 def test_left_out_rule_finds_the_true_scale() -> None:
@@ -164,15 +164,15 @@ def test_left_out_rule_finds_the_true_scale() -> None:
     totals = np.zeros(len(grid))
     for seed in range(20):
         rows, x = problem(m=30, seed=seed, groups=5)
-        table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=grid, temperatures=[1.0])
-        totals += [table[(s, 1.0)] for s in grid]
+        table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=grid)
+        totals += [table[s] for s in grid]
     assert grid[int(totals.argmin())] == 0.4
 
 
 def test_one_group_cannot_be_left_out() -> None:
     rows, x = problem(m=6, groups=1)
     with pytest.raises(ValueError, match="two groups"):
-        left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=[1.0], temperatures=[1.0])
+        left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=[1.0])
 
 
 def test_no_noise_before_the_first_fit() -> None:

@@ -34,9 +34,8 @@ from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
-#: s and T that are tried when the recipe says ``auto``
+#: s that are tried when the recipe says ``auto``
 PRIOR_SCALES = tuple(10.0 ** np.arange(-2.5, 0.51, 0.125))
-TEMPERATURES = (1.0, 3.0, 10.0, 30.0, 100.0)
 #: columns of G that are multiplied at a time; sums over blocks are in float64, since the small
 #: eigenvalues of the Gram matrix are lost in float32
 BLOCK = 16384
@@ -241,7 +240,7 @@ class SubspaceData:
     Attributes:
         rows: gradient rows at the present mean.
         prior_scale: s; ``None`` to choose it by left-out groups.
-        temperature: T; likewise.
+        temperature: T; ``None`` leaves it at 1, the noise of the labels as the objective states it.
     """
 
     rows: Rows
@@ -250,27 +249,31 @@ class SubspaceData:
 
 
 def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
-    """Prior scale s and temperature T: as given, else the best by left-out groups, whose table goes into the report.
+    """Prior scale s and temperature T: as given, else the s that is best by left-out groups.
+
+    T is not chosen along with s: a large T explains what a linear model leaves unexplained as label
+    noise, and a small s beside it is then as good as a wide one at T = 1, so that the smallest change of
+    the rows moves the minimum from one to the other.
 
     Args:
         data: rows, and what is given.
         gram: (m, m) Gram matrix of the training rows.
-        report: gets ``left_out_nll``.
+        report: gets ``left_out_nll``, pairs of s and score.
     """
-    s, temperature, rows = data.prior_scale, data.temperature, data.rows
-    if s is not None and temperature is not None:
-        return s, temperature
-    train = rows.is_train
+    temperature = 1.0 if data.temperature is None else data.temperature
+    if data.prior_scale is not None:
+        return data.prior_scale, temperature
+    rows, train = data.rows, data.rows.is_train
     table = left_out_nll(
         gram,
         rows.targets[train],
         rows.groups[train],
         rows.scored[train],
-        scales=PRIOR_SCALES if s is None else (s,),
-        temperatures=TEMPERATURES if temperature is None else (temperature,),
+        scales=PRIOR_SCALES,
+        temperature=temperature,
     )
-    report["left_out_nll"] = [[a, b, v] for (a, b), v in table.items()]
-    return min(table, key=lambda key: table[key])
+    report["left_out_nll"] = [[s, score] for s, score in table.items()]
+    return min(table, key=lambda s: table[s]), temperature
 
 
 def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
@@ -308,9 +311,9 @@ def left_out_nll(
     scored: np.ndarray,
     *,
     scales: Sequence[float],
-    temperatures: Sequence[float],
-) -> dict[tuple[float, float], float]:
-    """Score (s, T) by groups of training rows predicted from the other groups.
+    temperature: float = 1.0,
+) -> dict[float, float]:
+    """Score s by groups of training rows predicted from the other groups.
 
     The model is Bayesian linear regression on the rows, weights ~ N(0, s^2 I), noise variance T
     (rows are in units of their noise): in function space a Gaussian process with kernel
@@ -322,10 +325,10 @@ def left_out_nll(
         groups: (m,) group of each row; one group alone cannot be left out.
         scored: (m,) rows that count.
         scales: values of s.
-        temperatures: values of T.
+        temperature: T.
 
     Returns:
-        {(s, T): mean over groups of the mean Gaussian NLL of the scored rows left out}.
+        {s: mean over groups of the mean Gaussian NLL of the scored rows left out}.
 
     Raises:
         ValueError: fewer than two groups.
@@ -333,26 +336,23 @@ def left_out_nll(
     names = np.unique(groups)
     if len(names) < 2:
         raise ValueError("the left-out rule needs at least two groups")
-    out: dict[tuple[float, float], float] = {}
+    out: dict[float, float] = {}
     for s in scales:
-        for t in temperatures:
-            scores = []
-            for name in names:
-                inside, outside = groups == name, groups != name
-                wanted = inside & scored
-                if not wanted.any():
-                    continue
-                k = s * s * gram[np.ix_(outside, outside)] + t * np.eye(int(outside.sum()))
-                factor = (cholesky(k, lower=True), True)
-                cross = s * s * gram[np.ix_(outside, wanted)]
-                mean = cross.T @ cho_solve(factor, targets[outside])
-                variance = (
-                    s * s * gram.diagonal()[wanted] + t - (cross * cho_solve(factor, cross)).sum(axis=0)
-                )
-                variance = np.maximum(variance, 1e-12 * t)
-                error = targets[wanted] - mean
-                scores.append(
-                    float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance))
-                )
-            out[(s, t)] = float(np.mean(scores))
+        scores = []
+        for name in names:
+            inside, outside = groups == name, groups != name
+            wanted = inside & scored
+            if not wanted.any():
+                continue
+            k = s * s * gram[np.ix_(outside, outside)] + temperature * np.eye(int(outside.sum()))
+            factor = (cholesky(k, lower=True), True)
+            cross = s * s * gram[np.ix_(outside, wanted)]
+            mean = cross.T @ cho_solve(factor, targets[outside])
+            variance = (
+                s * s * gram.diagonal()[wanted] + temperature - (cross * cho_solve(factor, cross)).sum(axis=0)
+            )
+            variance = np.maximum(variance, 1e-12 * temperature)
+            error = targets[wanted] - mean
+            scores.append(float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance)))
+        out[s] = float(np.mean(scores))
     return out
