@@ -41,12 +41,12 @@ BATCH = 6
 TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
-#: real draws for each
-TEMPERATURE_DRAWS = 6
+#: real draws for each, and their width
+TEMPERATURE_DRAWS, TRIAL_WIDTH = 6, 0.25
 #: shift of the mean over draws from the mean model that is allowed, in units of the spread
 MAX_SHIFT = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
-NOISES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
+NOISES = (0.03, 0.05, 0.075, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
 
 @dataclass
@@ -185,12 +185,18 @@ class SubspaceFitter:
         return chosen
 
     def validation_misfit(self) -> float:
-        """Mean over validation frames of 1/2 (error/noise)^2 summed over labels, at the mean weights."""
-        objective = self.recipe.objective
+        """Mean over validation frames of the NLL of the labels, n log(mean |error|) per kind, at the mean weights.
+
+        That is Laplacian noise at its best scale for energies and forces each: a step may not pay for
+        forces with energies that are many times worse, however small beside the objective's noise.
+        """
         p = predict_set(self.potential, self.sets["validation"], "validation", n_draws=0, stress=False)
-        forces = np.nansum((p.forces_error / objective.forces_std) ** 2)
-        energy = np.nansum((p.energy_error / objective.energy_std) ** 2)
-        return float(0.5 * (forces + energy) / len(p.n_atoms))
+        total = 0.0
+        for error in (p.forces_error, p.energy_error):
+            known = np.abs(error[np.isfinite(error)])
+            if known.size:
+                total += known.size * math.log(max(float(known.mean()), 1e-9))
+        return total / len(p.n_atoms)
 
     # ---- rows ------------------------------------------------------------------------------
     def rows(self) -> Rows:
@@ -311,14 +317,13 @@ class SubspaceFitter:
     def choose_temperature(self, set_covariance: Callable[[float], None]) -> float:
         """T with the best likelihood of the validation forces under real draws.
 
-        Mean and spread come from a few draws at full width, so that a T whose draws leave the
-        linear regime is punished for its error and its spread alike. Label noise is fitted beside.
+        The draws are narrow, as those of the predictions. Label noise is fitted beside.
 
         Args:
             set_covariance: gives the posterior the covariance at a T.
         """
         best, chosen = math.inf, TEMPERATURES[0]
-        self.potential.amplitude = 1.0
+        self.potential.amplitude = TRIAL_WIDTH
         for t in TEMPERATURES:
             set_covariance(t)
             prediction = predict_set(
@@ -336,24 +341,34 @@ class SubspaceFitter:
         return chosen
 
     def choose_amplitude(self) -> float:
-        """Width of the fixed draws at which their mean stays the mean model, on the context frames.
+        """Width of the fixed draws at which their mean stays the mean model.
 
         Draws are centred, so their mean differs from the mean weights' prediction by curvature only:
-        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma.
+        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma, on the
+        context frames and on the validation frames each: near the data the spread is small, and curvature
+        along directions that the data leave wide would soon be most of it.
         """
-        trial = 0.5
         validation = self.sets["validation"]
-        frames = self.context or [validation[i] for i in range(min(BATCH, len(validation)))]
+        known = [validation[i] for i in _evenly(len(validation), max(BATCH, len(self.context)))]
+        amplitudes = [self._amplitude_on(frames) for frames in (self.context, known) if frames]
+        return min(amplitudes)
+
+    def _amplitude_on(self, frames: Sequence[Item]) -> float:
         batch = self._batch(frames)
         mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
-        self.potential.amplitude = trial
+        self.potential.amplitude = TRIAL_WIDTH
         moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
         assert mean is not None
         assert moments.mean.forces is not None
         assert moments.forces_std is not None
-        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / trial**2
+        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / TRIAL_WIDTH**2
         spread = float(moments.forces_std.square().mean().sqrt())
         return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    """At most ``most`` of n indices, evenly spread."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
 
 
 def _atom_weights(batch: Batch) -> Tensor:

@@ -10,8 +10,8 @@ from blip_ft.variational.posteriors import FAMILIES, AdaptivePosterior, Posterio
 from blip_ft.variational.prior import DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Site
 
-#: prior scale until it is chosen from the data; holds the mean only
-START_PRIOR_SCALE = 0.3
+#: prior scale until it is chosen from the data; holds the mean only, and loosely (docs/decisions.md)
+START_PRIOR_SCALE = 1.0
 
 
 def make_prior(converted: Converted, options: PosteriorConfig) -> PretrainedPrior:

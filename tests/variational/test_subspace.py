@@ -16,6 +16,7 @@ from blip_ft.variational.posteriors.subspace import (
     gauss_newton_step,
     gram_matrix,
     left_out_nll,
+    widest_as_good,
 )
 
 P, RMS = 24, 1.7  # weights and their common pretrained size
@@ -155,7 +156,7 @@ def test_left_out_groups_against_explicit_regression() -> None:
         variance = np.einsum("ip,pq,iq->i", x[out], sigma, x[out]) + t
         error = rows.targets[out] - x[out] @ mean
         scores.append(np.mean(0.5 * np.log(2 * np.pi * variance) + 0.5 * error**2 / variance))
-    assert table[s] == pytest.approx(np.mean(scores), rel=1e-9)
+    np.testing.assert_allclose(table[s], scores, rtol=1e-9)
 
 
 def test_left_out_rule_finds_the_true_scale() -> None:
@@ -165,8 +166,15 @@ def test_left_out_rule_finds_the_true_scale() -> None:
     for seed in range(20):
         rows, x = problem(m=30, seed=seed, groups=5)
         table = left_out_nll(x @ x.T, rows.targets, rows.groups, rows.scored, scales=grid)
-        totals += [table[s] for s in grid]
+        totals += [table[s].mean() for s in grid]
     assert grid[int(totals.argmin())] == 0.4
+
+
+def test_widest_scale_that_is_as_good() -> None:
+    flat = {0.1: np.array([3.0, 1.0, 2.0]), 0.3: np.array([1.0, 1.0, 1.0]), 1.0: np.array([1.2, 0.9, 1.0])}
+    assert widest_as_good(flat | {3.0: np.array([1.5, 1.6, 1.4])}) == 1.0  # lost by every group
+    assert widest_as_good(flat | {3.0: np.array([1.5, 0.5, 1.4])}) == 3.0  # the groups disagree
+    assert widest_as_good({0.3: flat[0.3], 1.0: flat[0.3] + 0.01}) == 0.3  # no doubt about the sign
 
 
 def test_one_group_cannot_be_left_out() -> None:

@@ -35,7 +35,7 @@ from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
 #: s that are tried when the recipe says ``auto``
-PRIOR_SCALES = tuple(10.0 ** np.arange(-2.5, 0.51, 0.125))
+PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
 #: columns of G that are multiplied at a time; sums over blocks are in float64, since the small
 #: eigenvalues of the Gram matrix are lost in float32
 BLOCK = 16384
@@ -249,7 +249,7 @@ class SubspaceData:
 
 
 def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
-    """Prior scale s and temperature T: as given, else the s that is best by left-out groups.
+    """Prior scale s and temperature T: as given, else s by left-out groups (:func:`widest_as_good`).
 
     T is not chosen along with s: a large T explains what a linear model leaves unexplained as label
     noise, and a small s beside it is then as good as a wide one at T = 1, so that the smallest change of
@@ -272,8 +272,28 @@ def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) 
         scales=PRIOR_SCALES,
         temperature=temperature,
     )
-    report["left_out_nll"] = [[s, score] for s, score in table.items()]
-    return min(table, key=lambda s: table[s]), temperature
+    report["left_out_nll"] = [[s, float(scores.mean())] for s, scores in table.items()]
+    return widest_as_good(table), temperature
+
+
+def widest_as_good(scores: dict[float, np.ndarray]) -> float:
+    """The largest s whose score is within one standard error of the best one's.
+
+    Where the groups that are left out lie close to the others, s hardly matters to them, and the minimum of a
+    flat curve says nothing about frames farther away; of values that the groups cannot tell apart the widest
+    is the one that errs on the side of caution. The standard error is that of the groups' paired differences
+    (the rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+
+    Args:
+        scores: {s: (G,) score of every group, less is better}.
+    """
+    best = min(scores, key=lambda s: scores[s].mean())
+    widest = best
+    for s, values in scores.items():
+        loss = values - scores[best]
+        if s > widest and loss.mean() <= loss.std(ddof=1) / math.sqrt(len(loss)):
+            widest = s
+    return widest
 
 
 def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
@@ -312,7 +332,7 @@ def left_out_nll(
     *,
     scales: Sequence[float],
     temperature: float = 1.0,
-) -> dict[float, float]:
+) -> dict[float, np.ndarray]:
     """Score s by groups of training rows predicted from the other groups.
 
     The model is Bayesian linear regression on the rows, weights ~ N(0, s^2 I), noise variance T
@@ -328,7 +348,7 @@ def left_out_nll(
         temperature: T.
 
     Returns:
-        {s: mean over groups of the mean Gaussian NLL of the scored rows left out}.
+        {s: (G,) mean Gaussian NLL of the scored rows of every group that has some, when it is left out}.
 
     Raises:
         ValueError: fewer than two groups.
@@ -336,7 +356,7 @@ def left_out_nll(
     names = np.unique(groups)
     if len(names) < 2:
         raise ValueError("the left-out rule needs at least two groups")
-    out: dict[float, float] = {}
+    out: dict[float, np.ndarray] = {}
     for s in scales:
         scores = []
         for name in names:
@@ -354,5 +374,5 @@ def left_out_nll(
             variance = np.maximum(variance, 1e-12 * temperature)
             error = targets[wanted] - mean
             scores.append(float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance)))
-        out[s] = float(np.mean(scores))
+        out[s] = np.array(scores)
     return out
