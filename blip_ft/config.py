@@ -124,7 +124,8 @@ class DataConfig(Strict):
     """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
     context: Source | None = None
     """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
-    the directions that matter there, beside those of ``posterior.context``"""
+    the directions that matter there, beside those of ``posterior.context``; ``objective.kind:
+    function_kl`` compares on them too"""
     replay: ReplayConfig | None = None
     """replay against forgetting and probe of the drift"""
     split: SplitConfig = SplitConfig()
@@ -267,7 +268,8 @@ class ObjectiveConfig(Strict):
     """``elbo+crps``: weight of the CRPS beside the NLL, both summed over labels in units of the noise"""
     replay: Source | None = None
     """``function_kl``: frames, with or without labels, on which the pretrained model is to be
-    remembered; by default perturbed copies of the training frames (``posterior.context`` of them)"""
+    remembered; by default those of ``data.context`` and perturbed copies of the training frames
+    (``posterior.context`` of them)"""
     likelihood: Literal["gaussian", "student_t", "joint_student_t"] = "gaussian"
     """law of the label noise: ``student_t``: single outliers pull less; ``joint_student_t``: one
     unknown noise level per structure for its energy, forces and stress together, so that a badly
@@ -544,11 +546,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
             "objective.replay",
             "use objective.kind=function_kl, or remove the key",
         )
-    if objective.kind == "function_kl" and objective.replay is None and options.context == 0:
+    given = objective.replay is not None or recipe.data.context is not None
+    if objective.kind == "function_kl" and not given and options.context == 0:
         refuse(
             "objective.kind 'function_kl' has no frames to compare on",
             "objective.replay",
-            "give frames, or posterior.context > 0",
+            "give frames here or as data.context, or posterior.context > 0",
         )
     if closed:
         return

@@ -79,7 +79,7 @@ class BayesianPotential(nn.Module):
         self.calibration: Calibration | None = None
         #: width of all draws, in training and after, in units of the posterior's; stds are divided by it
         self.amplitude = 1.0
-        #: what every fit of a closed form has chosen, for the receipt
+        #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt
         self.fit_reports: list[dict[str, Any]] = []
         self._draws: Tensor | None = None
 

@@ -178,8 +178,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         )
         splits, report = _labels_checked(recipe, splits, backbone, findings)
         findings = report.findings
-    replay = replayed(recipe, splits.train, backbone)
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
+    replay = replayed(recipe, splits.train, backbone, context)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     cache = GraphCache(1e9 * recipe.data.cache_gb)
     sets = {name: FrameDataset(d, backbone, cache) for name, d in {**roles, **splits.test}.items()}

@@ -154,6 +154,8 @@ def train(
     if prior is not None:
         scales = [s for paths in prior.update().values() for s in paths]
         console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")
+    if clamp is not None:
+        potential.fit_reports.append({"clamped": clamp.shares})
     for kind, share in (clamp.shares if clamp is not None else {}).items():
         if share > CLAMP_SHARE:
             console.print(
