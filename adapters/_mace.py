@@ -77,6 +77,21 @@ def import_mace() -> None:
         import_backend("mace", "mace.calculators")
         import_backend("mace", "mace.modules")
         import_backend("mace", "mace.tools.scripts_utils")
+    _copy_empty_weights()
+
+
+def _copy_empty_weights() -> None:
+    """Let ``copy.deepcopy`` take the vendor's weights of paths that vanish by symmetry.
+
+    Their constructor takes the data alone, and torch's copy of a parameter gives it ``requires_grad`` too.
+    """
+    from mace.modules.symmetric_contraction import EmptyParam
+
+    def copied(empty: Any, memo: dict[int, Any]) -> Any:
+        memo[id(empty)] = twin = EmptyParam(empty.data)
+        return twin
+
+    EmptyParam.__deepcopy__ = copied
 
 
 # ---- names -------------------------------------------------------------------------------------
