@@ -159,6 +159,12 @@ def open_model(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module]:
             remedy="use a MACE or ScaleShiftMACE model",
             file=path,
         )
+    if wanted := getattr(content, "embedding_specs", None):
+        raise CheckpointError(
+            f"wants {' and '.join(wanted)} of each structure, which this adapter does not give it",
+            remedy="use a model without such inputs: not an 'omol' one",
+            file=path,
+        )
     try:
         with contained():
             architecture = describe(content)
@@ -186,8 +192,6 @@ def describe(model: Any) -> dict[str, Any]:
     plain = type(model).__name__ == "MACE"
     source = _as_scale_shift(model) if plain else model
     found: dict[str, Any] = extract_config_mace_model(source)
-    if found.get("embedding_specs"):
-        raise ValueError(f"it wants {', '.join(found['embedding_specs'])} of each structure")
     if plain:
         del found["atomic_inter_scale"], found["atomic_inter_shift"]
     for key in (*_KERNELS, "embedding_specs", "use_embedding_readout"):
