@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from blip_ft.config import Recipe
+from blip_ft.data.examine import DataReport
 from blip_ft.files import whole_file
 from blip_ft.report import data_tables, plots, tables
 from blip_ft.report.data_plots import label_figure
@@ -66,6 +67,7 @@ def write_report(
     findings: Sequence[FindingLike],
     signatures: Sequence[Signature],
     data: Mapping[str, Any] | None = None,
+    drift: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write ``report.html``; it gets its name once it is complete.
 
@@ -83,6 +85,7 @@ def write_report(
         signatures: of failures, see ``blip_ft.uncertainty.signatures``.
         data: ``summary``, ``model`` and ``frames`` of the data report
             (``blip_ft.data.examine.DataReport``), where there is one.
+        drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.
 
     Returns:
         Path of the file.
@@ -104,16 +107,34 @@ def write_report(
         figures=_figures(tested, calibration, history),
         calibration=_calibration_rows(calibration),
         receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
-        findings=sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
-        data_roles=list(data["summary"]) if data else [],
-        data_rows=data_tables.summary_rows(data["summary"], data["model"]) if data else [],
-        data_figure=_data_figure(data),
+        drift=[(tables.MODELS[name], values) for name, values in (drift or {}).items()],
+        **_data_section(data, findings),
         signatures=sorted(signatures, key=lambda s: s.severity != "error"),
     )
     path = Path(folder) / "report.html"
     with whole_file(path) as file:
         file.write(text)
     return path
+
+
+def write_data_report(path: str | Path, *, name: str, model: str, report: DataReport) -> Path:
+    """Write the data section of a report as a page of its own.
+
+    Args:
+        path: of the file; replaced if it exists.
+        name: of the recipe.
+        model: the pretrained model that labels were compared with.
+        report: what was found.
+
+    Raises:
+        BlipError: it cannot be written.
+    """
+    data = {"summary": report.summary, "model": report.model, "frames": report.frames}
+    page = _environment().get_template("check.html")
+    text = page.render(name=name, model=model, **_data_section(data, report.findings))
+    with whole_file(Path(path)) as file:
+        file.write(text)
+    return Path(path)
 
 
 # ---- contents --------------------------------------------------------------------------------
@@ -196,6 +217,16 @@ def _figures(
             "One point per epoch; dotted: the epoch with the lowest validation CRPS, which was kept.",
         )
     return out
+
+
+def _data_section(data: Mapping[str, Any] | None, findings: Sequence[FindingLike]) -> dict[str, Any]:
+    """What ``data.html`` shows."""
+    return {
+        "findings": sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
+        "data_roles": list(data["summary"]) if data else [],
+        "data_rows": data_tables.summary_rows(data["summary"], data["model"]) if data else [],
+        "data_figure": _data_figure(data),
+    }
 
 
 def _data_figure(data: Mapping[str, Any] | None) -> Picture | None:

@@ -337,7 +337,7 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     potential.calibration = results["blip"].calibration
     save_model(potential, folder / "model")
     receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
-    return write_run(recipe, prepared, results, history, receipt, folder, console)
+    return write_run(recipe, prepared, results, history, receipt, folder, console, drift)
 
 
 def _drift(prepared: Prepared, model: str, console: Console) -> dict[str, dict[str, float]]:
@@ -363,6 +363,7 @@ def write_run(
     receipt: dict[str, Any],
     folder: Path,
     console: Console,
+    drift: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``receipt.json``, ``recipe.yaml``, predictions and the report."""
     import yaml
@@ -403,6 +404,7 @@ def write_run(
         findings=prepared.findings,
         signatures=signatures,
         data=data,
+        drift=drift,
     )
     for signature in signatures:
         console.print(

@@ -191,3 +191,11 @@ def test_sets_without_labels(tmp_path, run):
     html = render(tmp_path, run)
     Page(html)
     assert html.count('<svg role="img"') == 5
+
+
+def test_drift_on_the_probe_frames(tmp_path, run):
+    assert 'id="drift"' not in render(tmp_path, run)
+    drift = {"blip": {"energy_mev_per_atom": 1.234, "forces_mev_per_ang": 56.78, "n_structures": 12.0}}
+    page = Page(render(tmp_path, run | {"drift": drift}))
+    assert "BLIP 1.23 56.8 12" in page.text
+    assert "#drift" in page.links
