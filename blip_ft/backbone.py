@@ -14,7 +14,8 @@ quantity                  shape               unit, sign
                                               structure is not periodic in all directions
 ``node_energy``           (n,)                eV, sums to ``energy`` per structure; ``None``
                                               where the energy is no sum over atoms
-``node_features``         (n, f)              invariant features of the atoms (optional)
+``node_features``         (n, f)              invariant features of the atoms (optional), from
+                                              which the out-of-distribution score is made
 ========================  ==================  ===========================================
 
 with B structures and n atoms in all of them together.

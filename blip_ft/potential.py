@@ -6,7 +6,7 @@
 - ``references``: one energy per element (eV), added in float64 outside the network, as DFT totals
   of hundreds of eV per atom would eat the digits of a float32 sum,
 - ``n_draws`` fixed posterior draws, numbered and reproducible,
-- the calibration of its error bars, once fitted.
+- the calibration of its error bars and the distance from its training atoms, once fitted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
+    from blip_ft.uncertainty.ood import FeatureDistance
     from blip_ft.uncertainty.predict import Method
 
 MAX_ATOMIC_NUMBER = 119
@@ -77,6 +78,8 @@ class BayesianPotential(nn.Module):
         self.structure_kl: Tensor | None = None
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
+        #: where the training atoms are in feature space; None before the end of a fit
+        self.ood: FeatureDistance | None = None
         #: width of all draws, in training and after, in units of the posterior's; stds are divided by it
         self.amplitude = 1.0
         #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt

@@ -19,6 +19,7 @@ from blip_ft.data.examine import DataReport
 from blip_ft.files import whole_file
 from blip_ft.report import data_tables, plots, tables
 from blip_ft.report.data_plots import label_figure
+from blip_ft.report.ood_plots import ood_scores
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
@@ -158,6 +159,9 @@ DETAILS = (
     tables.Column(
         "partial_spearman_structure", "Spearman per structure, partial", "given the energy", form="rank"
     ),
+    tables.Column("ood_score_median", "Out-of-distribution score", "median, 1 is like training"),
+    tables.Column("spearman_atom_ood", "Spearman per atom, score", "not the std", form="rank"),
+    tables.Column("spearman_structure_ood", "Spearman per structure, score", "largest", form="rank"),
 )
 
 
@@ -209,6 +213,15 @@ def _figures(
             plots.calibration_curves(ours, calibration, CSS),
             "Share of labels inside central Gaussian intervals. Before calibration: the spread of "
             "the posterior draws alone. After: total std.",
+        )
+    scored = {name: p for name, p in ours.items() if p.ood_score is not None}
+    if scored:
+        add(
+            "Out-of-distribution score",
+            ood_scores(scored, calibration, CSS),
+            "How far atoms are from the training atoms in the model's own features; no part of the error bars. "
+            "1: as far as training atoms are from other groups of the training set. Right: where the line "
+            "rises above 1 with the score, error bars do not follow the distance.",
         )
     if any(history.values()):
         add(

@@ -52,6 +52,8 @@ from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
 from blip_ft.training.scratch import initial
+from blip_ft.training.subspace import groups_of
+from blip_ft.uncertainty.ood import fit_distance
 
 #: frames compared with the vendor's calculator in the step-0 gate
 GATE_FRAMES = 48
@@ -327,6 +329,8 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         )
     if not is_rank_zero():
         return {}
+    train_frames = sets["train"]
+    potential.ood = fit_distance(potential.to(device_of(recipe)), train_frames, groups_of(train_frames))
     results["blip"] = judge(
         recipe, potential, sets, draws=recipe.uncertainty.n_draws, console=console, what="BLIP"
     )

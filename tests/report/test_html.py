@@ -12,6 +12,7 @@ from blip_ft.errors import BlipError
 from blip_ft.report import write_report
 from blip_ft.report.tables import format_value
 from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import Signature
 
 from .conftest import make_recipe, make_run
@@ -199,3 +200,16 @@ def test_drift_on_the_probe_frames(tmp_path, run):
     page = Page(render(tmp_path, run | {"drift": drift}))
     assert "BLIP 1.23 56.8 12" in page.text
     assert "#drift" in page.links
+
+
+def test_scores_have_a_figure_and_columns(tmp_path, run):
+    for i, p in enumerate(run["predictions"]["blip"].values()):
+        p.ood_score = np.full(len(p.numbers), 1.5 + 4 * i) + np.linalg.norm(p.forces_error, axis=1)
+    run["metrics"]["blip"] = metrics_table(run["predictions"]["blip"], run["calibration"])
+    html = render(tmp_path, run)
+    assert html.count('<svg role="img"') == 6
+    text = Page(html).text
+    assert "Out-of-distribution score" in text
+    for key in ("ood_score_median", "spearman_atom_ood"):
+        form = "rank" if "spearman" in key else "value"
+        assert format_value(run["metrics"]["blip"]["hot"][key], form) in text

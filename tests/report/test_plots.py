@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip_ft.report import plots, theme
+from blip_ft.report import ood_plots, plots, theme
 from blip_ft.uncertainty.calibration import Calibration
 
 from .conftest import make_prediction
@@ -116,3 +116,27 @@ def test_set_colours_do_not_depend_on_order():
     assert looks["seen"] == (theme.COLOURS[0], theme.MARKERS[0])
     assert len(set(looks.values())) == 3
     assert theme.style(["seen", "hot", "cold"])["hot"] == looks["hot"]
+
+
+def test_score_against_error_and_error_bar(honest):
+    """Error bars that know nothing of the score: its right panel rises where errors do."""
+    for p in honest.values():
+        p.ood_score = 20 * np.linalg.norm(p.forces_error, axis=1)
+        p.ood_score[0] = np.inf  # an unknown element cannot be drawn
+    figure = ood_plots.ood_scores(honest, Calibration.identity())
+    shares, structures, ratio = figure.axes
+    assert [ax.get_xscale() for ax in figure.axes] == ["log"] * 3
+    for line, p in zip(curves(shares), honest.values(), strict=True):
+        assert line[-1, 1] == pytest.approx(1 - 1 / len(p.numbers))
+    assert sum(len(c.get_offsets()) for c in structures.collections) == 2 * 200 - 2
+    for line in curves(ratio):
+        assert line[-1, 1] > 1.4
+        assert line[0, 1] < 0.7
+
+
+def test_sets_without_score_are_left_out(honest):
+    honest["hot"].ood_score = np.ones(len(honest["hot"].numbers))
+    figure = ood_plots.ood_scores(honest, Calibration.identity())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hot"]
+    svg = theme.to_svg(ood_plots.ood_scores({}, Calibration.identity()), "empty")
+    assert svg.startswith("<svg")

@@ -78,6 +78,9 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert all(0 <= share <= 1 for share in clamped.values())
     metrics = json.loads(Path("runs/run/metrics.json").read_text())
     assert math.isfinite(metrics["blip"]["seen"]["force_crps_mev_per_ang"])
+    assert metrics["blip"]["seen"]["ood_score_median"] > 0
+    assert -1 <= metrics["blip"]["seen"]["spearman_atom_ood"] <= 1
+    assert "spearman_atom_ood" not in metrics["pretrained"]["seen"]
     history = json.loads(Path("runs/run/history.json").read_text())["blip"]
     assert len(history) == 2
     assert all(math.isfinite(v) for row in history for v in row.values())
@@ -85,6 +88,8 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert potential.posterior.family == options["posterior"]["family"]
     (item,) = blip_ft.uncertainty.predict.predict_atoms(potential, frames(1))
     assert item["energy_std"] > 0
+    assert potential.ood.numbers.tolist() == [8, 14]
+    assert 0 < item["ood_score"].max() == item["ood_score_max"] < math.inf
     if options.get("model", {}).get("from_scratch"):
         assert "initial weights, seed 0" in potential.backbone.origin["checkpoint"]
         scales = [
