@@ -130,6 +130,8 @@ class Backbone(nn.Module, ABC):
     conservative: bool = True
     #: whether the model predicts a stress at all; without one ``Prediction.stress`` is ``None``
     has_stress: bool = True
+    #: whether the model turns with the structure by construction; one that has learned to says ``False``
+    equivariant: ClassVar[bool] = True
     #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
     native_suffix: ClassVar[str] = ""
     #: precision of the numbers in such a file (``float32``) where it is not that of the weights

@@ -32,10 +32,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from ase import Atoms
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from blip_ft.data.dataset import FrameDataset, collate
+from blip_ft.data.dataset import FrameDataset
 from blip_ft.potential import BayesianPotential
 
 Floats = NDArray[np.float64]
@@ -157,14 +159,20 @@ def fit_distance(
     Args:
         potential: its backbone gives features, else the answer is ``None``.
         train: training frames; of more than about :data:`MAX_ATOMS` atoms an even selection is taken, with
-            at least one frame of every element.
+            at least one frame of every element. For a backbone that is not equivariant each also counts
+            in a random orientation: training frames often share one, and any other would seem far.
         groups: of the frames.
     """
     features, numbers, owners = [], [], []
-    chosen = _selection(train)
+    backbone, chosen = potential.backbone, _selection(train)
     for start in range(0, len(chosen), BATCH):
         index = chosen[start : start + BATCH]
-        batch = collate(potential.backbone, [train[i] for i in index]).to(potential.backbone.device)
+        atoms, graphs = [train[i].atoms for i in index], [train[i].graph for i in index]
+        if not backbone.equivariant:
+            atoms += [_turned(a, seed=i) for i, a in zip(index, atoms, strict=True)]
+            graphs += [backbone.graph(a) for a in atoms[len(index) :]]
+            index = [*index, *index]
+        batch = backbone.collate(atoms, graphs).to(backbone.device)
         with torch.no_grad():
             out = potential(batch, mode="off", forces=False)
         if out.node_features is None:
@@ -173,6 +181,15 @@ def fit_distance(
         numbers.append(batch.numbers.cpu().numpy())
         owners += [groups[i] for i, n in zip(index, batch.n_atoms.tolist(), strict=True) for _ in range(n)]
     return FeatureDistance.fit(np.concatenate(features), np.concatenate(numbers), owners)
+
+
+def _turned(atoms: Atoms, *, seed: int) -> Atoms:
+    """A copy in a random orientation."""
+    turn = Rotation.random(random_state=seed).as_matrix()
+    out: Atoms = atoms.copy()
+    out.set_cell(atoms.cell.array @ turn.T)
+    out.set_positions(atoms.positions @ turn.T)
+    return out
 
 
 def _selection(train: FrameDataset) -> list[int]:

@@ -47,7 +47,6 @@ class Orb(VendorContract, VariationalContract):
     package = "orb_models"
     suffix = ".ckpt"
     equivariant = False
-    score_invariance = 0.5  # random weights: features, and with them the score, change with orientation
     atomic = False
     architecture: ClassVar[str]
     #: rotations are learned, so that there is no law for how error bars turn with a structure

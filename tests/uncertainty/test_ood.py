@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip_ft.backbone import Prediction
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.data.dataset import Item
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import ood
-from blip_ft.uncertainty.ood import FeatureDistance, ledoit_wolf
+from blip_ft.uncertainty.ood import FeatureDistance, fit_distance, ledoit_wolf
 
 
 def atoms(n: int = 400, f: int = 5, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -185,3 +191,68 @@ class TestSelection:
         chosen = ood._selection(rows)
         assert 33 in chosen
         assert 45 <= 2 * len(chosen) <= 54
+
+
+class TestOfTrainingFrames:
+    def data(self) -> tuple[BayesianPotential, Any]:
+        options = ModelConfig(adapter="fake", checkpoint="tiny")
+        potential = BayesianPotential(
+            FakeBackbone(), options, PosteriorConfig(family="weight", prior_scale=0.1)
+        )
+        items = []
+        for seed in range(6):
+            atoms = bulk("SiO", "rocksalt", 4.6)
+            atoms.rattle(0.1, seed=seed)
+            items.append(Item(atoms, potential.backbone.graph(atoms), {}, seed))
+
+        class Frames(list[Item]):
+            frames = {"numbers": [i.atoms.numbers.tolist() for i in items]}
+
+        return potential, Frames(items)
+
+    def test_features_of_the_mean_weights(self) -> None:
+        potential, train = self.data()
+        groups = list("aabbcc")
+        model = fit_distance(potential, train, groups)
+        batch = potential.backbone.batch([i.atoms for i in train])
+        features = potential(batch).node_features.detach().numpy()
+        owners = [groups[i] for i in batch.structure.tolist()]
+        expected = FeatureDistance.fit(features, batch.numbers.numpy(), owners)
+        assert model is not None
+        for name, tensor in expected.tensors().items():
+            torch.testing.assert_close(model.tensors()[name].abs(), tensor.abs(), rtol=1e-4, atol=1e-6)
+
+    def test_a_backbone_without_features_has_no_score(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        potential, train = self.data()
+        monkeypatch.setattr(
+            potential.backbone,
+            "forward",
+            lambda batch, **options: Prediction(torch.zeros(batch.n_structures)),
+        )
+        assert fit_distance(potential, train, list("aabbcc")) is None
+
+    def test_frames_are_turned_for_a_backbone_that_is_not_equivariant(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        potential, train = self.data()
+        seen: list[Any] = []
+        collate = potential.backbone.collate
+
+        def remember(atoms: Any, graphs: Any) -> Any:
+            seen.extend(atoms)
+            return collate(atoms, graphs)
+
+        monkeypatch.setattr(potential.backbone, "collate", remember)
+        monkeypatch.setattr(FakeBackbone, "equivariant", False)
+        both = fit_distance(potential, train, list("aabbcc"))
+        assert len(seen) == 12
+        for one, other in zip(seen[:6], seen[6:], strict=True):
+            assert np.abs(one.positions - other.positions).max() > 0.1
+            np.testing.assert_allclose(
+                one.get_all_distances(mic=True), other.get_all_distances(mic=True), atol=1e-9
+            )
+        monkeypatch.undo()
+        once = fit_distance(potential, train, list("aabbcc"))
+        assert once is not None
+        assert both is not None
+        torch.testing.assert_close(both.mean, once.mean)  # the fake model is invariant
