@@ -64,7 +64,8 @@ def ood_scores(sets: Sets, calibration: Calibration, theme: Theme = LIGHT) -> Fi
         for axis, used in ((ax.xaxis, True), (ax.yaxis, logarithmic)):
             if used and any(len(x) for x in drawn):
                 (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("log")
-                axis.set_minor_formatter("")
+                low, high = axis.get_view_interval()
+                axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
                 axis.set_major_formatter("{x:g}")
         ax.set_box_aspect(1)
     t.label(axes[0], theme, x="score of the atom", y="share of the atoms below", title="atoms")
