@@ -140,3 +140,13 @@ def test_sets_without_score_are_left_out(honest):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hot"]
     svg = theme.to_svg(ood_plots.ood_scores({}, Calibration.identity()), "empty")
     assert svg.startswith("<svg")
+
+
+@pytest.mark.parametrize("missing", ["labels", "scores of known elements"])
+def test_scores_without_anything_to_compare(honest, missing):
+    for p in honest.values():
+        p.ood_score = np.full(len(p.numbers), 2.0 if missing == "labels" else np.inf)
+        if missing == "labels":
+            p.forces_label[:] = np.nan
+    image = Image.open(io.BytesIO(theme.to_png(ood_plots.ood_scores(honest, Calibration.identity()), dpi=40)))
+    assert np.asarray(image.convert("L")).min() < 100
