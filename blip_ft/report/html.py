@@ -17,12 +17,13 @@ from matplotlib.figure import Figure
 from blip_ft.config import Recipe
 from blip_ft.data.examine import DataReport
 from blip_ft.files import whole_file
-from blip_ft.report import data_tables, plots, tables
+from blip_ft.report import data_tables, linear_plots, plots, tables
 from blip_ft.report.data_plots import label_figure
 from blip_ft.report.ood_plots import ood_scores
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
+from blip_ft.uncertainty.linearity import agreement
 from blip_ft.uncertainty.metrics import single_sets
 from blip_ft.uncertainty.signatures import Signature
 
@@ -69,6 +70,7 @@ def write_report(
     signatures: Sequence[Signature],
     data: Mapping[str, Any] | None = None,
     drift: Mapping[str, Mapping[str, float]] | None = None,
+    linearity: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html``; it gets its name once it is complete.
 
@@ -87,6 +89,7 @@ def write_report(
         data: ``summary``, ``model`` and ``frames`` of the data report
             (``blip_ft.data.examine.DataReport``), where there is one.
         drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.
+        linearity: real draws beside the linearised model, of ``blip_ft.uncertainty.linearity.study``.
 
     Returns:
         Path of the file.
@@ -111,6 +114,7 @@ def write_report(
         drift=[(tables.MODELS[name], values) for name, values in (drift or {}).items()],
         **_data_section(data, findings),
         signatures=sorted(signatures, key=lambda s: s.severity != "error"),
+        linearity=_linearity(linearity),
     )
     path = Path(folder) / "report.html"
     with whole_file(path) as file:
@@ -253,6 +257,38 @@ def _data_figure(data: Mapping[str, Any] | None) -> Picture | None:
         "Middle: inside the band no energy is called wrong. Right: rms of a frame's forces; on the line "
         "it is as large as usual for such a frame, above the dashed one the forces may be wrong.",
     )
+
+
+def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Table and figures of the section on real draws."""
+    if result is None or not result["sets"]:
+        return None
+    shift = f"{100 * result['max_shift']:g} %"
+    agree = (
+        f"Std over {result['n_draws']} real draws at the amplitude that the model uses, over that amplitude. "
+        "Where the linearised std is exact, the band holds two standard deviations of the sampling error of "
+        "that number of draws."
+    )
+    against = (
+        "Dotted: the amplitude that the model uses, chosen so that on unlabelled context frames the mean over "
+        f"draws shifts the forces by {shift} of the spread (dashed). Above: root mean square shift over that of "
+        "the full spread. Below: medians, and quartiles of the forces. Where the lower curves leave 1 or the "
+        "upper ones cross the dashed line, draws have left the linear regime."
+    )
+    figures = (
+        ("Std of draws and of the linearised model", linear_plots.agreement_figure, agree),
+        ("Against the amplitude", linear_plots.amplitude_figure, against),
+    )
+    return {
+        "rows": agreement(result),
+        "n_draws": result["n_draws"],
+        "amplitude": result["amplitude"],
+        "frames": sum(entry["n_frames"] for entry in result["sets"].values()),
+        "exact": result["derivatives"] == "linear",
+        "figures": [
+            Picture(title, Markup(to_svg(draw(result, CSS), title)), text) for title, draw, text in figures
+        ],
+    }
 
 
 def _calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:

@@ -27,12 +27,14 @@ from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
+from blip_ft.uncertainty.linearity import MAX_SHIFT
 from blip_ft.uncertainty.predict import predict_batch, predict_set
 from blip_ft.variational.posteriors.subspace import (
     Rows,
     SubspaceData,
     SubspacePosterior,
     gauss_newton_step,
+    labelled,
 )
 
 #: structures per backward call
@@ -43,8 +45,6 @@ TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: real draws for each
 TEMPERATURE_DRAWS = 6
-#: shift of the mean over draws from the mean model that is allowed, in units of the spread
-MAX_SHIFT = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
 NOISES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -149,9 +149,9 @@ class SubspaceFitter:
         Returns:
             Length in units of the full step, one of :data:`STEP_LENGTHS`; 0 where none helps.
         """
-        known = torch.from_numpy(rows.is_train)
+        known = rows.is_train
         assert rows.errors is not None
-        step = gauss_newton_step(rows.gradients[known], rows.errors[rows.is_train], scale)
+        step = gauss_newton_step(labelled(rows.gradients, known), rows.errors[known], scale)
         deltas, sites = self.potential.converted.deltas, self.posterior.sites
         parts = step.split([s.numel for s in sites])
         moves = {
@@ -182,23 +182,34 @@ class SubspaceFitter:
         """Gradient rows of training and context frames at the present mean."""
         train = self.sets["train"]
         items = [train[i] for i in range(len(train))]
-        gradients, targets, errors, groups, scored = [], [], [], [], []
-        for index, batch, values, rows in self._gradients([*items, *self.context]):
-            labelled = bool(batch.labels)
-            moved = self._change(batch) if labelled else []
+        targets, errors, groups, scored = [], [], [], []
+        frames = [*items, *self.context]
+        # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
+        backbone, sites = self.potential.backbone, self.potential.posterior.sites
+        gradients = torch.empty(
+            len(frames) * (1 + self.projections),
+            sum(s.numel for s in sites),
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
+        done = 0
+        for index, batch, values, rows in self._gradients(frames):
+            known = bool(batch.labels)
+            moved = self._change(batch) if known else []
             outputs = zip(values, rows, self._labels(batch), strict=True)
             for k, (value, gradient, (label, noise)) in enumerate(outputs):
-                gradients.append(gradient / noise[:, None])
-                error = (label - value) / noise if labelled else torch.full_like(noise, torch.nan)
+                gradients[done : done + len(index)] = gradient / noise[:, None]
+                done += len(index)
+                error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
                 errors.append(error.cpu().numpy())
                 # label minus the model linearised at its mean, moved back to the pretrained weights
-                targets.append((error + moved[k] / noise if labelled else error).cpu().numpy())
-                groups += [self.groups[i] if labelled else "" for i in index]
+                targets.append((error + moved[k] / noise if known else error).cpu().numpy())
+                groups += [self.groups[i] if known else "" for i in index]
                 scored += [k > 0] * len(index)
-        known, counts = np.concatenate(targets), np.array(scored)
-        if not np.isfinite(known[counts]).any():  # energies alone are labelled: they are scored then
+        target, counts = np.concatenate(targets), np.array(scored)
+        if not np.isfinite(target[counts]).any():  # energies alone are labelled: they are scored then
             counts[:] = True
-        return Rows(torch.cat(gradients), known, np.array(groups), counts, np.concatenate(errors))
+        return Rows(gradients, target, np.array(groups), counts, np.concatenate(errors))
 
     def _change(self, batch: Batch) -> list[Tensor]:
         """Linearised change of each output (B,) from the pretrained weights to the present mean.

@@ -15,7 +15,7 @@ from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import Signature
 
-from .conftest import make_recipe, make_run
+from .conftest import make_linearity, make_recipe, make_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -213,3 +213,18 @@ def test_scores_have_a_figure_and_columns(tmp_path, run):
     for key in ("ood_score_median", "spearman_atom_ood"):
         form = "rank" if "spearman" in key else "value"
         assert format_value(run["metrics"]["blip"]["hot"][key], form) in text
+
+
+def test_real_draws_beside_the_linearised_model(tmp_path, plain_run):
+    html = render(tmp_path, plain_run | {"linearity": make_linearity()})
+    text = Page(html).text
+    assert html.count('<svg role="img"') == 2
+    assert "8 draws on 4 test frames" in text
+    assert "0.6 of the posterior's width" in text
+    assert "± 27 %" in text
+    assert "5 % of the spread" in text
+    assert 'href="#draws"' in html
+    for empty in (None, make_linearity(())):
+        page = render(tmp_path, plain_run | {"linearity": empty})
+        assert 'id="draws"' not in page
+        assert 'href="#draws"' not in page

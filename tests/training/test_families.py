@@ -64,7 +64,7 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"} | options.get("model", {}),
         "posterior": {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"],
         "objective": {"temperature": 1e-4} | options.get("objective", {}),
-        "uncertainty": {"n_draws": 2},
+        "uncertainty": {"n_draws": 2, "linearity_draws": 2},
         "plain": {"enabled": False},
         "trainer": {"max_epochs": 2, "accelerator": "cpu"},
     }
@@ -84,6 +84,10 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     history = json.loads(Path("runs/run/history.json").read_text())["blip"]
     assert len(history) == 2
     assert all(math.isfinite(v) for row in history for v in row.values())
+    linearity = json.loads(Path("runs/run/linearity.json").read_text())
+    assert linearity["n_draws"] == 2
+    assert linearity["sets"]["seen"]["forces"]["curve"][-1]["amplitude"] == 1.0
+    assert 'id="draws"' in Path("runs/run/report.html").read_text()
     potential = blip_ft.load("runs/run")
     assert potential.posterior.family == options["posterior"]["family"]
     (item,) = blip_ft.uncertainty.predict.predict_atoms(potential, frames(1))
