@@ -77,6 +77,21 @@ def import_mace() -> None:
         import_backend("mace", "mace.calculators")
         import_backend("mace", "mace.modules")
         import_backend("mace", "mace.tools.scripts_utils")
+    _copy_empty_weights()
+
+
+def _copy_empty_weights() -> None:
+    """Let ``copy.deepcopy`` take the vendor's weights of paths that vanish by symmetry.
+
+    Their constructor takes the data alone, and torch's copy of a parameter gives it ``requires_grad`` too.
+    """
+    from mace.modules.symmetric_contraction import EmptyParam
+
+    def copied(empty: Any, memo: dict[int, Any]) -> Any:
+        memo[id(empty)] = twin = EmptyParam(empty.data)
+        return twin
+
+    EmptyParam.__deepcopy__ = copied
 
 
 # ---- names -------------------------------------------------------------------------------------
@@ -144,6 +159,12 @@ def open_model(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module]:
             remedy="use a MACE or ScaleShiftMACE model",
             file=path,
         )
+    if wanted := getattr(content, "embedding_specs", None):
+        raise CheckpointError(
+            f"wants {' and '.join(wanted)} of each structure, which this adapter does not give it",
+            remedy="use a model without such inputs: not an 'omol' one",
+            file=path,
+        )
     try:
         with contained():
             architecture = describe(content)
@@ -171,8 +192,6 @@ def describe(model: Any) -> dict[str, Any]:
     plain = type(model).__name__ == "MACE"
     source = _as_scale_shift(model) if plain else model
     found: dict[str, Any] = extract_config_mace_model(source)
-    if found.get("embedding_specs"):
-        raise ValueError(f"it wants {', '.join(found['embedding_specs'])} of each structure")
     if plain:
         del found["atomic_inter_scale"], found["atomic_inter_shift"]
     for key in (*_KERNELS, "embedding_specs", "use_embedding_readout"):

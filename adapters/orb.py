@@ -57,6 +57,7 @@ class OrbBackbone(Backbone):
 
     name: ClassVar[str] = "orb"
     packages: ClassVar[tuple[str, ...]] = ("orb-models", "torch")
+    equivariant: ClassVar[bool] = False
     native_suffix: ClassVar[str] = ".ckpt"
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "all": (rf"({_BODY}|{_READOUT})",),

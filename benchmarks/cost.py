@@ -1,12 +1,14 @@
 """What converted models cost, as ratios to the untouched backbone, side by side in one run.
 
-    python benchmarks/cost.py [--backends sevennet chgnet ...] [--rounds 15] [--device cpu]
+    python benchmarks/cost.py [--backends sevennet chgnet mace uma orb] [--rounds 15] [--sizes 1 16] [--device cpu]
 
 Every round times each variant once, in a random order, and takes its ratio to the reference of the
 same round; shown are the median ratio and its quartiles. The reference of the calls is the
 untouched backbone's energies and forces, that of the training steps the converted model's step
 without noise (which is what plain fine-tuning does). Memory is what a step keeps for its backward
-pass, each storage once. Frames: quartz, 9 atoms. Writes benchmarks/results/cost.json.
+pass, each storage once. Frames: quartz, 9 atoms. Writes benchmarks/results/cost.json, and keeps there what other
+backends and devices have, as backends need several environments. ``mace``, ``uma`` and ``orb`` are the small
+models of tests/models, on which what is added weighs more than on the foundations that they stand for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,34 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.backbone import Backbone, Batch, adapter_names, get_adapter
+from blip_ft.backbone import Backbone, Batch, get_adapter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
-from blip_ft.objectives import GaussianLikelihood
+from blip_ft.objectives import Likelihood
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import Method, predict_batch
 
 OUT = Path(__file__).parent / "results" / "cost.json"
-#: (adapter, checkpoint) that need no download
-BACKENDS = {"sevennet": "7net-0", "chgnet": "0.3.0"}
-SIZES = (1, 16)
+STAND_INS = Path(__file__).parents[1] / "tests" / "models"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that needs no download."""
+
+    adapter: str
+    checkpoint: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+BACKENDS = {
+    "sevennet": Model("sevennet", "7net-0"),
+    "chgnet": Model("chgnet", "0.3.0"),
+    "mace": Model("mace", str(STAND_INS / "sio2_mace.model")),
+    "uma": Model("fairchem", str(STAND_INS / "sio2_uma.pt"), {"task": "omat"}),
+    "orb": Model("orb", str(STAND_INS / "sio2_orb.ckpt"), {"architecture": "orb-v3-conservative-inf-omat"}),
+}
+#: without ``--backends``: real foundations, whose weights are in their packages
+DEFAULT = ("sevennet", "chgnet")
 RANK = 64
 #: most that a ratio should be
 TARGETS = {
@@ -66,7 +87,7 @@ def quartz(n: int) -> list[Any]:
 def potential_of(backbone: Backbone, name: str, family: str, noise: str) -> BayesianPotential:
     potential = BayesianPotential(
         copy.deepcopy(backbone),
-        ModelConfig(adapter=name, checkpoint=BACKENDS[name], noise=noise),
+        ModelConfig(adapter=BACKENDS[name].adapter, checkpoint=BACKENDS[name].checkpoint, noise=noise),
         PosteriorConfig(family=family, rank=RANK, prior_scale=0.1, init_std=0.003),
         n_draws=8,
     )
@@ -127,7 +148,7 @@ def labelled(backbone: Backbone, n: int, device: str) -> Batch:
 
 
 def step(potential: BayesianPotential, batch: Batch, mode: str) -> Callable[[], None]:
-    likelihood = GaussianLikelihood(ObjectiveConfig())
+    likelihood = Likelihood(ObjectiveConfig())
 
     def call() -> None:
         prediction = potential(batch, mode=mode, create_graph=True)
@@ -181,17 +202,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    installed = [n for n in adapter_names() if n in BACKENDS]
-    parser.add_argument("--backends", nargs="+", default=installed, choices=sorted(BACKENDS))
+    parser.add_argument("--backends", nargs="+", default=DEFAULT, choices=sorted(BACKENDS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", nargs="+", type=int, default=(1, 16), help="structures per batch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=OUT)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in given.backends:
-        backbone = get_adapter(name).load(BACKENDS[name]).to(given.device)
-        for size in SIZES:
+        model = BACKENDS[name]
+        backbone = get_adapter(model.adapter).load(model.checkpoint, **model.options).to(given.device)
+        for size in given.sizes:
             rows += measure(backbone, name, size, given.rounds, given.device, Console(stderr=True))
-    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    new = {(r["backend"], r["device"]) for r in rows}
+    kept = json.loads(given.output.read_text()) if given.output.exists() else []
+    kept = [r for r in kept if (r["backend"], r["device"]) not in new]
+    given.output.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
     table = Table("backend", "batch", "what", "ratio", "quartiles", "target")
     for r in rows:
         target = "" if r["target"] is None else f"{r['target']:.2f}"

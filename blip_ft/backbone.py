@@ -14,7 +14,8 @@ quantity                  shape               unit, sign
                                               structure is not periodic in all directions
 ``node_energy``           (n,)                eV, sums to ``energy`` per structure; ``None``
                                               where the energy is no sum over atoms
-``node_features``         (n, f)              invariant features of the atoms (optional)
+``node_features``         (n, f)              invariant features of the atoms (optional), from
+                                              which the out-of-distribution score is made
 ========================  ==================  ===========================================
 
 with B structures and n atoms in all of them together.
@@ -129,6 +130,8 @@ class Backbone(nn.Module, ABC):
     conservative: bool = True
     #: whether the model predicts a stress at all; without one ``Prediction.stress`` is ``None``
     has_stress: bool = True
+    #: whether the model turns with the structure by construction; one that has learned to says ``False``
+    equivariant: ClassVar[bool] = True
     #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
     native_suffix: ClassVar[str] = ""
     #: precision of the numbers in such a file (``float32``) where it is not that of the weights

@@ -23,6 +23,8 @@ UNCERTAIN = [
     "energy_std_total",
     "forces_std_total",
     "stress_std_total",
+    "ood_score",
+    "ood_score_max",
 ]
 
 
@@ -42,6 +44,8 @@ class BlipCalculator(Calculator):
     ``forces_cov``         (n, 3, 3)  (eV/Å)^2
     ``stress_std``         (6,)       eV/Å^3
     ``energies_std``       (n,)       eV, of each atom's energy
+    ``ood_score``          (n,)       1, distance from the training atoms, ``uncertainty.ood``
+    ``ood_score_max``      scalar     1, largest of the structure's atoms
     =====================  =========  ==================================================
 
     Args:

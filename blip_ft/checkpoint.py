@@ -2,7 +2,8 @@
 
 The JSON holds everything needed to rebuild the architecture (adapter, its configuration, what was
 converted, the posterior family), the file's own SHA-256, where the base model came from, and a
-format version. The tensors hold pretrained weights, mean, posterior. Nothing is ever unpickled,
+format version. The tensors hold pretrained weights, mean, posterior, and the means and directions of the
+out-of-distribution score where there is one. Nothing is ever unpickled,
 and the base model's file is not needed again.
 """
 
@@ -25,8 +26,12 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.ood import FeatureDistance
 
-FORMAT_VERSION = 1
+#: 2: may hold the tensors of the out-of-distribution score
+FORMAT_VERSION = 2
+#: prefix of these tensors
+OOD = "ood."
 TENSORS, META = "model.safetensors", "model.json"
 
 
@@ -58,6 +63,9 @@ def save_model(potential: BayesianPotential, folder: str | Path) -> None:
             new.mkdir()
             # clone: tied weights share memory, which safetensors refuses
             tensors = {k: v.detach().cpu().contiguous().clone() for k, v in potential.state_dict().items()}
+            if potential.ood is not None:
+                stored = potential.ood.tensors()
+                tensors |= {f"{OOD}{k}": v.contiguous().clone() for k, v in stored.items()}
             save_file(tensors, new / TENSORS)
             meta = _meta(potential) | {"tensors_sha256": sha256(new / TENSORS)}
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -147,8 +155,11 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
             remedy="copy the whole folder again, or train again",
         ) from error
     try:
-        potential.load_state_dict(load_file(tensors_file))
-    except (RuntimeError, OSError, SafetensorError) as error:
+        tensors = load_file(tensors_file)
+        ood = {k.removeprefix(OOD): tensors.pop(k) for k in list(tensors) if k.startswith(OOD)}
+        potential.load_state_dict(tensors)
+        potential.ood = FeatureDistance.from_tensors(ood) if ood else None
+    except (RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"the tensors do not fit the model: {error}", file=tensors_file, remedy="train again"
         ) from error

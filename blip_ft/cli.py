@@ -97,8 +97,10 @@ def _check(args: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from blip_ft.config import load_recipe
+    from blip_ft.files import check_target
 
     recipe = load_recipe(args.recipe, _overrides(args))
+    page = None if args.html is None else check_target(args.html, overwrite=True)
     from blip_ft.check_data import check_data
     from blip_ft.report.data_tables import print_report
 
@@ -108,6 +110,11 @@ def _check(args: argparse.Namespace) -> None:
         task = bar.add_task("", total=None)
         report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
     model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
+    if page is not None:
+        from blip_ft.report import write_data_report
+
+        write_data_report(page, name=recipe.name, model=model, report=report)
+        print(f"data report: {page}", file=sys.stderr)
     if args.json:
         _show_json({"recipe": recipe.name, "model_name": model, **report.to_json()})
     else:
@@ -392,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(check)
     check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--html", metavar="FILE", help="also write the report with its plots as an HTML page")
     check.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
     evaluate = command("evaluate", _evaluate, "compare a trained model with labelled structures")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from blip_ft.errors import RecipeError, nearest
 
@@ -124,7 +124,8 @@ class DataConfig(Strict):
     """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
     context: Source | None = None
     """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
-    the directions that matter there, beside those of ``posterior.context``"""
+    the directions that matter there, beside those of ``posterior.context``; ``objective.kind:
+    function_kl`` compares on them too"""
     replay: ReplayConfig | None = None
     """replay against forgetting and probe of the drift"""
     split: SplitConfig = SplitConfig()
@@ -240,6 +241,14 @@ class PosteriorConfig(Strict):
     projections: Annotated[int, Field(ge=1)] = 8
     """``subspace``, ``posthoc_laplace``: random projections of each structure's forces that directions
     are taken from"""
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """``subspace``: bound on the directions in the model file, and on the gradients held in memory while
+    they are fitted: a number of bytes or ``200 MB``. Where the recipe needs more, the run
+    stores half precision, takes fewer projections, then a lower rank (not below 32), then puts noise on fewer weights
+    (``scalar``, ``readout``), and says so; docs/uncertainty.md"""
+    storage: Literal["auto", "float32", "float16"] = "auto"
+    """``subspace``: how directions are stored; ``auto``: ``float16``, or ``float32`` where
+    ``max_bytes`` is given and leaves room"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
     per training frame; ``objective.kind: function_kl`` compares on as many"""
@@ -267,7 +276,8 @@ class ObjectiveConfig(Strict):
     """``elbo+crps``: weight of the CRPS beside the NLL, both summed over labels in units of the noise"""
     replay: Source | None = None
     """``function_kl``: frames, with or without labels, on which the pretrained model is to be
-    remembered; by default perturbed copies of the training frames (``posterior.context`` of them)"""
+    remembered; by default those of ``data.context`` and perturbed copies of the training frames
+    (``posterior.context`` of them)"""
     likelihood: Literal["gaussian", "student_t", "joint_student_t"] = "gaussian"
     """law of the label noise: ``student_t``: single outliers pull less; ``joint_student_t``: one
     unknown noise level per structure for its energy, forces and stress together, so that a badly
@@ -303,6 +313,9 @@ class OptimizerConfig(Strict):
     """share of the steps over which the learning rate rises"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """decay towards the pretrained weights (0 under the ELBO, whose KL already does it)"""
+    ema_decay: Fraction | None = None
+    """keep, validate and use an exponential moving average of the mean over the steps, with this decay
+    (0.99 averages over some 100 steps); plain fine-tuning does the same"""
 
 
 class PlainConfig(Strict):
@@ -321,6 +334,12 @@ class UncertaintyConfig(Strict):
     """fixed posterior draws that the trained model predicts with"""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """structures per call in evaluation"""
+    linearity_frames: Annotated[int, Field(ge=0)] = 4
+    """test frames, of all sets together, on which the report compares real draws with the linearised
+    model; each costs some ``4 linearity_draws`` calls; 0 for none"""
+    linearity_draws: Annotated[int, Field(ge=2)] = 6
+    """draws of this comparison; from the number of latent numbers on (``posterior.rank``) exact force
+    stds of the linearised model are computed too: 256 is thorough"""
 
 
 class Recipe(Strict):
@@ -489,6 +508,14 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
 
+    if options.family != "subspace":
+        for key, default in (("max_bytes", None), ("storage", "auto")):
+            if getattr(options, key) != default:
+                refuse(
+                    f"posterior.{key} is for the directions of 'subspace', which '{options.family}' has not",
+                    f"posterior.{key}",
+                    "remove the key",
+                )
     if closed and options.mode != "structure":
         refuse(
             f"'{options.mode}' noise needs independent weights, the {options.family} posterior correlates them",
@@ -544,11 +571,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
             "objective.replay",
             "use objective.kind=function_kl, or remove the key",
         )
-    if objective.kind == "function_kl" and objective.replay is None and options.context == 0:
+    given = objective.replay is not None or recipe.data.context is not None
+    if objective.kind == "function_kl" and not given and options.context == 0:
         refuse(
             "objective.kind 'function_kl' has no frames to compare on",
             "objective.replay",
-            "give frames, or posterior.context > 0",
+            "give frames here or as data.context, or posterior.context > 0",
         )
     if closed:
         return

@@ -6,7 +6,7 @@
 - ``references``: one energy per element (eV), added in float64 outside the network, as DFT totals
   of hundreds of eV per atom would eat the digits of a float32 sum,
 - ``n_draws`` fixed posterior draws, numbered and reproducible,
-- the calibration of its error bars, once fitted.
+- the calibration of its error bars and the distance from its training atoms, once fitted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
+    from blip_ft.uncertainty.ood import FeatureDistance
     from blip_ft.uncertainty.predict import Method
 
 MAX_ATOMIC_NUMBER = 119
@@ -77,11 +78,14 @@ class BayesianPotential(nn.Module):
         self.structure_kl: Tensor | None = None
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
+        #: where the training atoms are in feature space; None before the end of a fit
+        self.ood: FeatureDistance | None = None
         #: width of all draws, in training and after, in units of the posterior's; stds are divided by it
         self.amplitude = 1.0
-        #: what every fit of a closed form has chosen, for the receipt
+        #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt
         self.fit_reports: list[dict[str, Any]] = []
         self._draws: Tensor | None = None
+        self._draws_of: tuple[int, int, torch.dtype] | None = None
 
     # ---- parts ---------------------------------------------------------------------------
     @property
@@ -178,10 +182,12 @@ class BayesianPotential(nn.Module):
                 remedy="use two draws or more, or 0 for the mean weights without uncertainties",
                 field="n_draws",
             )
-        if self._draws is None or len(self._draws) != n or self._draws.dtype != self.backbone.dtype:
+        wanted = (n, self.seed, self.backbone.dtype)
+        if self._draws is None or self._draws_of != wanted:
             keys = [("draw", self.seed, k) for k in range(n)]
             latent = self.posterior.latent(keys, self.backbone.dtype)
             self._draws = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
+            self._draws_of = wanted
         return self._draws
 
     # ---- evaluation ----------------------------------------------------------------------

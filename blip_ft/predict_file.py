@@ -6,9 +6,10 @@ Input is anything that ASE reads, with or without labels. Output is extended XYZ
 ASE results                 ``energy`` eV, ``forces`` (n, 3) eV/Å, ``stress`` (6,) eV/Å^3
                             (ASE sign and Voigt order; only for periodic structures): means
                             over the posterior draws
-``info``                    ``energy_std`` eV, ``stress_std`` (6,) eV/Å^3
+``info``                    ``energy_std`` eV, ``stress_std`` (6,) eV/Å^3, ``ood_score_max``
 ``arrays``                  ``forces_std`` (n, 3) eV/Å, in the lab frame;
-                            ``forces_std_norm`` (n,) eV/Å, invariant under rotation
+                            ``forces_std_norm`` (n,) eV/Å, invariant under rotation;
+                            ``ood_score`` (n,), see ``uncertainty.ood``
 ==========================  ==============================================================
 
 The stds are epistemic; the same names with ``_total`` include the aleatoric noise. Other info and
@@ -34,8 +35,8 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms
 
 RESULTS = ("energy", "forces", "stress")
-PER_STRUCTURE = ("energy_std", "stress_std", "energy_std_total", "stress_std_total")
-PER_ATOM = ("forces_std", "forces_std_norm", "forces_std_total")
+PER_STRUCTURE = ("energy_std", "stress_std", "energy_std_total", "stress_std_total", "ood_score_max")
+PER_ATOM = ("forces_std", "forces_std_norm", "forces_std_total", "ood_score")
 
 
 def predict_file(

@@ -45,6 +45,8 @@ def rewrite_report(folder: str | Path) -> Path:
         findings=[Finding(**finding) for finding in receipt["data"]["findings"]],
         signatures=find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
         data=_read(folder / "data_report.json") if (folder / "data_report.json").exists() else None,
+        drift=_read(folder / "drift.json") if (folder / "drift.json").exists() else None,
+        linearity=_read(folder / "linearity.json") if (folder / "linearity.json").exists() else None,
     )
 
 

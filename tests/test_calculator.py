@@ -11,6 +11,7 @@ from blip_ft.errors import BlipError, DataError
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
 DRAWS = 5
@@ -84,6 +85,24 @@ class TestResults:
             "stress_std_total": (6,),
         }
         assert found.keys() <= set(potential.calculator().implemented_properties)
+
+    @pytest.mark.parametrize("options", [{}, {"n_draws": 0}, {"method": "energy"}])
+    def test_out_of_distribution_score(self, potential, monkeypatch, options):
+        """Distance of the features of the same call, whatever the error bars are made of."""
+        atoms = crystal()
+        assert not {"ood_score", "ood_score_max"} & results(potential, atoms, **options).keys()
+        batch = potential.backbone.batch([atoms])
+        training = np.random.default_rng(0).normal(size=(40, 8)), np.repeat([8, 14], 20), ["a", "b"] * 20
+        distance = FeatureDistance.fit(*training)
+        monkeypatch.setattr(potential, "ood", distance)
+        found = results(potential, atoms, **options)
+        modes = [("draw", k) for k in range(DRAWS)] if not options else [("off", None)]
+        with torch.no_grad():
+            features = [potential(batch, mode=m, draw=k).node_features for m, k in modes]
+        expected = distance.score(torch.stack(features).mean(dim=0), batch.numbers)
+        np.testing.assert_allclose(found["ood_score"], expected, rtol=1e-12)
+        assert found["ood_score_max"] == found["ood_score"].max()
+        assert {"ood_score", "ood_score_max"} <= set(potential.calculator().implemented_properties)
 
     def test_moments_of_the_draws(self, potential):
         atoms = crystal()

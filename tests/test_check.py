@@ -85,6 +85,25 @@ def test_text_shows_roles_and_findings(call: Any, folder: Path) -> None:
         assert words in out
 
 
+def test_html_has_the_table_the_figure_and_the_findings(call: Any, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "data.html"
+    code, out, err = call("check", folder / "fake.yaml", "--html", page, "--json")
+    assert code == 0
+    assert json.loads(out)["findings"]  # nothing else on standard output
+    assert str(page) in err
+    text = page.read_text(encoding="utf-8")
+    for words in ("What every role holds", "Labels beside the pretrained model", "<svg", f"frame {WRONG}"):
+        assert words in text
+    assert not any(f'{attribute}="http' in text for attribute in ("src", "href"))
+    assert "<script" not in text
+    code, _, _ = call("check", folder / "fake.yaml", "data.train=none.xyz", "--html", page)
+    assert code == 2
+    assert "there is no such file" in page.read_text(encoding="utf-8")
+    code, _, err = call("check", folder / "fake.yaml", "--html", tmp_path / "no/data.html")
+    assert code == 2
+    assert "folder does not exist" in err
+
+
 def test_what_cannot_be_read_is_a_finding_and_exit_code_2(call: Any, folder: Path, tmp_path: Path) -> None:
     text = (folder / "frames.extxyz").read_text().splitlines()
     text[3] = text[3].replace(text[3].split()[-1], "nan")

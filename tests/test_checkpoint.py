@@ -17,6 +17,7 @@ from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
 
@@ -76,6 +77,43 @@ def saved(tmp_path):
     potential = make()
     save_model(potential, tmp_path / "run" / "model")
     return tmp_path / "run" / "model", predictions(potential)
+
+
+class TestScore:
+    """The out-of-distribution score in the file."""
+
+    def scored(self, **options):
+        potential = make(**options)
+        features = np.random.default_rng(1).normal(size=(60, 8))
+        potential.ood = FeatureDistance.fit(features, np.repeat([1, 8, 14], 20), ["a", "b"] * 30)
+        return potential
+
+    def test_comes_back_in_every_precision(self, tmp_path):
+        potential = self.scored()
+        save_model(potential, tmp_path / "model")
+        expected = predictions(potential)
+        assert all(len(item["ood_score"]) == len(a) for item, a in zip(expected, frames(), strict=True))
+        assert predictions(load_model(tmp_path / "model")) == expected
+        again = load_model(tmp_path / "model", dtype="float32")
+        for name, tensor in again.ood.tensors().items():
+            assert torch.equal(tensor, potential.ood.tensors()[name])
+        save_model(load_model(tmp_path / "model"), tmp_path / "again")
+        assert sha256(tmp_path / "again/model.safetensors") == sha256(tmp_path / "model/model.safetensors")
+
+    def test_a_file_of_the_first_version_has_none(self, saved):
+        folder, expected = saved
+        edit(folder, lambda m: m.update(format_version=1))
+        loaded = load_model(folder)
+        assert loaded.ood is None
+        assert predictions(loaded) == expected
+        assert "ood_score" not in expected[0]
+
+    def test_damage(self, tmp_path):
+        potential = self.scored()
+        potential.ood.tensors = lambda: {"scale": torch.ones(3)}
+        save_model(potential, tmp_path / "model")
+        with pytest.raises(CheckpointError, match="do not fit the model"):
+            load_model(tmp_path / "model")
 
 
 class TestRoundTrip:

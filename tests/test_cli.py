@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
@@ -28,6 +29,7 @@ from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
 COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
@@ -310,6 +312,9 @@ def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, 
             if key in want:
                 np.testing.assert_allclose(after.info[key], want[key], atol=1e-7)
         for key in PER_ATOM:
+            if key == "ood_score":  # this model has none
+                assert key not in after.arrays
+                continue
             np.testing.assert_allclose(after.arrays[key], want[key], atol=1e-7)
         assert after.arrays["forces_std"].shape == (len(before), 3)
         assert after.arrays["forces_std_norm"].shape == (len(before),)
@@ -317,6 +322,28 @@ def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, 
             after.arrays["forces_std_norm"], np.linalg.norm(after.arrays["forces_std"], axis=1), atol=1e-6
         )
         assert after.info["energy_std_total"] > after.info["energy_std"] > 0
+
+
+def test_predict_writes_the_out_of_distribution_score(call: Any, tmp_path: Path):
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
+        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
+        n_draws=4,
+    )
+    training = np.random.default_rng(0).normal(size=(40, 8)), np.repeat([8, 14], 20), ["a", "b"] * 20
+    potential.ood = FeatureDistance.fit(*training)
+    save_model(potential, tmp_path / "model")
+    alien = molecule("CO")
+    alien.set_array("ood_score", np.zeros(2))
+    write(tmp_path / "in.extxyz", [structure(), alien])
+    assert call("predict", tmp_path / "model", tmp_path / "in.extxyz", "-o", tmp_path / "out.extxyz")[0] == 0
+    known, unknown = read(tmp_path / "out.extxyz", ":")
+    want = predict_atoms(potential, [structure()])[0]
+    np.testing.assert_allclose(known.arrays["ood_score"], want["ood_score"], atol=1e-7)
+    assert known.info["ood_score_max"] == pytest.approx(want["ood_score_max"])
+    assert np.isinf(unknown.arrays["ood_score"]).tolist() == (unknown.numbers == 6).tolist()
+    assert unknown.info["ood_score_max"] == np.inf
 
 
 def test_predict_keeps_the_rest_of_a_frame_and_replaces_labels(call: Any, run: Path, tmp_path: Path):

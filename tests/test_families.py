@@ -21,8 +21,11 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
 from blip_ft.variational.posteriors import LaplacePosterior
+from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
 DOUBLE = torch.float64
+#: std of a subspace's latent numbers: 472 weights in 6 directions move as much as with the others
+SUBSPACE_SCALE = 1.0
 #: (family, options): what draws weights, and what makes their size depend on the input
 CASES: dict[str, dict[str, Any]] = {
     "channel": {"family": "channel"},
@@ -31,12 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "adaptive": {"family": "adaptive"},
     "adaptive, dropout": {"family": "adaptive", "prior": "dropout"},
     "posthoc_laplace": {"family": "posthoc_laplace"},
+    "subspace": {"family": "subspace", "rank": 6},
 }
 
 
 def modes(case: str, *, row_noise: bool = True) -> list[str]:
     """The noise that a family can have."""
-    if case == "posthoc_laplace":
+    if case in ("posthoc_laplace", "subspace"):
         return ["structure", "draw"]
     return ["structure", *(["local"] if row_noise else []), "flipout", "draw"]
 
@@ -61,6 +65,11 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
         q = torch.linalg.qr(torch.randn(472, 20, generator=generator, dtype=DOUBLE)).Q
         potential.posterior._all, potential.posterior._eigenvalues = q.T, np.logspace(6, 1, 20)
         potential.posterior.set_covariance(0.1, 1.0)
+    if isinstance(potential.posterior, SubspacePosterior):
+        shape = potential.posterior.directions.shape
+        rows = torch.linalg.qr(torch.randn(*shape[::-1], generator=generator, dtype=DOUBLE)).Q.T
+        potential.posterior.directions.copy_(rows.half())  # what a file holds
+        potential.posterior.scale.copy_(torch.eye(shape[0], dtype=DOUBLE) * SUBSPACE_SCALE)
     if options.empirical_bayes:
         potential.prior.update(potential.converted.deltas, potential.posterior.std())
     return potential
@@ -162,6 +171,9 @@ class TestNoise:
         elif case == "posthoc_laplace":
             monkeypatch.setattr(LaplacePosterior, "ready", True)
             potential.posterior.prior_std.zero_()
+        elif case == "subspace":
+            potential.posterior.scale.zero_()
+            monkeypatch.setattr(SubspacePosterior, "ready", True)
         else:
             with torch.no_grad():
                 for p in potential.posterior.parameters():
@@ -241,18 +253,23 @@ def nve(potential: BayesianPotential, mode: str, steps: int) -> tuple[np.ndarray
     return np.array(total), np.array(kinetic)
 
 
-def test_a_draw_conserves_energy_like_the_base_model() -> None:
+@pytest.fixture(scope="module")
+def base_path() -> tuple[np.ndarray, np.ndarray]:
+    """Energies of the base model along 2000 steps."""
+    options = ModelConfig(adapter="fake", checkpoint="tiny")
+    return nve(BayesianPotential(FakeBackbone(), options, PosteriorConfig()), "off", 2000)
+
+
+@pytest.mark.parametrize("case", ["channel", "weight, dropout", "adaptive", "subspace", "posthoc_laplace"])
+def test_a_draw_conserves_energy_like_the_base_model(
+    case: str, base_path: tuple[np.ndarray, np.ndarray]
+) -> None:
     """2000 steps of NVE; the error of the total energy is that of the integrator, without drift.
 
     ``adaptive`` is the hard case: its draw is no set of weights, and alpha moves with the atoms.
     """
-    potential = make("adaptive")
-    base, base_kinetic = nve(
-        BayesianPotential(FakeBackbone(), ModelConfig(adapter="fake", checkpoint="tiny"), PosteriorConfig()),
-        "off",
-        2000,
-    )
-    draw, kinetic = nve(potential, "draw", 2000)
+    base, base_kinetic = base_path
+    draw, kinetic = nve(make(case), "draw", 2000)
     for path, moved in ((base, base_kinetic), (draw, kinetic)):
         assert np.ptp(moved) > 30 * np.ptp(path)
         drift = abs(path[1000:].mean() - path[:1000].mean())

@@ -4,7 +4,7 @@
 figures, ``html`` puts everything into one self-contained page.
 """
 
-from blip_ft.report.html import write_report
+from blip_ft.report.html import write_data_report, write_report
 from blip_ft.report.tables import demo_table
 
-__all__ = ["demo_table", "write_report"]
+__all__ = ["demo_table", "write_data_report", "write_report"]

@@ -15,12 +15,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from blip_ft.config import Recipe
+from blip_ft.data.examine import DataReport
 from blip_ft.files import whole_file
-from blip_ft.report import data_tables, plots, tables
+from blip_ft.report import data_tables, linear_plots, plots, tables
 from blip_ft.report.data_plots import label_figure
+from blip_ft.report.ood_plots import ood_scores
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
+from blip_ft.uncertainty.linearity import agreement
 from blip_ft.uncertainty.metrics import single_sets
 from blip_ft.uncertainty.signatures import Signature
 
@@ -66,6 +69,8 @@ def write_report(
     findings: Sequence[FindingLike],
     signatures: Sequence[Signature],
     data: Mapping[str, Any] | None = None,
+    drift: Mapping[str, Mapping[str, float]] | None = None,
+    linearity: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html``; it gets its name once it is complete.
 
@@ -83,6 +88,8 @@ def write_report(
         signatures: of failures, see ``blip_ft.uncertainty.signatures``.
         data: ``summary``, ``model`` and ``frames`` of the data report
             (``blip_ft.data.examine.DataReport``), where there is one.
+        drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.
+        linearity: real draws beside the linearised model, of ``blip_ft.uncertainty.linearity.study``.
 
     Returns:
         Path of the file.
@@ -104,16 +111,35 @@ def write_report(
         figures=_figures(tested, calibration, history),
         calibration=_calibration_rows(calibration),
         receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
-        findings=sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
-        data_roles=list(data["summary"]) if data else [],
-        data_rows=data_tables.summary_rows(data["summary"], data["model"]) if data else [],
-        data_figure=_data_figure(data),
+        drift=[(tables.MODELS[name], values) for name, values in (drift or {}).items()],
+        **_data_section(data, findings),
         signatures=sorted(signatures, key=lambda s: s.severity != "error"),
+        linearity=_linearity(linearity),
     )
     path = Path(folder) / "report.html"
     with whole_file(path) as file:
         file.write(text)
     return path
+
+
+def write_data_report(path: str | Path, *, name: str, model: str, report: DataReport) -> Path:
+    """Write the data section of a report as a page of its own.
+
+    Args:
+        path: of the file; replaced if it exists.
+        name: of the recipe.
+        model: the pretrained model that labels were compared with.
+        report: what was found.
+
+    Raises:
+        BlipError: it cannot be written.
+    """
+    data = {"summary": report.summary, "model": report.model, "frames": report.frames}
+    page = _environment().get_template("check.html")
+    text = page.render(name=name, model=model, **_data_section(data, report.findings))
+    with whole_file(Path(path)) as file:
+        file.write(text)
+    return Path(path)
 
 
 # ---- contents --------------------------------------------------------------------------------
@@ -137,6 +163,9 @@ DETAILS = (
     tables.Column(
         "partial_spearman_structure", "Spearman per structure, partial", "given the energy", form="rank"
     ),
+    tables.Column("ood_score_median", "Out-of-distribution score", "median, 1 is like training"),
+    tables.Column("spearman_atom_ood", "Spearman per atom, score", "not the std", form="rank"),
+    tables.Column("spearman_structure_ood", "Spearman per structure, score", "largest", form="rank"),
 )
 
 
@@ -189,6 +218,15 @@ def _figures(
             "Share of labels inside central Gaussian intervals. Before calibration: the spread of "
             "the posterior draws alone. After: total std.",
         )
+    scored = {name: p for name, p in ours.items() if p.ood_score is not None}
+    if scored:
+        add(
+            "Out-of-distribution score",
+            ood_scores(scored, calibration, CSS),
+            "How far atoms are from the training atoms in the model's own features; no part of the error bars. "
+            "1: as far as training atoms are from other groups of the training set. Right: where the line "
+            "rises above 1 with the score, error bars do not follow the distance.",
+        )
     if any(history.values()):
         add(
             "Training",
@@ -197,6 +235,16 @@ def _figures(
             "Points past the last epoch are Gauss-Newton steps of the mean.",
         )
     return out
+
+
+def _data_section(data: Mapping[str, Any] | None, findings: Sequence[FindingLike]) -> dict[str, Any]:
+    """What ``data.html`` shows."""
+    return {
+        "findings": sorted(findings, key=lambda f: ["error", "warning", "info"].index(f.severity)),
+        "data_roles": list(data["summary"]) if data else [],
+        "data_rows": data_tables.summary_rows(data["summary"], data["model"]) if data else [],
+        "data_figure": _data_figure(data),
+    }
 
 
 def _data_figure(data: Mapping[str, Any] | None) -> Picture | None:
@@ -210,6 +258,38 @@ def _data_figure(data: Mapping[str, Any] | None) -> Picture | None:
         "Middle: inside the band no energy is called wrong. Right: rms of a frame's forces; on the line "
         "it is as large as usual for such a frame, above the dashed one the forces may be wrong.",
     )
+
+
+def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Table and figures of the section on real draws."""
+    if result is None or not result["sets"]:
+        return None
+    excess = f"{100 * result['max_excess']:g} %"
+    agree = (
+        f"Std over {result['n_draws']} real draws at the amplitude that the model uses, over that amplitude. "
+        "Where the linearised std is exact, the band holds two standard deviations of the sampling error of "
+        "that number of draws."
+    )
+    against = (
+        "Dotted: the amplitude that the model uses, chosen so that on validation frames and on unlabelled context "
+        f"frames the draws are at most {excess} wider than the linearised model (dashed). Above: root mean square "
+        "shift of the mean over draws, over that of the full spread. Below: medians, and quartiles of the "
+        "forces. Where these leave 1, draws have left the linear regime."
+    )
+    figures = (
+        ("Std of draws and of the linearised model", linear_plots.agreement_figure, agree),
+        ("Against the amplitude", linear_plots.amplitude_figure, against),
+    )
+    return {
+        "rows": agreement(result),
+        "n_draws": result["n_draws"],
+        "amplitude": result["amplitude"],
+        "frames": sum(entry["n_frames"] for entry in result["sets"].values()),
+        "exact": result["derivatives"] == "linear",
+        "figures": [
+            Picture(title, Markup(to_svg(draw(result, CSS), title)), text) for title, draw, text in figures
+        ],
+    }
 
 
 def _calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.module import FineTuneModule
@@ -78,6 +80,79 @@ class FitPosterior(Callback):
         del pl_module
         if trainer.current_epoch == self._epoch:
             self._fit()
+
+
+class AverageMean(Callback):
+    """Exponential moving average of the mean: m_1 = w_1, m_t = d m_(t-1) + (1 - d) w_t after step t.
+
+    The average, of the trained mean and ``rest`` alone, stands in for the mean in every validation. It has
+    to come after :class:`KeepBest`, which then keeps the average; training goes on with the weights
+    themselves. A checkpoint of Lightning's holds weights and average, so that a resumed run takes
+    the same steps.
+
+    Args:
+        parameters: the trained mean.
+        decay: d.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self._live = nn.ParameterList(parameters)
+        self._average = AveragedModel(self._live, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._step = 0
+        self._swapped = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The average is made before the model is on its device."""
+        del trainer
+        self._average.to(pl_module.device)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        """After every step of the optimiser; with accumulated gradients not after every batch."""
+        del args, kwargs
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._average.update_parameters(self._live)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Put the average in."""
+        del trainer, pl_module
+        if int(self._average.n_averaged) and not self._swapped:
+            self._swap()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """And the weights back."""
+        del trainer, pl_module
+        if self._swapped:
+            self._swap()
+
+    def around(self, fit: Callable[[], object]) -> None:
+        """Fit something to the averaged mean; training and average then go on from where it leaves the mean."""
+        if int(self._average.n_averaged):
+            with torch.no_grad():
+                for live, average in self._pairs():
+                    live.copy_(average)
+        fit()
+        self._average.n_averaged.zero_()  # the next step starts a new average
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        return zip(self._live.parameters(), self._average.module.parameters(), strict=True)
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for live, average in self._pairs():
+                kept = live.clone()
+                live.copy_(average)
+                average.copy_(kept)
+        self._swapped = not self._swapped
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints."""
+        return {"average": self._average.state_dict(), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoints."""
+        self._average.load_state_dict(state_dict["average"])
+        self._step = state_dict["step"]
 
 
 class UpdatePrior(Callback):

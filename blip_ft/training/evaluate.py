@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from blip_ft.data import FrameDataset
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.loop import device_of
 from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.uncertainty.results import SetPrediction
@@ -72,3 +74,18 @@ def judge(
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
+
+
+def linearity_of(
+    recipe: Recipe, potential: BayesianPotential, sets: dict[str, FrameDataset], console: Console
+) -> dict[str, Any] | None:
+    """Real draws beside the linearised model on a few test frames; ``None`` where the recipe wants none."""
+    options = recipe.uncertainty
+    tests = {n: d for n, d in sets.items() if n not in ROLES}
+    if not options.linearity_frames or not tests:
+        return None
+    started = time.monotonic()
+    result = study(potential, tests, n_frames=options.linearity_frames, n_draws=options.linearity_draws)
+    seconds = time.monotonic() - started
+    console.print(f"compared {options.linearity_draws} draws with the linearised model in {seconds:.0f} s")
+    return result

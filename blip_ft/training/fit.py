@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import time
@@ -44,7 +45,8 @@ from blip_ft.errors import BlipError, DataError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
-from blip_ft.training.evaluate import Judgement, judge
+from blip_ft.training.budget import fit_to_budget
+from blip_ft.training.evaluate import Judgement, judge, linearity_of
 from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import device_of, train
 from blip_ft.training.memory import Probe, describe, load_memory, load_probe
@@ -52,6 +54,8 @@ from blip_ft.training.receipt import make_receipt
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
 from blip_ft.training.scratch import initial
+from blip_ft.training.subspace import groups_of
+from blip_ft.uncertainty.ood import fit_distance
 
 #: frames compared with the vendor's calculator in the step-0 gate
 GATE_FRAMES = 48
@@ -63,6 +67,8 @@ RUN_BYTES = 300_000_000
 class Prepared:
     """Everything that exists once all checks have passed."""
 
+    recipe: Recipe
+    """as it is run: with what ``posterior.max_bytes`` leaves of it"""
     potential: BayesianPotential
     splits: Splits
     sets: dict[str, FrameDataset]
@@ -76,6 +82,8 @@ class Prepared:
     memory: list[Item] = field(default_factory=list)
     probe: Probe | None = None
     report: DataReport | None = None
+    #: what the byte budget took away, in words
+    reduced: list[str] = field(default_factory=list)
 
 
 def is_rank_zero() -> bool:
@@ -116,7 +124,7 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
                 f"cannot write the run: {error}", file=folder, remedy="choose another 'output'"
             ) from error
     try:
-        return _run(recipe, prepared, folder, console)
+        return _run(prepared.recipe, prepared, folder, console)
     except OSError as error:
         raise BlipError(
             f"writing failed: {error}", file=folder, remedy="free disk space; what was written so far is kept"
@@ -178,8 +186,14 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         )
         splits, report = _labels_checked(recipe, splits, backbone, findings)
         findings = report.findings
-    replay = replayed(recipe, splits.train, backbone)
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
+    replay = replayed(recipe, splits.train, backbone, context)
+    reduced: list[str] = []
+    n_frames = len(splits.train) + len(context) + math.ceil(recipe.posterior.context * len(splits.train))
+    recipe = fit_to_budget(recipe, backbone, n_frames, reduced.append)
+    options = recipe.model
+    for line in reduced:
+        console.print(line, markup=False)
     roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     cache = GraphCache(1e9 * recipe.data.cache_gb)
     sets = {name: FrameDataset(d, backbone, cache) for name, d in {**roles, **splits.test}.items()}
@@ -227,6 +241,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         style = None if finding.severity == "info" else "yellow"
         console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
     return Prepared(
+        recipe,
         potential,
         splits,
         sets,
@@ -240,6 +255,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         load_memory(recipe, potential),
         load_probe(recipe, potential),
         report,
+        reduced,
     )
 
 
@@ -327,6 +343,8 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         )
     if not is_rank_zero():
         return {}
+    train_frames = sets["train"]
+    potential.ood = fit_distance(potential.to(device_of(recipe)), train_frames, groups_of(train_frames))
     results["blip"] = judge(
         recipe, potential, sets, draws=recipe.uncertainty.n_draws, console=console, what="BLIP"
     )
@@ -335,9 +353,10 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         with whole_file(folder / "drift.json") as file:
             json.dump(drift, file, indent=1)
     potential.calibration = results["blip"].calibration
+    linearity = linearity_of(recipe, potential, sets, console)
     save_model(potential, folder / "model")
     receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
-    return write_run(recipe, prepared, results, history, receipt, folder, console)
+    return write_run(recipe, prepared, results, history, receipt, folder, console, drift, linearity)
 
 
 def _drift(prepared: Prepared, model: str, console: Console) -> dict[str, dict[str, float]]:
@@ -363,6 +382,8 @@ def write_run(
     receipt: dict[str, Any],
     folder: Path,
     console: Console,
+    drift: dict[str, dict[str, float]],
+    linearity: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``receipt.json``, ``recipe.yaml``, predictions and the report."""
     import yaml
@@ -385,6 +406,8 @@ def write_run(
         "metrics.json": json.dumps(metrics, indent=1),
         "data_report.json": json.dumps(data, indent=1),
     }
+    if linearity is not None:
+        files["linearity.json"] = json.dumps(linearity, indent=1)
     for name, text in files.items():
         with whole_file(folder / name) as file:
             file.write(text)
@@ -403,6 +426,8 @@ def write_run(
         findings=prepared.findings,
         signatures=signatures,
         data=data,
+        drift=drift,
+        linearity=linearity,
     )
     for signature in signatures:
         console.print(

@@ -78,6 +78,9 @@ class LaplaceFitter:
         """Rows of the training frames; frames without labels would not enter."""
         context, self._shared.context = self._shared.context, []
         try:
-            return self._shared.rows()
+            rows = self._shared.rows()
+            # its directions reach further down, where combinations of rows cancel
+            rows.gradients = rows.gradients.double()
+            return rows
         finally:
             self._shared.context = context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from blip_ft.errors import BlipError, RecipeError
 from blip_ft.objectives import ElboScale
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.callbacks import (
+    AverageMean,
     FitPosterior,
     History,
     KeepBest,
@@ -102,11 +104,18 @@ def train(
     terminal = console.is_terminal
     best, history = KeepBest(), History(None if terminal else console.print)
     callbacks: list[Callback] = [SetEpoch(), best, history]
+    decay, average = recipe.optimizer.ema_decay, None
+    if decay is not None and potential.mean_parameters:
+        average = AverageMean(potential.mean_parameters, decay)
+        callbacks.append(average)  # behind `best`, which is to keep the average
     fitter = None
     if not plain and recipe.posterior.family == "subspace":
         fitter = SubspaceFitter(recipe, potential, sets, console, context)
         start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
-        callbacks.append(FitPosterior(fitter.fit, start))
+        fit: Callable[[], object] = fitter.fit
+        if average is not None:
+            fit = partial(average.around, fitter.fit)
+        callbacks.append(FitPosterior(fit, start))
     prior = UpdatePrior(potential) if not plain and recipe.posterior.empirical_bayes else None
     clamp = None
     if not plain and isinstance(potential.posterior, AdaptivePosterior):
@@ -156,6 +165,8 @@ def train(
     if prior is not None:
         scales = [s for paths in prior.update().values() for s in paths]
         console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")
+    if clamp is not None:
+        potential.fit_reports.append({"clamped": clamp.shares})
     for kind, share in (clamp.shares if clamp is not None else {}).items():
         if share > CLAMP_SHARE:
             console.print(

@@ -29,6 +29,7 @@ def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[
         "conversion": {"counts": report.counts, "modules": report.rows},
         "step_zero": prepared.step_zero.to_dict(),
         "posterior": potential.fit_reports,
+        "budget": prepared.reduced,
         "references": None if references is None else asdict(references) | prepared.references_check,
         "data": {
             "rule": prepared.splits.rule,

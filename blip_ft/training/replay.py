@@ -51,8 +51,17 @@ class Replay:
         return collate(self.potential.backbone, [self.items[i] for i in index]) if len(index) else None
 
 
-def replayed(recipe: Recipe, train: datasets.Dataset, backbone: Backbone) -> list[Atoms]:
+def replayed(
+    recipe: Recipe, train: datasets.Dataset, backbone: Backbone, context: Sequence[Atoms] = ()
+) -> list[Atoms]:
     """The structures that a recipe wants replayed; none for other objectives.
+
+    Args:
+        recipe: ``objective.replay`` names them. By default they are ``context`` and perturbed copies of
+            the training frames.
+        train: training frames.
+        backbone: must know the elements.
+        context: the user's unlabelled structures (``data.context``).
 
     Raises:
         DataError: they cannot be read, or hold an element that the model does not know.
@@ -62,7 +71,8 @@ def replayed(recipe: Recipe, train: datasets.Dataset, backbone: Backbone) -> lis
         return []
     if options.replay is None:
         atoms = [to_atoms(row, labels=False) for row in train]
-        return make_context(atoms, math.ceil(recipe.posterior.context * len(atoms)), recipe.seed)
+        made = make_context(atoms, math.ceil(recipe.posterior.context * len(atoms)), recipe.seed)
+        return [*context, *made]
     rows = load_role(recipe.data, options.replay, labels=False)
     frames = [to_atoms(row, labels=False) for row in rows]
     for row, frame in zip(rows, frames, strict=True):

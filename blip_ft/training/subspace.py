@@ -27,12 +27,14 @@ from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
+from blip_ft.uncertainty.linearity import MAX_EXCESS
 from blip_ft.uncertainty.predict import predict_batch, predict_set
 from blip_ft.variational.posteriors.subspace import (
     Rows,
     SubspaceData,
     SubspacePosterior,
     gauss_newton_step,
+    labelled,
 )
 
 #: structures per backward call
@@ -43,8 +45,10 @@ TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: real draws for each, and their width
 TEMPERATURE_DRAWS, TRIAL_WIDTH = 6, 0.25
-#: shift of the mean over draws from the mean model that is allowed, in units of the spread
-MAX_SHIFT = 0.05
+#: pairs of opposite draws that show how much curvature there is
+PAIRS = 3
+#: narrower draws would differ by little more than rounding in single precision
+LEAST_WIDTH = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
 NOISES = (0.03, 0.05, 0.075, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -164,9 +168,9 @@ class SubspaceFitter:
         Returns:
             Length in units of the full step, one of :data:`STEP_LENGTHS`; 0 where none helps.
         """
-        known = torch.from_numpy(rows.is_train)
+        known = rows.is_train
         assert rows.errors is not None
-        step = gauss_newton_step(rows.gradients[known], rows.errors[rows.is_train], scale)
+        step = gauss_newton_step(labelled(rows.gradients, known), rows.errors[known], scale)
         deltas, sites = self.potential.converted.deltas, self.posterior.sites
         parts = step.split([s.numel for s in sites])
         moves = {
@@ -203,23 +207,34 @@ class SubspaceFitter:
         """Gradient rows of training and context frames at the present mean."""
         train = self.sets["train"]
         items = [train[i] for i in range(len(train))]
-        gradients, targets, errors, groups, scored = [], [], [], [], []
-        for index, batch, values, rows in self._gradients([*items, *self.context]):
-            labelled = bool(batch.labels)
-            moved = self._change(batch) if labelled else []
+        targets, errors, groups, scored = [], [], [], []
+        frames = [*items, *self.context]
+        # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
+        backbone, sites = self.potential.backbone, self.potential.posterior.sites
+        gradients = torch.empty(
+            len(frames) * (1 + self.projections),
+            sum(s.numel for s in sites),
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
+        done = 0
+        for index, batch, values, rows in self._gradients(frames):
+            known = bool(batch.labels)
+            moved = self._change(batch) if known else []
             outputs = zip(values, rows, self._labels(batch), strict=True)
             for k, (value, gradient, (label, noise)) in enumerate(outputs):
-                gradients.append(gradient / noise[:, None])
-                error = (label - value) / noise if labelled else torch.full_like(noise, torch.nan)
+                gradients[done : done + len(index)] = gradient / noise[:, None]
+                done += len(index)
+                error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
                 errors.append(error.cpu().numpy())
                 # label minus the model linearised at its mean, moved back to the pretrained weights
-                targets.append((error + moved[k] / noise if labelled else error).cpu().numpy())
-                groups += [self.groups[i] if labelled else "" for i in index]
+                targets.append((error + moved[k] / noise if known else error).cpu().numpy())
+                groups += [self.groups[i] if known else "" for i in index]
                 scored += [k > 0] * len(index)
-        known, counts = np.concatenate(targets), np.array(scored)
-        if not np.isfinite(known[counts]).any():  # energies alone are labelled: they are scored then
+        target, counts = np.concatenate(targets), np.array(scored)
+        if not np.isfinite(target[counts]).any():  # energies alone are labelled: they are scored then
             counts[:] = True
-        return Rows(torch.cat(gradients), known, np.array(groups), counts, np.concatenate(errors))
+        return Rows(gradients, target, np.array(groups), counts, np.concatenate(errors))
 
     def _change(self, batch: Batch) -> list[Tensor]:
         """Linearised change of each output (B,) from the pretrained weights to the present mean.
@@ -341,29 +356,45 @@ class SubspaceFitter:
         return chosen
 
     def choose_amplitude(self) -> float:
-        """Width of the fixed draws at which their mean stays the mean model.
+        """Width of the fixed draws at which their spread is still that of the linearised model.
 
-        Draws are centred, so their mean differs from the mean weights' prediction by curvature only:
-        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma, on the
-        context frames and on the validation frames each: near the data the spread is small, and curvature
-        along directions that the data leave wide would soon be most of it.
+        Of a pair of draws theta +- a z, half the difference of an output is linear in a (and cubic, ...), the
+        mean minus the output of theta quadratic: with rms values o a and e a^2 the spread over draws is
+        sqrt(o^2 + e^2 a^2) in units of a. Asked for is an excess of at most ``MAX_EXCESS`` over o, of forces and
+        of energies, on the context frames and on the validation frames: near the data o is small, and
+        curvature along directions that the data leave wide would soon be all of the spread.
         """
         validation = self.sets["validation"]
         known = [validation[i] for i in _evenly(len(validation), max(BATCH, len(self.context)))]
-        amplitudes = [self._amplitude_on(frames) for frames in (self.context, known) if frames]
-        return min(amplitudes)
+        amplitudes = [a for frames in (self.context, known) if frames for a in self._amplitudes_on(frames)]
+        return min(1.0, max(LEAST_WIDTH, min(amplitudes)))
 
-    def _amplitude_on(self, frames: Sequence[Item]) -> float:
-        batch = self._batch(frames)
-        mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
-        self.potential.amplitude = TRIAL_WIDTH
-        moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
-        assert mean is not None
-        assert moments.mean.forces is not None
-        assert moments.forces_std is not None
-        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / TRIAL_WIDTH**2
-        spread = float(moments.forces_std.square().mean().sqrt())
-        return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
+    def _amplitudes_on(self, frames: Sequence[Item]) -> list[float]:
+        """That of the energies and that of the forces."""
+        potential, batch = self.potential, self._batch(frames)
+        before = potential.amplitude, potential.seed
+        odd, even = np.zeros(2), np.zeros(2)
+        try:
+            mean = predict_batch(potential, batch, n_draws=0, stress=False).mean
+            assert mean.forces is not None
+            potential.amplitude = TRIAL_WIDTH
+            for pair in range(PAIRS):
+                potential.seed = before[1] + pair
+                # two centred draws are opposite: their mean has the even part, their spread is the odd one
+                moments = predict_batch(potential, batch, n_draws=2, stress=False)
+                assert moments.mean.forces is not None
+                assert moments.energy_std is not None
+                assert moments.forces_std is not None
+                shifts = moments.mean.energy - mean.energy, moments.mean.forces - mean.forces
+                for i, (std, shift) in enumerate(
+                    zip((moments.energy_std, moments.forces_std), shifts, strict=True)
+                ):
+                    odd[i] += float(std.square().mean())
+                    even[i] += float(shift.square().mean()) / TRIAL_WIDTH**4
+        finally:
+            potential.amplitude, potential.seed = before
+        allowed = (1 + MAX_EXCESS) ** 2 - 1
+        return [math.sqrt(allowed * o / e) if e > 0 else 1.0 for o, e in zip(odd, even, strict=True)]
 
 
 def _evenly(n: int, most: int) -> list[int]:

@@ -30,6 +30,10 @@ key                                 meaning
 ``spearman_atom_null_force``        |predicted force| in place of the uncertainty
 ``spearman_structure_null_energy``  predicted energy per atom in place of the uncertainty
 ``partial_spearman_structure``      ``spearman_structure`` given the predicted energy per atom
+``spearman_atom_ood``               out-of-distribution score (``ood``) in place of the std
+``spearman_structure_ood``          the structure's largest score with its mean error norm
+``partial_spearman_structure_ood``  the same given the predicted energy per atom
+``ood_score_median``                median score of the atoms: 1 is like the training set
 ``n_structures``, ``n_atoms``       sizes of the set
 ==================================  ==========================================================
 
@@ -287,6 +291,9 @@ def set_metrics(
     stress, _, _ = residuals(prediction, "stress")
     if stress.size:
         out["stress_mae_gpa"] = float(np.abs(stress).mean() / units.GPa)
+    if prediction.ood_score is not None and prediction.ood_score.size:
+        median = float(np.median(prediction.ood_score))
+        out["ood_score_median"] = median if math.isfinite(median) else None
     if np.isfinite(prediction.forces_error).any():
         out |= _rankings(prediction, std.get("forces"), seed)
     return out
@@ -350,6 +357,13 @@ def _rankings(prediction: SetPrediction, total: FloatArray | None, seed: int) ->
         "spearman_atom_null_force": spearman(np.linalg.norm(prediction.forces, axis=1), norm_error),
         "spearman_structure_null_energy": spearman(energy, structure_error),
     }
+    if prediction.ood_score is not None:
+        # infinite, for elements without training atoms, is the highest rank
+        score = np.minimum(prediction.ood_score, np.finfo(np.float64).max)
+        largest = prediction.max_over_atoms(score)
+        out["spearman_atom_ood"] = spearman(score, norm_error)
+        out["spearman_structure_ood"] = spearman(largest, structure_error)
+        out["partial_spearman_structure_ood"] = partial_spearman(largest, structure_error, energy)
     spread = prediction.forces_std_norm
     if spread is None:
         return out

@@ -19,6 +19,8 @@ class BatchMoments:
         forces_cov: (n, 3, 3) (eV/Å)^2 covariance of each atom's force.
         stress_std: (B, 6) eV/Å^3.
         node_energy_std: (n,) eV.
+        ood_score: (n,) distance from the training atoms, see ``uncertainty.ood``; needs no draws, ``None``
+            for a model without it.
     """
 
     mean: Prediction
@@ -26,6 +28,7 @@ class BatchMoments:
     forces_cov: Tensor | None = None
     stress_std: Tensor | None = None
     node_energy_std: Tensor | None = None
+    ood_score: Tensor | None = None
 
     @property
     def forces_std(self) -> Tensor | None:

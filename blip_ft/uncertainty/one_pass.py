@@ -22,6 +22,7 @@ orthonormal directions times sqrt(r/K) estimate it without bias (:func:`relative
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -181,7 +182,7 @@ def _add_forces(
     stress: bool,
 ) -> None:
     """Covariance of forces and std of stress, by equation (2)."""
-    backbone, state, posterior = potential.backbone, potential.converted.noise, potential.posterior
+    backbone, posterior = potential.backbone, potential.posterior
     if not isinstance(backbone, ConservativeBackbone):
         raise BlipError(
             f"forces of this {backbone.name} model are not gradients of its energy",
@@ -195,12 +196,40 @@ def _add_forces(
             remedy="give n_directions, for instance 32, or use draws",
             field="n_directions",
         )
-    directions = _directions(r, n_directions, potential.seed).to(backbone.device, backbone.dtype)
-    latent = torch.zeros(batch.n_structures, r, dtype=backbone.dtype, device=backbone.device)
-    latent.requires_grad_(True)
+    directions = _directions(r, n_directions, potential.seed)
     n = int(batch.n_atoms.sum())
     covariance = torch.zeros(n, 3, 3, dtype=torch.float64, device=backbone.device)
     variance = torch.zeros(batch.n_structures, 6, dtype=torch.float64, device=backbone.device)
+    for _, forces, virial in latent_derivatives(potential, batch, directions):
+        covariance += forces[:, :, None] * forces[:, None, :]
+        variance += virial.square()
+    moments.forces_cov = covariance
+    if stress:
+        moments.stress_std = variance.sqrt()
+
+
+def latent_derivatives(
+    potential: BayesianPotential, batch: Batch, directions: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Derivatives of a conservative model's outputs along latent vectors, at the mean; equation (2).
+
+    Between two items the model must not be evaluated: its noise state is in use.
+
+    Args:
+        potential: its draws are sets of weights.
+        batch: structures.
+        directions: (K, latent_numel) vectors u.
+
+    Yields:
+        For every u, in float64: d(energy)/dz u (B,) eV, of the forces (n, 3) eV/Å, of the stress (B, 6) eV/Å^3.
+    """
+    backbone, state, posterior = potential.backbone, potential.converted.noise, potential.posterior
+    assert isinstance(backbone, ConservativeBackbone)
+    directions = directions.to(backbone.device, backbone.dtype)
+    latent = torch.zeros(
+        batch.n_structures, posterior.latent_numel, dtype=backbone.dtype, device=backbone.device
+    )
+    latent.requires_grad_(True)
     state.clear()
     state.rows = {kind: Rows.from_index(i, batch.n_structures) for kind, i in batch.rows.items()}
     try:
@@ -209,21 +238,18 @@ def _add_forces(
             result = backbone._energy(batch)
             (slope,) = torch.autograd.grad(result.energy.sum(), latent, create_graph=True)
             for i, u in enumerate(directions):
+                along = slope @ u
                 grads = torch.autograd.grad(
-                    (slope @ u).sum(),
+                    along.sum(),
                     result.leaves,
                     retain_graph=i + 1 < len(directions),
                     allow_unused=True,
                     materialize_grads=True,
                 )
                 forces, virial = (x.detach().double() for x in backbone._assemble(batch, grads))
-                covariance += forces[:, :, None] * forces[:, None, :]
-                variance += virial.square()
+                yield along.detach().double(), forces, virial
     finally:
         state.clear()
-    moments.forces_cov = covariance
-    if stress:
-        moments.stress_std = variance.sqrt()
 
 
 def _directions(rank: int, count: int | None, seed: int) -> Tensor:

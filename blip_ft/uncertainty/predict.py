@@ -47,7 +47,21 @@ def predict_batch(
         stress: also predict stress.
         method: ``draws``: moments over the fixed draws; ``energy`` and ``linear``: the mean model
             with stds of the linearised one (``one_pass``).
+
+    The out-of-distribution score comes from the features of the same calls: with draws from their mean
+    over draws, which are those of the mean weights to first order, since draws are centred.
     """
+    out = _moments(potential, batch, n_draws=n_draws, stress=stress, method=method)
+    features = out.mean.node_features
+    if potential.ood is not None and features is not None:
+        out.ood_score = potential.ood.score(features, batch.numbers)
+    return out
+
+
+def _moments(
+    potential: BayesianPotential, batch: Batch, *, n_draws: int | None, stress: bool, method: Method
+) -> BatchMoments:
+    """What :func:`predict_batch` returns, without the score."""
     if method != "draws" and n_draws != 0:
         return predict_one_pass(potential, batch, method=method, n_directions=n_draws, stress=stress)
     n = potential.n_draws if n_draws is None else n_draws
@@ -78,6 +92,9 @@ def predict_batch(
         stacked = torch.stack(nodes)
         out.mean.node_energy = stacked.mean(dim=0)
         out.node_energy_std = stacked.std(dim=0, correction=0) / width
+    features = [d.node_features for d in draws if d.node_features is not None]
+    if features:
+        out.mean.node_features = torch.stack(features).mean(dim=0)
     return out
 
 
@@ -139,6 +156,7 @@ def _to_arrays(moments: BatchMoments, batch: Batch, name: str, frames: list[str]
         if moments.energy_std is not None
         else None,
         forces_std_norm=get(moments.forces_std_norm),
+        ood_score=get(moments.ood_score),
     )
 
 
@@ -166,7 +184,9 @@ def predict_atoms(
     one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
     total stds, which add the aleatoric noise of the calibration: ``energy_std_total``,
     ``forces_std_total``, ``stress_std_total``; ``energies`` (n,) eV per atom and their epistemic
-    ``energies_std``. What ``method`` (:func:`predict_batch`) does not give is absent.
+    ``energies_std``; ``ood_score`` (n,), the distance of every atom from the training atoms in the model's
+    features (``uncertainty.ood``), and ``ood_score_max``, the largest in the structure. What ``method``
+    (:func:`predict_batch`) or the model does not give is absent.
     """
     out: list[dict[str, Any]] = []
     for group in _chunks(atoms, batch_size):
@@ -204,6 +224,9 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
             if moments.mean.node_energy is not None
             else None,
         }
+        if moments.ood_score is not None:
+            item["ood_score"] = _numpy(moments.ood_score[atoms])
+            item["ood_score_max"] = float(item["ood_score"].max(initial=0.0))
         if moments.energy_std is not None:
             e, f, s = calibration.energy, calibration.forces, calibration.stress
             item["energy_std"] = e.scale * float(moments.energy_std[i])

@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 
 #: what reading a file of another kind raises (no such array, wrong type, wrong shape)
 _FOREIGN = (ValueError, KeyError, TypeError, AttributeError)
-_STDS = ("energy_std", "forces_std", "stress_std", "forces_std_norm")
+_OPTIONAL = ("energy_std", "forces_std", "stress_std", "forces_std_norm", "ood_score")
 
 
 @dataclass
@@ -48,10 +48,11 @@ class SetPrediction:
     ``stress_std``        (F, 6)       eV/Å^3, epistemic std of each component
     ``forces_std_norm``   (n,)         eV/Å, sqrt(trace) of the force covariance of an atom,
                                        invariant under rotation; filled in from ``forces_std``
+    ``ood_score``         (n,)         out-of-distribution score of every atom (``uncertainty.ood``)
     ====================  ===========  ======================================================
 
     The stds are those of the posterior as it is, before calibration, and ``None`` for a model
-    without a posterior.
+    without a posterior; so is the score of a model without one.
 
     Raises:
         ValueError: shapes do not fit together.
@@ -71,6 +72,7 @@ class SetPrediction:
     forces_std: FloatArray | None = None
     stress_std: FloatArray | None = None
     forces_std_norm: FloatArray | None = None
+    ood_score: FloatArray | None = None
 
     def __post_init__(self) -> None:
         self.n_atoms = np.asarray(self.n_atoms, dtype=np.int64)
@@ -80,12 +82,12 @@ class SetPrediction:
         shapes: dict[str, tuple[int, ...]] = {"n_atoms": (F,), "numbers": (n,)}
         for suffix in ("", "_label", "_std"):
             shapes |= {f"energy{suffix}": (F,), f"forces{suffix}": (n, 3), f"stress{suffix}": (F, 6)}
-        shapes["forces_std_norm"] = (n,)
+        shapes["forces_std_norm"] = shapes["ood_score"] = (n,)
         if self.forces_std_norm is None and self.forces_std is not None:
             self.forces_std_norm = np.sqrt((np.asarray(self.forces_std, dtype=np.float64) ** 2).sum(axis=1))
         for key, shape in shapes.items():
             value = getattr(self, key)
-            if value is None and key in _STDS:
+            if value is None and key in _OPTIONAL:
                 continue
             array = value if key in ("n_atoms", "numbers") else np.asarray(value, dtype=np.float64)
             if array.shape != shape:
@@ -139,6 +141,12 @@ class SetPrediction:
         np.divide(total, count, out=mean, where=count > 0)
         return mean
 
+    def max_over_atoms(self, values: ArrayLike) -> FloatArray:
+        """(F,) largest of per-atom ``values`` (n,) in each frame; -inf for a frame without atoms."""
+        out = np.full(self.n_structures, -np.inf)
+        np.maximum.at(out, self.structure, np.asarray(values, dtype=np.float64))
+        return out
+
     # ---- parts and unions ----------------------------------------------------------------
     def select(self, frames: ArrayLike) -> SetPrediction:
         """The frames with these indices, in this order; indices may repeat (bootstrap)."""
@@ -146,7 +154,7 @@ class SetPrediction:
         starts = np.concatenate([[0], np.cumsum(self.n_atoms)[:-1]]).astype(np.int64)
         blocks = [np.arange(starts[i], starts[i] + self.n_atoms[i]) for i in index]
         atoms = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
-        per_atom = {"numbers", "forces", "forces_label", "forces_std", "forces_std_norm"}
+        per_atom = {"numbers", "forces", "forces_label", "forces_std", "forces_std_norm", "ood_score"}
         parts: dict[str, object] = {"name": self.name, "frames": [self.frames[i] for i in index]}
         for f in fields(self):
             if f.name not in parts:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from blip_ft.config import PosteriorConfig
 from blip_ft.errors import ConversionError, RecipeError
 from blip_ft.variational.convert import Converted
 from blip_ft.variational.layers import VariationalLayer
-from blip_ft.variational.posteriors import FAMILIES, AdaptivePosterior, Posterior
+from blip_ft.variational.posteriors import FAMILIES, AdaptivePosterior, Posterior, SubspacePosterior
 from blip_ft.variational.prior import DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -64,8 +66,10 @@ def make_posterior(converted: Converted, prior: PretrainedPrior, options: Poster
             )
     if family is AdaptivePosterior:
         return _adaptive(noisy, layers, prior, options)
-    extra = {"rank": options.rank} if options.family == "subspace" else {}
-    return family(noisy, prior, options.init_std, **extra)
+    if family is SubspacePosterior:
+        storage = torch.float32 if options.storage == "float32" else torch.float16
+        return SubspacePosterior(noisy, prior, options.init_std, rank=options.rank, storage=storage)
+    return family(noisy, prior, options.init_std)
 
 
 def _adaptive(

@@ -30,6 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "pair_repulsion": True,
         "atomic_inter_scale": [0.002],  # not divided by the number of neighbours
     },
+    # pseudovectors: products of order one and two that vanish by symmetry have weights of their own type
+    "parities": {"hidden_irreps": "4x0e+4x1o+4x1e+4x2e"},
     "heads": {"heads": ["pbe", "r2scan"]},
     # MACE-MH-1: radial networks that see elements, products that do not, readouts with biases
     "nonlinear": {

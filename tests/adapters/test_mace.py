@@ -30,7 +30,7 @@ from blip_ft.variational.convert import plan
 
 from .conservative import ConservativeContract
 from .helpers import close, evaluate, same
-from .mace_files import ELEMENTS, KINDS, load, path_of
+from .mace_files import ELEMENTS, KINDS, architecture, load, path_of
 from .variational import VariationalContract, bayesian, turned
 from .vendor import VendorContract
 
@@ -254,6 +254,18 @@ def test_files_of_other_kinds(tmp_path: Path, content: object, message: str) -> 
     torch.save(content, tmp_path / "other.model")
     with pytest.raises(CheckpointError, match=message):
         MACEBackbone.load(str(tmp_path / "other.model"), trust=True)
+
+
+def test_a_model_that_wants_charge_and_spin_says_so(tmp_path: Path) -> None:
+    kinds = {
+        name: {"type": "categorical", "per": "graph", "num_classes": 5, "emb_dim": 4}
+        for name in ("total_charge", "total_spin")
+    }
+    model = vendor.build({**architecture("vectors"), "embedding_specs": kinds}, stock=True)
+    torch.save(model, tmp_path / "omol.model")
+    with pytest.raises(CheckpointError, match="wants total_charge and total_spin") as caught:
+        MACEBackbone.load(str(tmp_path / "omol.model"), trust=True)
+    assert "without such inputs" in caught.value.remedy
 
 
 def test_a_model_that_would_be_rebuilt_with_other_numbers_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from blip_ft.checkpoint import save_model
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.export import member
 from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
 
@@ -52,6 +53,22 @@ def bayesian(backbone: Backbone, rank: int = 3) -> BayesianPotential:
     return potential.eval()
 
 
+def distance_from(potential: BayesianPotential, atoms: Atoms) -> FeatureDistance:
+    """A score fitted to rattled copies of a structure, each a group of its own."""
+    frames = []
+    for seed in range(5):
+        frames.append(atoms.copy())
+        frames[-1].rattle(0.05, seed=seed)
+    if not potential.backbone.equivariant:  # as fit_distance does
+        frames += [turned(a, 20 + i)[0] for i, a in enumerate(frames)]
+    batch = potential.backbone.batch(frames)
+    with torch.no_grad():
+        features = potential(batch, forces=False).node_features
+    assert features is not None, "the adapter gives no features"
+    owners = [str(i % 5) for i in batch.structure.tolist()]
+    return FeatureDistance.fit(array(features), array(batch.numbers), owners)
+
+
 def turned(atoms: Atoms, seed: int) -> tuple[Atoms, np.ndarray]:
     """A rotated copy and the rotation."""
     turn = Rotation.random(random_state=seed).as_matrix()
@@ -66,9 +83,11 @@ class VariationalContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def potential(cls, backbone: Backbone) -> BayesianPotential:
+    def potential(cls, backbone: Backbone, quartz: Atoms) -> BayesianPotential:
         """With noise on all weights, in float64."""
-        return bayesian(backbone)
+        out = bayesian(backbone)
+        out.ood = distance_from(out, quartz)
+        return out
 
     # ---- conversion ----------------------------------------------------------------------
     def test_unloading_gives_the_original_bit_for_bit(self, native):
@@ -176,6 +195,36 @@ class VariationalContract:
         np.testing.assert_allclose(a["forces_std_norm"], b["forces_std_norm"], rtol=1e-4)
         assert b["energy_std"] == pytest.approx(a["energy_std"], rel=1e-4)
 
+    # ---- out-of-distribution score -------------------------------------------------------
+    def test_the_score_does_not_depend_on_orientation_numbering_or_batch(self, potential, quartz, ethanol):
+        assert potential.backbone.equivariant == getattr(self, "equivariant", True)
+        other, _ = turned(quartz, 6)
+        order = np.random.default_rng(1).permutation(len(quartz))
+        frames = [quartz, ethanol, other, quartz[order]]
+        for options in ({}, {"n_draws": 0}, {"method": "energy"}):
+            together = predict_atoms(potential, frames, **options)
+            alone = [predict_atoms(potential, [a], **options)[0] for a in frames]
+            for one, two in zip(together, alone, strict=True):
+                np.testing.assert_allclose(one["ood_score"], two["ood_score"], rtol=1e-6)
+                assert one["ood_score_max"] == one["ood_score"].max()
+            plain, _, rotated, permuted = (item["ood_score"] for item in together)
+            assert plain.shape == (len(quartz),)
+            np.testing.assert_allclose(permuted, plain[order], rtol=1e-6)
+            if potential.backbone.equivariant:
+                np.testing.assert_allclose(rotated, plain, rtol=1e-5)
+            else:  # its features change; the training frames' did too
+                assert 0.5 < np.median(rotated) / np.median(plain) < 2
+
+    def test_the_score_tells_the_training_structure_from_others(self, potential, quartz, ethanol):
+        """At the mean weights, whose features those of draws are to first order."""
+        dense = quartz.copy()
+        dense.set_cell(0.85 * dense.cell.array, scale_atoms=True)
+        own, far, alien = predict_atoms(potential, [quartz, dense, ethanol], n_draws=0)
+        assert own["ood_score_max"] < 3
+        assert np.median(far["ood_score"]) > 2 * np.median(own["ood_score"])
+        assert np.isinf(alien["ood_score"]).tolist() == [z not in (8, 14) for z in ethanol.numbers]
+        assert alien["ood_score_max"] == np.inf
+
     # ---- references and files ------------------------------------------------------------
     def test_references_act_in_the_assembled_model(self, potential, quartz):
         batch = potential.backbone.batch([quartz])
@@ -190,7 +239,7 @@ class VariationalContract:
             "import sys, json; from ase.io import read; from blip_ft.checkpoint import load_model\n"
             "from blip_ft.uncertainty.predict import predict_atoms\n"
             "p = load_model(sys.argv[1]); (r,) = predict_atoms(p, [read(sys.argv[2])])\n"
-            "print(json.dumps([r['energy'], r['energy_std'], r['forces'].tolist()]))"
+            "print(json.dumps([r['energy'], r['energy_std'], r['forces'].tolist(), r['ood_score'].tolist()]))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "quartz.json")],
@@ -199,11 +248,12 @@ class VariationalContract:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        energy, std, forces = json.loads(done.stdout.splitlines()[-1])
+        energy, std, forces, score = json.loads(done.stdout.splitlines()[-1])
         (here,) = predict_atoms(potential, [quartz])
         assert energy == pytest.approx(here["energy"], abs=1e-9)
         assert std == pytest.approx(here["energy_std"], rel=1e-6)
         np.testing.assert_allclose(forces, here["forces"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(score, here["ood_score"], rtol=1e-6)
 
 
 def _matrix(voigt: torch.Tensor) -> np.ndarray:

@@ -43,6 +43,34 @@ def make_prediction(
     )
 
 
+def make_linearity(sets: tuple[str, ...] = ("seen", "hot"), *, exact: bool = True) -> dict[str, Any]:
+    """What ``linearity.study`` gives."""
+    rng = np.random.default_rng(0)
+
+    def entry(n: int) -> dict[str, Any]:
+        same = np.exp(rng.normal(size=n)) * 0.02
+        curve = [
+            {"amplitude": a, "shift": 0.2 * a * a, "low": 1 - 0.1 * a, "median": 1.0, "high": 1 + 0.1 * a}
+            for a in (0.3, 0.6, 1.0)
+        ]
+        draws = same * (1 + 0.01 * rng.normal(size=n))
+        return {
+            "draws": draws.tolist(),
+            "same": same.tolist(),
+            "exact": same.tolist() if exact else None,
+            "curve": curve,
+        }
+
+    return {
+        "n_draws": 8,
+        "amplitude": 0.6,
+        "max_excess": 0.05,
+        "sampling_error": 0.27,
+        "derivatives": "linear",
+        "sets": {name: {"n_frames": 2, "energy": entry(2), "forces": entry(30)} for name in sets},
+    }
+
+
 @dataclass
 class Finding:
     kind: str

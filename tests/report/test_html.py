@@ -12,9 +12,10 @@ from blip_ft.errors import BlipError
 from blip_ft.report import write_report
 from blip_ft.report.tables import format_value
 from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import Signature
 
-from .conftest import make_recipe, make_run
+from .conftest import make_linearity, make_recipe, make_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -191,3 +192,39 @@ def test_sets_without_labels(tmp_path, run):
     html = render(tmp_path, run)
     Page(html)
     assert html.count('<svg role="img"') == 5
+
+
+def test_drift_on_the_probe_frames(tmp_path, run):
+    assert 'id="drift"' not in render(tmp_path, run)
+    drift = {"blip": {"energy_mev_per_atom": 1.234, "forces_mev_per_ang": 56.78, "n_structures": 12.0}}
+    page = Page(render(tmp_path, run | {"drift": drift}))
+    assert "BLIP 1.23 56.8 12" in page.text
+    assert "#drift" in page.links
+
+
+def test_scores_have_a_figure_and_columns(tmp_path, run):
+    for i, p in enumerate(run["predictions"]["blip"].values()):
+        p.ood_score = np.full(len(p.numbers), 1.5 + 4 * i) + np.linalg.norm(p.forces_error, axis=1)
+    run["metrics"]["blip"] = metrics_table(run["predictions"]["blip"], run["calibration"])
+    html = render(tmp_path, run)
+    assert html.count('<svg role="img"') == 6
+    text = Page(html).text
+    assert "Out-of-distribution score" in text
+    for key in ("ood_score_median", "spearman_atom_ood"):
+        form = "rank" if "spearman" in key else "value"
+        assert format_value(run["metrics"]["blip"]["hot"][key], form) in text
+
+
+def test_real_draws_beside_the_linearised_model(tmp_path, plain_run):
+    html = render(tmp_path, plain_run | {"linearity": make_linearity()})
+    text = Page(html).text
+    assert html.count('<svg role="img"') == 2
+    assert "8 draws on 4 test frames" in text
+    assert "0.6 of the posterior's width" in text
+    assert "± 27 %" in text
+    assert "at most 5 % wider" in text
+    assert 'href="#draws"' in html
+    for empty in (None, make_linearity(())):
+        page = render(tmp_path, plain_run | {"linearity": empty})
+        assert 'id="draws"' not in page
+        assert 'href="#draws"' not in page

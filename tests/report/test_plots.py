@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip_ft.report import plots, theme
+from blip_ft.report import linear_plots, ood_plots, plots, theme
 from blip_ft.uncertainty.calibration import Calibration
 
-from .conftest import make_prediction
+from .conftest import make_linearity, make_prediction
 
 
 @pytest.fixture
@@ -31,6 +31,8 @@ def test_every_figure_can_be_drawn_in_both_formats(run):
         plots.error_against_std(predictions["blip"], calibration),
         plots.calibration_curves(predictions["blip"], calibration),
         plots.training_curves(run["history"]),
+        linear_plots.agreement_figure(make_linearity()),
+        linear_plots.amplitude_figure(make_linearity()),
     ]
     for figure in figures:
         image = np.asarray(Image.open(io.BytesIO(theme.to_png(figure, dpi=40))).convert("L"))
@@ -116,3 +118,61 @@ def test_set_colours_do_not_depend_on_order():
     assert looks["seen"] == (theme.COLOURS[0], theme.MARKERS[0])
     assert len(set(looks.values())) == 3
     assert theme.style(["seen", "hot", "cold"])["hot"] == looks["hot"]
+
+
+def test_score_against_error_and_error_bar(honest):
+    """Error bars that know nothing of the score: its right panel rises where errors do."""
+    for p in honest.values():
+        p.ood_score = 20 * np.linalg.norm(p.forces_error, axis=1)
+        p.ood_score[0] = np.inf  # an unknown element cannot be drawn
+    figure = ood_plots.ood_scores(honest, Calibration.identity())
+    shares, structures, ratio = figure.axes
+    assert [ax.get_xscale() for ax in figure.axes] == ["log"] * 3
+    for line, p in zip(curves(shares), honest.values(), strict=True):
+        assert line[-1, 1] == pytest.approx(1 - 1 / len(p.numbers))
+    assert sum(len(c.get_offsets()) for c in structures.collections) == 2 * 200 - 2
+    for line in curves(ratio):
+        assert line[-1, 1] > 1.4
+        assert line[0, 1] < 0.7
+
+
+def test_sets_without_score_are_left_out(honest):
+    honest["hot"].ood_score = np.ones(len(honest["hot"].numbers))
+    figure = ood_plots.ood_scores(honest, Calibration.identity())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hot"]
+    svg = theme.to_svg(ood_plots.ood_scores({}, Calibration.identity()), "empty")
+    assert svg.startswith("<svg")
+
+
+@pytest.mark.parametrize("missing", ["labels", "scores of known elements"])
+def test_scores_without_anything_to_compare(honest, missing):
+    for p in honest.values():
+        p.ood_score = np.full(len(p.numbers), 2.0 if missing == "labels" else np.inf)
+        if missing == "labels":
+            p.forces_label[:] = np.nan
+    image = Image.open(io.BytesIO(theme.to_png(ood_plots.ood_scores(honest, Calibration.identity()), dpi=40)))
+    assert np.asarray(image.convert("L")).min() < 100
+
+
+def test_draws_beside_the_linearised_model():
+    result = make_linearity()
+    forces, energies = linear_plots.agreement_figure(result).axes
+    points = np.concatenate([c.get_offsets() for c in forces.collections if len(c.get_offsets()) == 30])
+    expected = np.concatenate(
+        [
+            1e3 * np.stack([e["forces"]["exact"], e["forces"]["draws"]], axis=1)
+            for e in result["sets"].values()
+        ]
+    )
+    np.testing.assert_allclose(points, expected)
+    assert "exact" in energies.get_xlabel()
+    same = linear_plots.agreement_figure(make_linearity(exact=False))
+    assert "same draws" in same.axes[0].get_xlabel()
+    axes = linear_plots.amplitude_figure(result).axes
+    shift = curves(axes[0])
+    assert len(shift) == 2
+    np.testing.assert_allclose(shift[0], [[a, 0.2 * a * a] for a in (0.3, 0.6, 1.0)])
+    # a set without any spread has no ratio: it is left out, not drawn as zero
+    for point in result["sets"]["hot"]["energy"]["curve"]:
+        point |= {"low": None, "median": None, "high": None}
+    linear_plots.amplitude_figure(result)

@@ -64,21 +64,36 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"} | options.get("model", {}),
         "posterior": {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"],
         "objective": {"temperature": 1e-4} | options.get("objective", {}),
-        "uncertainty": {"n_draws": 2},
+        "uncertainty": {"n_draws": 2, "linearity_draws": 2},
         "plain": {"enabled": False},
         "trainer": {"max_epochs": 2, "accelerator": "cpu"},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))
     assert main(["fit", "recipe.yaml"]) == 0, capsys.readouterr().err
+    if options["posterior"]["family"] == "adaptive":
+        (clamped,) = (
+            r["clamped"] for r in json.loads(Path("runs/run/receipt.json").read_text())["posterior"]
+        )
+        assert {"message", "update"} >= clamped.keys() > set()
+        assert all(0 <= share <= 1 for share in clamped.values())
     metrics = json.loads(Path("runs/run/metrics.json").read_text())
     assert math.isfinite(metrics["blip"]["seen"]["force_crps_mev_per_ang"])
+    assert metrics["blip"]["seen"]["ood_score_median"] > 0
+    assert -1 <= metrics["blip"]["seen"]["spearman_atom_ood"] <= 1
+    assert "spearman_atom_ood" not in metrics["pretrained"]["seen"]
     history = json.loads(Path("runs/run/history.json").read_text())["blip"]
     assert sum("train_loss" in row for row in history) == 2
     assert all(math.isfinite(v) for row in history for v in row.values())
+    linearity = json.loads(Path("runs/run/linearity.json").read_text())
+    assert linearity["n_draws"] == 2
+    assert linearity["sets"]["seen"]["forces"]["curve"][-1]["amplitude"] == 1.0
+    assert 'id="draws"' in Path("runs/run/report.html").read_text()
     potential = blip_ft.load("runs/run")
     assert potential.posterior.family == options["posterior"]["family"]
     (item,) = blip_ft.uncertainty.predict.predict_atoms(potential, frames(1))
     assert item["energy_std"] > 0
+    assert potential.ood.numbers.tolist() == [8, 14]
+    assert 0 < item["ood_score"].max() == item["ood_score_max"] < math.inf
     if options.get("model", {}).get("from_scratch"):
         assert "initial weights, seed 0" in potential.backbone.origin["checkpoint"]
         scales = [
@@ -141,6 +156,87 @@ def test_replayed_frames_are_checked_before_training(
     for part in ("replay.extxyz", "frame 1", "Au"):
         assert part in message
     assert not Path("runs").exists()
+
+
+class TestReplayedFrames:
+    """What ``function_kl`` compares on."""
+
+    def frames(self, tmp_path: Path, *overrides: str) -> list[Any]:
+        from ase.io import write
+
+        from blip_ft.config import apply_override, parse_recipe
+        from blip_ft.data import load_splits
+        from blip_ft.data.context import load_context
+        from blip_ft.training.replay import replayed
+
+        write(tmp_path / "train.extxyz", frames(12))
+        write(tmp_path / "mine.extxyz", frames(3, seed=5))
+        write(tmp_path / "other.extxyz", frames(2, seed=6))
+        tree: dict[str, Any] = {
+            "name": "run",
+            "data": {"train": str(tmp_path / "train.extxyz")},
+            "model": {"adapter": "fake", "checkpoint": "tiny"},
+            "posterior": {"family": "weight", "prior_scale": 0.2, "context": 0.5},
+            "objective": {"kind": "function_kl", "temperature": 1.0},
+        }
+        for override in overrides:
+            apply_override(tree, override.replace("@", f"{tmp_path}/"))
+        recipe = parse_recipe(tree)
+        splits, backbone = load_splits(recipe.data), FakeBackbone()
+        context = load_context(recipe.data, backbone, len(splits.train), lambda text: None)
+        self.n_train = len(splits.train)
+        return replayed(recipe, splits.train, backbone, context)
+
+    def test_the_users_structures_and_perturbed_copies(self, tmp_path: Path) -> None:
+        mine = frames(3, seed=5)
+        both = self.frames(tmp_path, "data.context=@mine.extxyz")
+        made = self.frames(tmp_path)
+        assert [a.positions.tolist() for a in both[3:]] == [a.positions.tolist() for a in made]
+        assert len(made) == math.ceil(0.5 * self.n_train)
+        for one, other in zip(both, mine, strict=False):
+            np.testing.assert_allclose(one.positions, other.positions, atol=1e-7)
+
+    def test_the_users_structures_alone(self, tmp_path: Path) -> None:
+        assert len(self.frames(tmp_path, "data.context=@mine.extxyz", "posterior.context=0")) == 3
+
+    def test_named_frames_come_in_their_place(self, tmp_path: Path) -> None:
+        options = ("data.context=@mine.extxyz", "objective.replay=@other.extxyz")
+        (one, _) = self.frames(tmp_path, *options)
+        np.testing.assert_allclose(one.positions, frames(1, seed=6)[0].positions, atol=1e-7)
+
+    def test_a_run_trains_on_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The frames of the loss are the user's, labelled by the pretrained model."""
+        from ase.io import write
+
+        from blip_ft.training import loop
+
+        seen: list[Any] = []
+        make_replay = loop.make_replay
+
+        def remember(potential: Any, structures: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.extend(structures)
+            return make_replay(potential, structures, *args, **kwargs)
+
+        monkeypatch.setattr(loop, "make_replay", remember)
+        monkeypatch.chdir(tmp_path)
+        write("train.extxyz", frames(12))
+        write("mine.extxyz", frames(3, seed=5))
+        tree = {
+            "name": "run",
+            "output": "runs",
+            "data": {"train": "train.extxyz", "context": "mine.extxyz"},
+            "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
+            "posterior": {"family": "weight", "prior_scale": 0.2, "context": 0},
+            "objective": {"kind": "function_kl", "temperature": 1.0},
+            "uncertainty": {"n_draws": 2},
+            "plain": {"enabled": False},
+            "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        }
+        Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+        assert main(["fit", "recipe.yaml"]) == 0
+        assert len(seen) == 3
+        for one, other in zip(seen, frames(3, seed=5), strict=True):
+            np.testing.assert_allclose(one.positions, other.positions, atol=1e-7)
 
 
 class TestFromScratch:

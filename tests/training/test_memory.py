@@ -70,6 +70,8 @@ def test_replay_holds_the_model_where_it_was(tmp_path: Path) -> None:
     held = fit(tmp_path, {"source": str(tmp_path / "old.extxyz"), "ratio": 2.0, "weight": 20.0})["blip"]
     assert held["n_structures"] == 6
     assert held["forces_mev_per_ang"] < 0.5 * free["forces_mev_per_ang"]
+    page = (tmp_path / "runs/run/report.html").read_text(encoding="utf-8")
+    assert f'<td class="n">{held["forces_mev_per_ang"]:.3g}</td><td class="n">6</td>' in page
     assert "train/replay" in (tmp_path / "runs/run/metrics.csv").read_text().splitlines()[0]
 
 

@@ -11,9 +11,12 @@ from ase.io import write
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
+from blip_ft.data import FrameDataset
+from blip_ft.potential import BayesianPotential
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import train
-from blip_ft.training.subspace import MAX_SHIFT, SubspaceFitter
+from blip_ft.training.subspace import LEAST_WIDTH, SubspaceFitter
+from blip_ft.uncertainty.linearity import MAX_EXCESS
 from blip_ft.uncertainty.predict import predict_set
 
 from .test_bad_input import frames
@@ -79,9 +82,14 @@ def test_draws_are_no_wider_than_curvature_allows_near_the_data(prepared: tuple[
     for s in (3.0, 30.0):  # so wide that curvature matters
         potential.posterior.set_covariance(np.eye(4), s, 1.0)  # type: ignore[operator]
         potential.amplitude = amplitude = fitter.choose_amplitude()
-        assert amplitude < 1.0
-        mean = predict_set(potential, sets["validation"], "validation", n_draws=0, stress=False).forces
-        draws = predict_set(potential, sets["validation"], "validation", n_draws=6, stress=False)
-        assert draws.forces_std is not None
-        shift = np.sqrt(np.square(draws.forces - mean).mean())
-        assert shift < 2 * MAX_SHIFT * np.sqrt(np.square(draws.forces_std).mean())
+        assert LEAST_WIDTH <= amplitude < 1.0
+        wide, narrow = (at(potential, sets["validation"], a) for a in (amplitude, LEAST_WIDTH / 2))
+        assert wide == pytest.approx(narrow, rel=3 * MAX_EXCESS)
+
+
+def at(potential: BayesianPotential, frames: FrameDataset, amplitude: float) -> float:
+    """rms over components of the forces' std."""
+    potential.amplitude = amplitude
+    std = predict_set(potential, frames, "validation", n_draws=24, stress=False).forces_std
+    assert std is not None
+    return float(np.sqrt(np.square(std).mean()))

@@ -278,6 +278,30 @@ def test_rankings_by_their_definition(make_prediction):
     assert out["partial_spearman_structure"] == pytest.approx(partial_spearman(spread, error, energy))
 
 
+def test_rankings_of_the_out_of_distribution_score(make_prediction):
+    p = make_prediction(25)
+    assert not [k for k in set_metrics(p) if "ood" in k]
+    atom = np.linalg.norm(p.forces_error, axis=1)
+    p.ood_score = np.exp(np.random.default_rng(3).normal(size=atom.size)) + 5 * atom
+    out = set_metrics(p)
+    split = np.cumsum(p.n_atoms)[:-1]
+    error = [x.mean() for x in np.split(atom, split)]
+    largest = [x.max() for x in np.split(p.ood_score, split)]
+    assert out["spearman_atom_ood"] == pytest.approx(spearmanr(p.ood_score, atom).statistic)
+    assert out["spearman_structure_ood"] == pytest.approx(spearmanr(largest, error).statistic)
+    energy = p.energy / p.n_atoms
+    assert out["partial_spearman_structure_ood"] == pytest.approx(partial_spearman(largest, error, energy))
+    assert out["ood_score_median"] == pytest.approx(np.median(p.ood_score))
+    # an unknown element is the farthest of all; a median that is infinite is no number
+    worst = int(np.argmax(p.ood_score))
+    p.ood_score[worst] = np.inf
+    assert set_metrics(p)["spearman_atom_ood"] == pytest.approx(out["spearman_atom_ood"])
+    p.ood_score[:] = np.inf
+    out = set_metrics(p)
+    assert out["ood_score_median"] is None
+    assert out["spearman_atom_ood"] is None
+
+
 def test_reference_is_reached_by_honest_error_bars(make_prediction):
     p = make_prediction(600)
     out = set_metrics(p)

@@ -93,3 +93,17 @@ def test_mean_over_atoms_skips_missing_ones(make_prediction):
     got = p.mean_over_atoms(values)
     assert np.isnan(got[1])
     assert got[0] == pytest.approx(np.nanmean(values[p.structure == 0]))
+
+
+def test_scores_go_with_their_atoms(make_prediction, tmp_path):
+    p = make_prediction(5)
+    p.ood_score = np.arange(float(p.numbers.size))
+    p.ood_score[-1] = np.inf
+    part = p.select([3, 1])
+    expected = [p.ood_score[p.structure == i] for i in (3, 1)]
+    np.testing.assert_array_equal(part.ood_score, np.concatenate(expected))
+    np.testing.assert_array_equal(part.max_over_atoms(part.ood_score), [x.max() for x in expected])
+    p.save(tmp_path / "p.npz")
+    np.testing.assert_array_equal(SetPrediction.load(tmp_path / "p.npz").ood_score, p.ood_score)
+    with pytest.raises(ValueError, match="ood_score"):
+        SetPrediction.concatenate([p, make_prediction(2)], "both")

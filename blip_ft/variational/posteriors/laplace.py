@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.subspace import SubspaceData, choose_scales, gram_matrix
+from blip_ft.variational.posteriors.subspace import SubspaceData, choose_scales, gram_matrix, labelled
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -73,7 +73,7 @@ class LaplacePosterior(Posterior):
         assert isinstance(context, SubspaceData)
         rows = context.rows
         train = rows.is_train
-        gradients = rows.gradients[torch.from_numpy(train)]
+        gradients = labelled(rows.gradients, train)
         gram = gram_matrix(gradients)
         report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gram)}
         s, temperature = choose_scales(context, gram, report)

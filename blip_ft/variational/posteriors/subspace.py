@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from scipy.linalg import cho_solve, cholesky
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
@@ -36,8 +36,8 @@ from blip_ft.variational.sites import Site
 
 #: s that are tried when the recipe says ``auto``
 PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
-#: columns of G that are multiplied at a time; sums over blocks are in float64, since the small
-#: eigenvalues of the Gram matrix are lost in float32
+#: columns of G that are multiplied at a time, in float64: the small eigenvalues of the Gram matrix are
+#: lost in float32
 BLOCK = 16384
 
 
@@ -76,6 +76,7 @@ class SubspacePosterior(Posterior):
         prior: its ``prior_scale`` is s; set by :meth:`fit` unless fixed.
         init_std: std of every latent number before the first :meth:`fit`.
         rank: r.
+        storage: precision that directions are rounded to, and in which a file holds them.
     """
 
     family: ClassVar[str] = "subspace"
@@ -85,9 +86,15 @@ class SubspacePosterior(Posterior):
     prior_std: Tensor
 
     def __init__(
-        self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float, rank: int = 64
+        self,
+        sites: Sequence[Site],
+        prior: PretrainedPrior,
+        init_std: float,
+        rank: int = 64,
+        storage: torch.dtype = torch.float16,
     ) -> None:
         super().__init__(sites, prior, init_std)
+        self.storage = storage
         p = sum(s.numel for s in self.sites)
         self.rank = min(rank, p)
         like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
@@ -96,7 +103,7 @@ class SubspacePosterior(Posterior):
         # eye in the weights' own precision: a scalar tensor times a float32 matrix stays float32
         self.register_buffer("scale", init_std * torch.eye(self.rank, dtype=like.dtype, device=like.device))
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
-        self._register_state_dict_hook(_directions_in_half)
+        self._register_state_dict_hook(_directions_as_stored)
 
     @property
     def ready(self) -> bool:
@@ -121,7 +128,7 @@ class SubspacePosterior(Posterior):
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
         s, temperature = choose_scales(context, gram[np.ix_(train, train)], report)
         report["captured"] = self._set_directions(rows.gradients, gram, train, s, temperature)
-        projected = self._project(rows.gradients[torch.from_numpy(train)])
+        projected = self._project(labelled(rows.gradients, train))
         self.set_covariance(projected.T @ projected, s, temperature)
         report |= {
             "prior_scale": s,
@@ -157,12 +164,12 @@ class SubspacePosterior(Posterior):
         order = order[values[order] > values.max() * 1e-10]
         mix = a @ vectors[:, order]
         mix /= np.sqrt(np.einsum("mi,mn,ni->i", mix, gram, mix))  # unit rows before orthonormalising
-        v = torch.from_numpy(mix.T.copy()).to(gradients) @ gradients
+        v = combine(mix.T, gradients)
         lower = np.linalg.cholesky(gram_matrix(v) + 1e-12 * np.eye(len(order)))
         v = torch.linalg.solve_triangular(torch.from_numpy(lower).to(v), v, upper=False)
         self.directions.zero_()
-        # stored in half precision: round once, so that what is fitted is what is stored
-        self.directions[: len(order)] = v.half().to(self.directions)
+        # rounded once, so that what is fitted is what is stored
+        self.directions[: len(order)] = v.to(self.storage).to(self.directions)
         return float(values[order].sum() / values.clip(min=0).sum())
 
     def _project(self, gradients: Tensor) -> np.ndarray:
@@ -227,10 +234,12 @@ class SubspacePosterior(Posterior):
         return (0.5 * s2.log()).mean().exp() / self.prior_std.double()
 
 
-def _directions_in_half(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Directions were rounded to half precision when they were set: saving them so loses nothing."""
-    del module, metadata
-    state[f"{prefix}directions"] = state[f"{prefix}directions"].half()
+def _directions_as_stored(
+    module: SubspacePosterior, state: dict[str, Tensor], prefix: str, metadata: Any
+) -> None:
+    """Directions were rounded to this precision when they were set: saving them so loses nothing."""
+    del metadata
+    state[f"{prefix}directions"] = state[f"{prefix}directions"].to(module.storage)
 
 
 @dataclass
@@ -296,6 +305,12 @@ def widest_as_good(scores: dict[float, np.ndarray]) -> float:
     return widest
 
 
+def labelled(gradients: Tensor, train: np.ndarray) -> Tensor:
+    """The rows that have a label; without a copy where they come first, as large as all are."""
+    n = int(train.sum())
+    return gradients[:n] if train[:n].all() else gradients[torch.from_numpy(train).to(gradients.device)]
+
+
 def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
     """Step of the weights, in units of rms(w0), towards the labels; (P,).
 
@@ -310,17 +325,26 @@ def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Te
         scale: s.
     """
     inner = gram_matrix(gradients) + np.eye(len(errors)) / scale**2
-    solved = torch.from_numpy(np.linalg.solve(inner, errors)).to(gradients)
-    return solved @ gradients
+    return combine(np.linalg.solve(inner, errors)[None], gradients)[0]
 
 
 def gram_matrix(rows: Tensor) -> np.ndarray:
     """(m, P) -> (m, m) G G^T in float64, by blocks of columns."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], BLOCK):
-        block = rows[:, start : start + BLOCK]
-        total += block @ block.T if block.dtype == torch.float64 else (block @ block.T).double()
+        block = rows[:, start : start + BLOCK].double()
+        total += block @ block.T
     out: np.ndarray = total.cpu().numpy()
+    return out
+
+
+def combine(mix: np.ndarray, rows: Tensor) -> Tensor:
+    """(k, m) combinations of (m, P) rows, in their precision but summed in float64, where they cancel."""
+    coefficients = torch.from_numpy(np.ascontiguousarray(mix)).to(rows.device)
+    out = rows.new_empty(len(mix), rows.shape[1])
+    for start in range(0, rows.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        out[:, block] = (coefficients @ rows[:, block].double()).to(out)
     return out
 
 
