@@ -46,8 +46,20 @@ def table_file(path: Path, name: str, kind: str, fields: Fields) -> Iterator[Raw
     """
     if kind == "json":
         return rows_of(_json_rows(path), name, "", fields)
+    if kind == "parquet" and _without_rows(path):  # which `datasets` refuses
+        return iter(())
     load = lambda: datasets.load_dataset(kind, data_files=str(path), streaming=True)
     return table(guard(load, name, kind), name, fields)
+
+
+def _without_rows(path: Path) -> bool:
+    """True for a whole parquet file of no rows; damaged ones are left to the reader."""
+    import pyarrow.parquet
+
+    try:
+        return bool(pyarrow.parquet.read_metadata(path).num_rows == 0)
+    except (OSError, ValueError):
+        return False
 
 
 def table_folder(path: Path, name: str, fields: Fields) -> Iterator[RawFrame]:

@@ -141,6 +141,18 @@ def test_a_single_table_is_whole_in_every_worker(files: DataConfig, backbone: Fa
     assert keys(DataLoader(source, batch_size=None, num_workers=2)) == keys(source)
 
 
+def test_an_empty_shard_has_no_frames(files: DataConfig, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from blip_ft.data.sources import load_source
+
+    pq.write_table(pq.read_table(tmp_path / "00.parquet").slice(0, 0), tmp_path / "99.parquet")
+    assert len(list(rows_of(files)())) == 150
+    assert grid_of(files, 4) is not None
+    with pytest.raises(DataError, match=r"99\.parquet: there are no frames in it"):
+        load_source(str(tmp_path / "99.parquet"))
+
+
 def test_workers_in_processes_change_nothing(files: DataConfig, backbone: FakeBackbone) -> None:
     source = sharded(files, backbone)
     assert keys(DataLoader(source, batch_size=None, num_workers=2)) == keys(source)
