@@ -150,6 +150,17 @@ def iterate_source(
         yield from _rows(reading)
 
 
+def file_rows(reading: Reading) -> Iterator[dict[str, Any]]:
+    """The rows of one file of a reading, lists in place of arrays; other files may have further labels."""
+    for row in _rows(reading, whole=False):
+        yield plain_row(row)
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with lists in place of arrays."""
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
+
+
 def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
     """How labels were found, one sentence for each source: ``a.xyz: MACE: energy <- REF_energy, ...``.
 
@@ -357,8 +368,13 @@ def _digest(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _rows(reading: Reading) -> Iterator[dict[str, Any]]:
-    """Rows of the schema; the generator behind :func:`load_source`."""
+def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
+    """Rows of the schema; the generator behind :func:`load_source`.
+
+    Args:
+        reading: what to read.
+        whole: complain of a label that the recipe names and no frame has.
+    """
     fields, given = dict(reading.fields), dict(reading.units)
     mapper = Mapper(
         fields,
@@ -383,7 +399,8 @@ def _rows(reading: Reading) -> Iterator[dict[str, Any]]:
             count += 1
     if not count:
         raise _nothing(reading, splits)
-    mapper.finish(reading.source, names)
+    if whole:
+        mapper.finish(reading.source, names)
 
 
 def _selected(

@@ -1,14 +1,16 @@
 """Training frames as a stream: rows read one by one, in every epoch anew, with bounded memory.
 
-Every process and worker reads the whole stream and shuffles it alike; a worker builds the graphs of
-its own batches only, which is what takes the time. Hence the batches are the same for any number of
-workers, and what all ranks do together is what one process with the whole batch would do.
+Where there are enough files of known length, each worker and rank reads its own ones
+(:mod:`blip_ft.data.lanes`). Otherwise all of them read the whole stream and shuffle it alike, and a worker
+builds the graphs of its own batches only, which is what takes the time. Either way the batches are the same
+for any number of workers, and what all ranks do together is what one process with the whole batch would do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -18,8 +20,9 @@ import torch.utils.data
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.dataset import collate, content_key, make_item
+from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.schema import FEATURES
-from blip_ft.data.sources import iterate_source
+from blip_ft.data.sources import iterate_source, plain_row, plan
 from blip_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         rank: of this process.
         held_out: keys (:func:`content_key`) that must not occur.
         weight: sum of the weights, by default ``frames``.
+        grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
+            not used.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         rank: int = 0,
         held_out: frozenset[int] = frozenset(),
         weight: float | None = None,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
         self.rows, self.backbone = rows, backbone
@@ -70,8 +76,14 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
                 field="data.stream.frames",
                 remedy="use fewer devices (trainer.devices)",
             )
-        #: as in :class:`blip_ft.data.sampler.EpochBatchSampler`
-        self.steps = max(1, min(-(-frames // (batch_size * world)), frames // world))
+        if grid is not None and len(grid[0]) % world and smallest(grid, batch_size * world) < world:
+            grid = None  # some rank would have nothing in some step
+        self.sharded = grid is not None
+        self.grid = [[Lane((rows,), frames)]] if grid is None else grid
+        whole = batch_size * world
+        # one lane: as in :class:`blip_ft.data.sampler.EpochBatchSampler`
+        self._turns = turns(self.grid, whole) if grid else max(1, min(-(-frames // whole), frames // world))
+        self.steps = len(self.grid) * self._turns
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order."""
@@ -83,33 +95,63 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        rows = self._shuffled()
-        sizes = [len(part) for part in np.array_split(np.empty(self.frames, dtype=np.int8), self.steps)]
-        for step, size in enumerate(sizes):
-            chosen = [next(rows, None) for _ in range(size)]
-            known = [row for row in chosen if row is not None]
-            if len(known) < size:
-                raise self._another(f"only {sum(sizes[:step]) + len(known)}")
-            if step == self.steps - 1 and next(rows, None) is not None:  # before the epoch counts as done
-                raise self._another(f"more than {self.frames}")
+        needed = {step % len(self.grid) for step in range(worker, self.steps, workers)}
+        own = self._own_parts()
+        opened = {(g, p): self._shuffled(g, p) for g in sorted(needed) for p in own}
+        for step in range(self.steps):
+            group, turn = step % len(self.grid), step // len(self.grid)
+            if group not in needed:
+                continue
+            drawn = [row for p in own for row in self._piece(opened[group, p], self.grid[group][p], turn)]
             if step % workers == worker:
-                share = np.array_split(np.arange(size), self.world)[self.rank]
-                yield collate(self.backbone, [self._item(known[i]) for i in share])
+                # all parts of the step were drawn unless they are divided among ranks already
+                alone = len(own) < len(self.grid[group])
+                share = (
+                    range(len(drawn))
+                    if alone
+                    else np.array_split(np.arange(len(drawn)), self.world)[self.rank]
+                )
+                yield collate(self.backbone, [self._item(drawn[i]) for i in share])
+
+    def _own_parts(self) -> range:
+        """Parts of a group that this rank reads: its share where they can be divided evenly, or all."""
+        parts = len(self.grid[0])
+        if parts % self.world:
+            return range(parts)
+        share = parts // self.world
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def _piece(self, rows: Iterator[Row], lane: Lane, turn: int) -> list[Row]:
+        """The rows of a lane in one step; at the last one the lane must be at its end."""
+        first, last = (t * lane.frames // self._turns for t in (turn, turn + 1))
+        chosen = list(islice(rows, last - first))
+        if len(chosen) < last - first:
+            raise self._another(f"only {first + len(chosen)}" + self._inside(lane))
+        if turn == self._turns - 1 and next(rows, None) is not None:  # before the epoch counts as done
+            raise self._another(f"more than {lane.frames}" + self._inside(lane))
+        return chosen
+
+    def _inside(self, lane: Lane) -> str:
+        return f" of {lane.frames} frames in some of its files" if self.sharded else ""
 
     def _item(self, row: Row) -> Any:
         self.backbone.check(_atoms(row), file=row["source"], frame=row["frame"])
         return make_item(row, self.backbone)
 
-    def _shuffled(self) -> Iterator[Row]:
-        """Rows drawn from a buffer that the stream refills; a function of (seed, epoch)."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+    def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[Row]:
+        """Rows of a lane drawn from a buffer that it refills; a function of (seed, epoch, lane)."""
+        lane = self.grid[group][part]
+        place_of_lane = [group, part] if self.sharded else []
+        rng = np.random.default_rng([self.seed, self.epoch, *place_of_lane])
+        size = max(1, self.buffer // (len(self.grid) * len(self.grid[0])))
+        order = rng.permutation(len(lane.files)) if self.sharded else range(len(lane.files))
         buffer: list[Row] = []
         count, total = 0, 0.0
-        for row in self.rows():
+        for row in chain.from_iterable(lane.files[i]() for i in order):
             count += 1
             total += 1.0 if row["weight"] is None else row["weight"]
             self._check_held_out(row)
-            if len(buffer) < self.buffer:
+            if len(buffer) < size:
                 buffer.append(row)
                 continue
             place = int(rng.integers(len(buffer)))
@@ -117,8 +159,9 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             buffer[place] = row
         for place in rng.permutation(len(buffer)):
             yield buffer[place]
-        if count == self.frames and not math.isclose(total, self.total_weight, rel_tol=1e-6):
-            raise self._another(f"a weight of {total:g} in all")
+        weight = lane.frames if self.sharded else self.total_weight
+        if count == lane.frames and not math.isclose(total, weight, rel_tol=1e-6):
+            raise self._another(f"frames of weights other than 1, {total:g} for {count} of them")
 
     def _check_held_out(self, row: Row) -> None:
         if not self.held_out:
@@ -149,15 +192,31 @@ def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
     """What opens the stream of ``data.train``."""
 
     def rows() -> Iterator[Row]:
-        for row in iterate_source(
-            config.train,
-            fields=config.fields,
-            units={str(k): v for k, v in config.units.items()},
-            stress_order=config.stress_order,
-        ):
-            yield {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
+        yield from map(plain_row, iterate_source(config.train, **_reading_options(config)))
 
     return rows
+
+
+def grid_of(config: DataConfig, batch: int) -> Grid | None:
+    """Lanes of ``data.train`` for steps of ``batch`` structures, where its files allow it.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    options = config.stream
+    if options is None or options.weight is not None:  # weights are summed over the whole stream
+        return None
+    readings = plan(config.train, digest=False, **_reading_options(config))
+    return make_grid(readings, options.frames, batch)
+
+
+def _reading_options(config: DataConfig) -> dict[str, Any]:
+    return {
+        "fields": config.fields,
+        "units": {str(k): v for k, v in config.units.items()},
+        "stress_order": config.stress_order,
+        "energy_offset": config.energy_offset,
+    }
 
 
 def make_stream(
@@ -184,6 +243,7 @@ def make_stream(
         rank=rank,
         held_out=held,
         weight=options.weight,
+        grid=grid_of(config, config.batch_size * world),
     )
 
 

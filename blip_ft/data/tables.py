@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import datasets
 import numpy as np
@@ -46,8 +46,20 @@ def table_file(path: Path, name: str, kind: str, fields: Fields) -> Iterator[Raw
     """
     if kind == "json":
         return rows_of(_json_rows(path), name, "", fields)
+    if kind == "parquet" and _without_rows(path):  # which `datasets` refuses
+        return iter(())
     load = lambda: datasets.load_dataset(kind, data_files=str(path), streaming=True)
     return table(guard(load, name, kind), name, fields)
+
+
+def _without_rows(path: Path) -> bool:
+    """True for a whole parquet file of no rows; damaged ones are left to the reader."""
+    import pyarrow.parquet
+
+    try:
+        return bool(pyarrow.parquet.read_metadata(path).num_rows == 0)
+    except (OSError, ValueError):
+        return False
 
 
 def table_folder(path: Path, name: str, fields: Fields) -> Iterator[RawFrame]:
@@ -92,7 +104,18 @@ def table(loaded: Any, name: str, fields: Fields) -> Iterator[RawFrame]:
     # One lone split is called "train" by default, which says nothing about its use.
     named = len(parts) > 1
     for split, rows in parts.items():
-        yield from rows_of(rows, name, str(split) if named else "", fields)
+        yield from rows_of(_every_row(rows), name, str(split) if named else "", fields)
+
+
+def _every_row(rows: Any) -> Iterable[dict[str, Any]]:
+    """All rows, in a worker of a ``DataLoader`` too.
+
+    A streamed set that is iterated there gives each worker the rows of its own files, and none where it
+    has fewer files than there are workers; ``iter`` does not look for workers.
+    """
+    if not isinstance(rows, datasets.IterableDataset):
+        return cast("Iterable[dict[str, Any]]", rows)
+    return ({name: column[0] for name, column in one.items()} for one in rows.iter(batch_size=1))
 
 
 def rows_of(rows: Iterable[dict[str, Any]], name: str, split: str, fields: Fields) -> Iterator[RawFrame]:

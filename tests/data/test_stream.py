@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.io import write
 from torch.utils.data import DataLoader
@@ -15,7 +19,7 @@ from torch.utils.data import DataLoader
 from blip_ft.config import DataConfig, StreamConfig, load_recipe
 from blip_ft.data import load_splits
 from blip_ft.data.dataset import FrameDataset, GraphCache, bytes_of, content_key
-from blip_ft.data.stream import FrameStream, rows_of, sample_of
+from blip_ft.data.stream import FrameStream, grid_of, rows_of, sample_of
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.fake import FakeBackbone
 
@@ -74,8 +78,109 @@ def test_another_number_of_frames_is_an_error(
 
 
 def test_another_sum_of_weights_is_an_error(config: DataConfig, backbone: FakeBackbone) -> None:
-    with pytest.raises(DataError, match="a weight of 40 in all"):
+    with pytest.raises(DataError, match="weights other than 1, 40 for 40"):
         list(stream(config, backbone, weight=50.0))
+
+
+@pytest.fixture
+def files(frames: Frames, tmp_path: Path) -> DataConfig:
+    """150 frames in 12 parquet files."""
+    from blip_ft.data.convert import convert
+    from blip_ft.data.sources import load_source
+
+    some = frames(150)
+    for i, part in enumerate(np.array_split(np.arange(150), 12)):
+        write(tmp_path / "part.traj", [some[k] for k in part])
+        convert(load_source(str(tmp_path / "part.traj")), str(tmp_path / f"{i:02d}.parquet"))
+    return DataConfig(train=str(tmp_path / "*.parquet"), stream=StreamConfig(frames=150, buffer=50, sample=8))
+
+
+def sharded(config: DataConfig, backbone: FakeBackbone, **options: Any) -> FrameStream:
+    size = options.get("batch_size", 4) * options.get("world", 1)
+    grid = grid_of(config, size)
+    assert grid is not None
+    assert (len(grid), len(grid[0])) == (6, 2)
+    defaults = {"frames": 150, "batch_size": 4, "buffer": 50, "grid": grid}
+    return FrameStream(rows_of(config), backbone, **(defaults | options))
+
+
+def test_lanes_hold_every_frame_once(files: DataConfig, backbone: FakeBackbone) -> None:
+    every = sorted(content_key(r["numbers"], r["positions"], r["cell"]) for r in rows_of(files)())
+    source = sharded(files, backbone)
+    first = keys(source)
+    assert len(first) == len(source)
+    assert sorted(k for batch in first for k in batch) == every
+    assert {len(batch) for batch in first} <= {2, 3, 4}
+    source.set_epoch(1)
+    assert sorted(k for batch in keys(source) for k in batch) == every
+    assert keys(source) != first
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_workers_read_their_own_lanes_and_change_nothing(
+    workers: int, files: DataConfig, backbone: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = keys(sharded(files, backbone))
+    found: dict[int, list[int]] = {}
+    for worker in range(workers):
+        source = sharded(files, backbone)
+        opened: set[int] = set()
+        inner = source._shuffled
+        monkeypatch.setattr(source, "_shuffled", lambda g, p, o=opened, f=inner: (o.add(g), f(g, p))[1])
+        info = SimpleNamespace(id=worker, num_workers=workers)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda i=info: i)
+        found |= dict(zip(range(worker, len(whole), workers), keys(source), strict=True))
+        assert len(opened) == 6 // math.gcd(6, workers)
+    assert [found[step] for step in range(len(whole))] == whole
+
+
+def test_a_single_table_is_whole_in_every_worker(files: DataConfig, backbone: FakeBackbone) -> None:
+    """``datasets`` would give all rows of one file to the first worker."""
+    few = files.model_copy(update={"train": files.train.replace("*", "03")})
+    source = FrameStream(rows_of(few), backbone, frames=13, batch_size=4, buffer=5)
+    assert keys(DataLoader(source, batch_size=None, num_workers=2)) == keys(source)
+
+
+def test_an_empty_shard_has_no_frames(files: DataConfig, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from blip_ft.data.sources import load_source
+
+    pq.write_table(pq.read_table(tmp_path / "00.parquet").slice(0, 0), tmp_path / "99.parquet")
+    assert len(list(rows_of(files)())) == 150
+    assert grid_of(files, 4) is not None
+    with pytest.raises(DataError, match=r"99\.parquet: there are no frames in it"):
+        load_source(str(tmp_path / "99.parquet"))
+
+
+def test_workers_in_processes_change_nothing(files: DataConfig, backbone: FakeBackbone) -> None:
+    source = sharded(files, backbone)
+    assert keys(DataLoader(source, batch_size=None, num_workers=2)) == keys(source)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_lanes(world: int, files: DataConfig, backbone: FakeBackbone) -> None:
+    one = keys(sharded(files, backbone, batch_size=6))
+    sources = [sharded(files, backbone, batch_size=6 // world, world=world, rank=r) for r in range(world)]
+    parts = [keys(source) for source in sources]
+    assert [list(chain.from_iterable(shares)) for shares in zip(*parts, strict=True)] == one
+    assert all(shares for part in parts for shares in part)
+    assert [len(s._own_parts()) for s in sources] == [1 if world == 2 else 2] * world
+
+
+def test_lanes_need_files_of_known_and_similar_length(
+    config: DataConfig, files: DataConfig, frames: Frames, tmp_path: Path
+) -> None:
+    assert grid_of(config, 4) is None  # extended XYZ: only reading tells
+    assert grid_of(files, 4) is not None
+    assert grid_of(files.model_copy(update={"train": f"{files.train}@::2"}), 4) is None
+    weighted = files.model_copy(update={"stream": StreamConfig(frames=150, weight=10.0)})
+    assert grid_of(weighted, 4) is None
+    other = files.model_copy(update={"stream": StreamConfig(frames=149)})
+    assert grid_of(other, 4) is None
+    (tmp_path / "00.parquet").write_bytes((tmp_path / "01.parquet").read_bytes()[:100])
+    with pytest.raises(DataError, match=r"00\.parquet"):
+        grid_of(files, 4)
 
 
 def test_held_out_frames_are_found_in_the_stream(config: DataConfig, backbone: FakeBackbone) -> None:
