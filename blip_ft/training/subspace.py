@@ -43,10 +43,10 @@ BATCH = 6
 TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
-#: real draws for each, and their width
-TEMPERATURE_DRAWS, TRIAL_WIDTH = 6, 0.25
-#: pairs of opposite draws that show how much curvature there is
-PAIRS = 3
+#: real draws for each
+TEMPERATURE_DRAWS = 6
+#: pairs of opposite draws that show how much curvature there is, and their width
+PAIRS, TRIAL_WIDTH = 3, 0.25
 #: narrower draws would differ by little more than rounding in single precision
 LEAST_WIDTH = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
@@ -141,8 +141,9 @@ class SubspaceFitter:
             # in training the mean keeps the wide prior it started with: an s from the first fit's few
             # projections can be several times too small, and would pull the mean back
             self.potential.prior.prior_scale = s
-        # the linearised covariance can be so wide that draws leave the linear regime; averaging
-        # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
+        # the ELBO's stationary point for draws as wide as those that are used: at the full width of the
+        # linearised covariance the matrix would count the curvature that these draws avoid
+        self.potential.amplitude = self.choose_amplitude()
         hessian = self.mean_hessian(int(final))
         if final and temperature == "auto":
             t = self.choose_temperature(lambda t: self.posterior.set_covariance(hessian, s, t))
@@ -302,7 +303,7 @@ class SubspaceFitter:
             latent = None
             if draw is not None:
                 keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
-                latent = self.posterior.latent(keys, self.potential.backbone.dtype)
+                latent = self.posterior.latent(keys, self.potential.backbone.dtype) * self.potential.amplitude
             values, rows = [], []
             for value, gradient in output_gradients(self.potential, batch, self._signs(batch), latent=latent):
                 values.append(value.double())
@@ -332,13 +333,13 @@ class SubspaceFitter:
     def choose_temperature(self, set_covariance: Callable[[float], None]) -> float:
         """T with the best likelihood of the validation forces under real draws.
 
-        The draws are narrow, as those of the predictions. Label noise is fitted beside.
+        The draws are as narrow as the potential's present amplitude, their stds divided by it. Label noise is
+        fitted beside.
 
         Args:
             set_covariance: gives the posterior the covariance at a T.
         """
         best, chosen = math.inf, TEMPERATURES[0]
-        self.potential.amplitude = TRIAL_WIDTH
         for t in TEMPERATURES:
             set_covariance(t)
             prediction = predict_set(
