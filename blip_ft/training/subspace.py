@@ -44,9 +44,9 @@ TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: real draws for each
-TEMPERATURE_DRAWS = 6
-#: pairs of opposite draws that show how much curvature there is, and their width
-PAIRS, TRIAL_WIDTH = 3, 0.25
+TEMPERATURE_DRAWS = 4
+#: pairs of opposite draws that show how much curvature there is, their width, and most frames of a kind
+PAIRS, TRIAL_WIDTH, AMPLITUDE_FRAMES = 2, 0.25, 8
 #: narrower draws would differ by little more than rounding in single precision
 LEAST_WIDTH = 0.05
 #: label noise tried beside them, in units of ``objective.forces_std``
@@ -144,6 +144,7 @@ class SubspaceFitter:
         # the ELBO's stationary point for draws as wide as those that are used: at the full width of the
         # linearised covariance the matrix would count the curvature that these draws avoid
         self.potential.amplitude = self.choose_amplitude()
+        self.projections = max(1, self.recipe.posterior.projections // 2)
         hessian = self.mean_hessian(int(final))
         if final and temperature == "auto":
             t = self.choose_temperature(lambda t: self.posterior.set_covariance(hessian, s, t))
@@ -366,8 +367,9 @@ class SubspaceFitter:
         curvature along directions that the data leave wide would soon be all of the spread.
         """
         validation = self.sets["validation"]
-        known = [validation[i] for i in _evenly(len(validation), max(BATCH, len(self.context)))]
-        amplitudes = [a for frames in (self.context, known) if frames for a in self._amplitudes_on(frames)]
+        known = [validation[i] for i in _evenly(len(validation), AMPLITUDE_FRAMES)]
+        context = [self.context[i] for i in _evenly(len(self.context), AMPLITUDE_FRAMES)]
+        amplitudes = [a for frames in (context, known) if frames for a in self._amplitudes_on(frames)]
         return min(1.0, max(LEAST_WIDTH, min(amplitudes)))
 
     def _amplitudes_on(self, frames: Sequence[Item]) -> list[float]:
@@ -400,7 +402,7 @@ class SubspaceFitter:
 
 def _evenly(n: int, most: int) -> list[int]:
     """At most ``most`` of n indices, evenly spread."""
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))}) if n else []
 
 
 def _atom_weights(batch: Batch) -> Tensor:
