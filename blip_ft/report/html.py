@@ -264,17 +264,17 @@ def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Table and figures of the section on real draws."""
     if result is None or not result["sets"]:
         return None
-    excess = f"{100 * result['max_excess']:g} %"
+    shift = f"{100 * result['max_shift']:g} %"
     agree = (
         f"Std over {result['n_draws']} real draws at the amplitude that the model uses, over that amplitude. "
         "Where the linearised std is exact, the band holds two standard deviations of the sampling error of "
         "that number of draws."
     )
     against = (
-        "Dotted: the amplitude that the model uses, chosen so that on validation frames and on unlabelled context "
-        f"frames the draws are at most {excess} wider than the linearised model (dashed). Above: root mean square "
-        "shift of the mean over draws, over that of the full spread. Below: medians, and quartiles of the "
-        "forces. Where these leave 1, draws have left the linear regime."
+        "Dotted: the amplitude that the model uses, chosen so that on unlabelled context frames the mean over "
+        f"draws shifts the forces by {shift} of the spread (dashed). Above: root mean square shift over that of "
+        "the full spread. Below: medians, and quartiles of the forces. Where the lower curves leave 1 or the "
+        "upper ones cross the dashed line, draws have left the linear regime."
     )
     figures = (
         ("Std of draws and of the linearised model", linear_plots.agreement_figure, agree),

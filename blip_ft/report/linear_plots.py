@@ -71,7 +71,7 @@ def _square(ax: Axes, values: np.ndarray[Any, Any], band: float, theme: Theme) -
 def amplitude_figure(result: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
     """Against the amplitude of the draws: shift of their mean above, their std below.
 
-    Dashed: the excess that the choice of the amplitude allows; dotted: the chosen amplitude.
+    Dashed: the shift that the choice of the amplitude allows; dotted: the chosen amplitude.
 
     Args:
         result: of ``linearity.study``.
@@ -94,7 +94,7 @@ def amplitude_figure(result: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
                 )
         upper.set_yscale("log")
         upper.yaxis.set_major_formatter("{x:g}")
-        lower.axhline(1 + result["max_excess"], color=theme.ink, linewidth=0.9, linestyle="--", zorder=1)
+        upper.axhline(result["max_shift"], color=theme.ink, linewidth=0.9, linestyle="--", zorder=1)
         lower.axhline(1.0, color=theme.faint, linewidth=0.8, zorder=1)
         for ax in (upper, lower):
             ax.set_xlim(0, 1.03)
@@ -109,7 +109,9 @@ def amplitude_figure(result: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
         )
     keys = [t.key(n, c, marker=m, line="-") for n, (c, m) in looks.items()]
     thin: dict[str, Any] = {"color": theme.ink, "linewidth": 0.9}
-    keys.append(Line2D([], [], linestyle="--", label=f"{100 * result['max_excess']:g} % wider", **thin))
+    keys.append(
+        Line2D([], [], linestyle="--", label=f"{100 * result['max_shift']:g} % of the spread", **thin)
+    )
     keys.append(Line2D([], [], linestyle=":", label="amplitude in use", **thin))
     t.legend(fig, keys, theme)
     return fig

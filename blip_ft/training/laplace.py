@@ -55,7 +55,6 @@ class LaplaceFitter:
         )
         report = self.posterior.fit(data)
         self.potential.prior.prior_scale = report["prior_scale"]
-        self.potential.amplitude = self._shared.choose_amplitude()
         if temperature == "auto":
             report["temperature"] = self._shared.choose_temperature(
                 lambda t: self.posterior.set_covariance(report["prior_scale"], t)

@@ -27,7 +27,7 @@ from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
-from blip_ft.uncertainty.linearity import MAX_EXCESS
+from blip_ft.uncertainty.linearity import MAX_SHIFT
 from blip_ft.uncertainty.predict import predict_batch, predict_set
 from blip_ft.variational.posteriors.subspace import (
     Rows,
@@ -44,11 +44,7 @@ TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: real draws for each
-TEMPERATURE_DRAWS = 4
-#: pairs of opposite draws that show how much curvature there is, their width, and most frames of a kind
-PAIRS, TRIAL_WIDTH, AMPLITUDE_FRAMES = 2, 0.25, 8
-#: narrower draws would differ by little more than rounding in single precision
-LEAST_WIDTH = 0.05
+TEMPERATURE_DRAWS = 6
 #: label noise tried beside them, in units of ``objective.forces_std``
 NOISES = (0.03, 0.05, 0.075, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
@@ -141,9 +137,8 @@ class SubspaceFitter:
             # in training the mean keeps the wide prior it started with: an s from the first fit's few
             # projections can be several times too small, and would pull the mean back
             self.potential.prior.prior_scale = s
-        # the ELBO's stationary point for draws as wide as those that are used: at the full width of the
-        # linearised covariance the matrix would count the curvature that these draws avoid
-        self.potential.amplitude = self.choose_amplitude()
+        # the linearised covariance can be so wide that draws leave the linear regime; averaging
+        # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
         self.projections = max(1, self.recipe.posterior.projections // 2)
         hessian = self.mean_hessian(int(final))
         if final and temperature == "auto":
@@ -304,7 +299,7 @@ class SubspaceFitter:
             latent = None
             if draw is not None:
                 keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
-                latent = self.posterior.latent(keys, self.potential.backbone.dtype) * self.potential.amplitude
+                latent = self.posterior.latent(keys, self.potential.backbone.dtype)
             values, rows = [], []
             for value, gradient in output_gradients(self.potential, batch, self._signs(batch), latent=latent):
                 values.append(value.double())
@@ -332,77 +327,68 @@ class SubspaceFitter:
         return total
 
     def choose_temperature(self, set_covariance: Callable[[float], None]) -> float:
-        """T with the best likelihood of the validation forces under real draws.
+        """The least T that the validation forces do not speak against, under real draws.
 
-        The draws are as narrow as the potential's present amplitude, their stds divided by it. Label noise is
-        fitted beside.
+        Mean and spread come from a few draws at full width, so that a T whose draws leave the
+        linear regime is punished for its error and its spread alike. Label noise is fitted beside.
+        T = 1 is Bayes; a larger one needs a likelihood that is better by more than a standard error,
+        that of the paired differences between frames.
 
         Args:
             set_covariance: gives the posterior the covariance at a T.
         """
-        best, chosen = math.inf, TEMPERATURES[0]
+        scores: list[np.ndarray] = []
+        self.potential.amplitude = 1.0
         for t in TEMPERATURES:
             set_covariance(t)
             prediction = predict_set(
                 self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
             )
-            error, std, _ = residuals(prediction, "forces")
+            error, std, frame = residuals(prediction, "forces")
             noise = self.recipe.objective.forces_std
             if not error.size:  # no forces are labelled
-                error, std, _ = residuals(prediction, "energy")
+                error, std, frame = residuals(prediction, "energy")
                 noise = self.recipe.objective.energy_std
             assert std is not None
-            nll = min(float(gaussian_nll(error, np.hypot(a * noise, std)).mean()) for a in NOISES)
-            if nll < best:
-                best, chosen = nll, t
-        return chosen
+            nll = min((gaussian_nll(error, np.hypot(a * noise, std)) for a in NOISES), key=np.mean)
+            scores.append(np.array([nll[frame == i].mean() for i in np.unique(frame)]))
+        return TEMPERATURES[first_as_good(scores)]
 
     def choose_amplitude(self) -> float:
-        """Width of the fixed draws at which their spread is still that of the linearised model.
+        """Width of the fixed draws at which their mean stays the mean model, on the context frames.
 
-        Of a pair of draws theta +- a z, half the difference of an output is linear in a (and cubic, ...), the
-        mean minus the output of theta quadratic: with rms values o a and e a^2 the spread over draws is
-        sqrt(o^2 + e^2 a^2) in units of a. Asked for is an excess of at most ``MAX_EXCESS`` over o, of forces and
-        of energies, on the context frames and on the validation frames: near the data o is small, and
-        curvature along directions that the data leave wide would soon be all of the spread.
+        Draws are centred, so their mean differs from the mean weights' prediction by curvature only:
+        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma.
         """
+        trial = 0.5
         validation = self.sets["validation"]
-        known = [validation[i] for i in _evenly(len(validation), AMPLITUDE_FRAMES)]
-        context = [self.context[i] for i in _evenly(len(self.context), AMPLITUDE_FRAMES)]
-        amplitudes = [a for frames in (context, known) if frames for a in self._amplitudes_on(frames)]
-        return min(1.0, max(LEAST_WIDTH, min(amplitudes)))
-
-    def _amplitudes_on(self, frames: Sequence[Item]) -> list[float]:
-        """That of the energies and that of the forces."""
-        potential, batch = self.potential, self._batch(frames)
-        before = potential.amplitude, potential.seed
-        odd, even = np.zeros(2), np.zeros(2)
-        try:
-            mean = predict_batch(potential, batch, n_draws=0, stress=False).mean
-            assert mean.forces is not None
-            potential.amplitude = TRIAL_WIDTH
-            for pair in range(PAIRS):
-                potential.seed = before[1] + pair
-                # two centred draws are opposite: their mean has the even part, their spread is the odd one
-                moments = predict_batch(potential, batch, n_draws=2, stress=False)
-                assert moments.mean.forces is not None
-                assert moments.energy_std is not None
-                assert moments.forces_std is not None
-                shifts = moments.mean.energy - mean.energy, moments.mean.forces - mean.forces
-                for i, (std, shift) in enumerate(
-                    zip((moments.energy_std, moments.forces_std), shifts, strict=True)
-                ):
-                    odd[i] += float(std.square().mean())
-                    even[i] += float(shift.square().mean()) / TRIAL_WIDTH**4
-        finally:
-            potential.amplitude, potential.seed = before
-        allowed = (1 + MAX_EXCESS) ** 2 - 1
-        return [math.sqrt(allowed * o / e) if e > 0 else 1.0 for o, e in zip(odd, even, strict=True)]
+        frames = self.context or [validation[i] for i in range(min(BATCH, len(validation)))]
+        batch = self._batch(frames)
+        mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
+        self.potential.amplitude = trial
+        moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
+        assert mean is not None
+        assert moments.mean.forces is not None
+        assert moments.forces_std is not None
+        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / trial**2
+        spread = float(moments.forces_std.square().mean().sqrt())
+        return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
 
 
-def _evenly(n: int, most: int) -> list[int]:
-    """At most ``most`` of n indices, evenly spread."""
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))}) if n else []
+def first_as_good(scores: Sequence[np.ndarray]) -> int:
+    """Index of the first option whose mean score is within a standard error of the best one's.
+
+    Args:
+        scores: (F,) score of every frame for every option, less is better; the error is that of the
+            paired differences.
+    """
+    best = min(scores, key=lambda values: float(values.mean()))
+    for i, values in enumerate(scores):
+        loss = values - best
+        error = loss.std(ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
+        if loss.mean() <= error:
+            return i
+    raise AssertionError("the best option is as good as itself")
 
 
 def _atom_weights(batch: Batch) -> Tensor:

@@ -9,8 +9,8 @@ the spread of the linearised model over *the same draws*: a comparison with it h
 The exact std of the linearised model (``one_pass``) is the expectation of (1); a std from K centred
 draws scatters around it by 1/sqrt(2 (K - 1)), relative (:func:`sampling_error`).
 
-The mean over centred draws leaves the mean model by curvature only, and curvature widens their spread. The
-rule by which the amplitude is chosen allows an excess of ``MAX_EXCESS`` of the spread over that of (1).
+The mean over centred draws leaves the mean model by curvature only. The rule by which the amplitude
+is chosen allows a shift of ``MAX_SHIFT`` of the full-width spread.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, laten
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
 
-#: how much wider than the linearised model's the spread of draws may be, relative
-MAX_EXCESS = 0.05
+#: shift of the mean over draws from the mean model that is allowed, in units of the spread
+MAX_SHIFT = 0.05
 #: amplitude of the central differences that stand for derivatives where there are none
 STEP = 0.1
 #: components whose std is below this share of their set's median are zero by symmetry
@@ -73,7 +73,7 @@ def study(
         progress: called after each set.
 
     Returns:
-        JSON-like: ``n_draws``, ``amplitude`` (the potential's), ``max_excess``, ``sampling_error``,
+        JSON-like: ``n_draws``, ``amplitude`` (the potential's), ``max_shift``, ``sampling_error``,
         ``derivatives`` (``linear``: exact; ``differences``: central ones, where the family or the
         model has no linear form) and ``sets``: by name ``n_frames``, ``energy`` and ``forces``. These
         hold the stds in eV and eV/Å, flat, by origin: ``draws`` (at the potential's amplitude,
@@ -86,7 +86,7 @@ def study(
     result: dict[str, Any] = {
         "n_draws": n_draws,
         "amplitude": potential.amplitude,
-        "max_excess": MAX_EXCESS,
+        "max_shift": MAX_SHIFT,
         "sampling_error": sampling_error(n_draws),
         "derivatives": "linear" if _has_derivatives(potential) else "differences",
         "sets": {},

@@ -64,7 +64,7 @@ def make_linearity(sets: tuple[str, ...] = ("seen", "hot"), *, exact: bool = Tru
     return {
         "n_draws": 8,
         "amplitude": 0.6,
-        "max_excess": 0.05,
+        "max_shift": 0.05,
         "sampling_error": 0.27,
         "derivatives": "linear",
         "sets": {name: {"n_frames": 2, "energy": entry(2), "forces": entry(30)} for name in sets},

@@ -222,7 +222,7 @@ def test_real_draws_beside_the_linearised_model(tmp_path, plain_run):
     assert "8 draws on 4 test frames" in text
     assert "0.6 of the posterior's width" in text
     assert "± 27 %" in text
-    assert "at most 5 % wider" in text
+    assert "5 % of the spread" in text
     assert 'href="#draws"' in html
     for empty in (None, make_linearity(())):
         page = render(tmp_path, plain_run | {"linearity": empty})

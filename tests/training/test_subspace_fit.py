@@ -11,13 +11,11 @@ from ase.io import write
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.data import FrameDataset
-from blip_ft.potential import BayesianPotential
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import train
-from blip_ft.training.subspace import LEAST_WIDTH, SubspaceFitter
-from blip_ft.uncertainty.linearity import MAX_EXCESS
-from blip_ft.uncertainty.predict import predict_set
+from blip_ft.training.subspace import SubspaceFitter, first_as_good
+from blip_ft.uncertainty.linearity import MAX_SHIFT
+from blip_ft.uncertainty.predict import predict_batch, predict_set
 
 from .test_bad_input import frames
 
@@ -74,22 +72,32 @@ def test_misfit_is_a_likelihood_with_the_best_noise(prepared: tuple[Recipe, Prep
     assert fitter_of(recipe, ready).validation_misfit() == pytest.approx(least / len(p.n_atoms), rel=1e-4)
 
 
-def test_draws_are_no_wider_than_curvature_allows_near_the_data(prepared: tuple[Recipe, Prepared]) -> None:
+def test_the_mean_over_draws_stays_the_mean_model(prepared: tuple[Recipe, Prepared]) -> None:
+    """On the context frames, at the amplitude that is chosen; wider draws leave it."""
     recipe, ready = prepared
-    potential, sets = ready.potential, ready.sets
+    potential = ready.potential
     fitter = fitter_of(recipe, ready)
     fitter.fit(final=True)
-    for s in (3.0, 30.0):  # so wide that curvature matters
-        potential.posterior.set_covariance(np.eye(4), s, 1.0)  # type: ignore[operator]
-        potential.amplitude = amplitude = fitter.choose_amplitude()
-        assert LEAST_WIDTH <= amplitude < 1.0
-        wide, narrow = (at(potential, sets["validation"], a) for a in (amplitude, LEAST_WIDTH / 2))
-        assert wide == pytest.approx(narrow, rel=3 * MAX_EXCESS)
+    potential.posterior.set_covariance(np.eye(4), 30.0, 1.0)  # type: ignore[operator] # curvature matters
+    potential.amplitude = fitter.choose_amplitude()
+    assert potential.amplitude < 0.5
+    batch = fitter._batch(fitter.context)
+    mean = predict_batch(potential, batch, n_draws=0).mean.forces
+    assert mean is not None
+    shares = []
+    for factor in (1.0, 2.0):
+        potential.amplitude *= factor
+        moments = predict_batch(potential, batch, n_draws=6)
+        assert moments.mean.forces is not None
+        assert moments.forces_std is not None
+        shift = (moments.mean.forces - mean).square().mean().sqrt()
+        shares.append(float(shift / moments.forces_std.square().mean().sqrt()))
+    assert shares[0] < 2 * MAX_SHIFT < shares[1]
 
 
-def at(potential: BayesianPotential, frames: FrameDataset, amplitude: float) -> float:
-    """rms over components of the forces' std."""
-    potential.amplitude = amplitude
-    std = predict_set(potential, frames, "validation", n_draws=24, stress=False).forces_std
-    assert std is not None
-    return float(np.sqrt(np.square(std).mean()))
+def test_a_later_option_has_to_be_better_by_more_than_chance() -> None:
+    a, b = np.array([1.0, 2.0, 3.0, 2.0]), np.array([1.5, 1.4, 2.9, 1.9])
+    assert first_as_good([a, b]) == 0  # b is better on average, not on all
+    assert first_as_good([a, a - 0.1]) == 1
+    assert first_as_good([a, a + 0.1, a - 0.5]) == 2
+    assert first_as_good([a[:1], b[:1]]) == 0
