@@ -214,15 +214,15 @@ class History(Callback):
         Args:
             validation: predictions of the mean it led to.
         """
-        forces, energy = validation.forces_error, validation.energy_error
-        self.rows.append(
-            {
-                "epoch": self.rows[-1]["epoch"] + 1 if self.rows else 0.0,
-                "seconds": time.monotonic() - self._start,
-                "val_force_mae": 1e3 * float(np.nanmean(np.abs(forces))),
-                "val_energy_mae": 1e3 * float(np.nanmean(np.abs(energy))),
-            }
-        )
+        row = {
+            "epoch": self.rows[-1]["epoch"] + 1 if self.rows else 0.0,
+            "seconds": time.monotonic() - self._start,
+        }
+        errors = {"val_force_mae": validation.forces_error, "val_energy_mae": validation.energy_error}
+        for key, error in errors.items():
+            if np.isfinite(error).any():
+                row[key] = 1e3 * float(np.nanmean(np.abs(error)))
+        self.rows.append(row)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         """Collect what the step logged."""

@@ -78,21 +78,21 @@ def test_the_mean_over_draws_stays_the_mean_model(prepared: tuple[Recipe, Prepar
     potential = ready.potential
     fitter = fitter_of(recipe, ready)
     fitter.fit(final=True)
-    potential.posterior.set_covariance(np.eye(4), 30.0, 1.0)  # type: ignore[operator] # curvature matters
-    potential.amplitude = fitter.choose_amplitude()
-    assert potential.amplitude < 0.5
+    potential.posterior.set_covariance(np.eye(4), 3.0, 1e6)  # type: ignore[operator] # curvature matters
+    amplitude = fitter.choose_amplitude()
     batch = fitter._batch(fitter.context)
     mean = predict_batch(potential, batch, n_draws=0).mean.forces
     assert mean is not None
     shares = []
-    for factor in (1.0, 2.0):
-        potential.amplitude *= factor
+    for factor in (0.5, 1.0, 2.0):
+        potential.amplitude = factor * amplitude
         moments = predict_batch(potential, batch, n_draws=6)
         assert moments.mean.forces is not None
         assert moments.forces_std is not None
         shift = (moments.mean.forces - mean).square().mean().sqrt()
         shares.append(float(shift / moments.forces_std.square().mean().sqrt()))
-    assert shares[0] < 2 * MAX_SHIFT < shares[1]
+    assert amplitude < 1.0
+    assert shares[0] < shares[1] < 1.5 * MAX_SHIFT < shares[2]
 
 
 def test_a_later_option_has_to_be_better_by_more_than_chance() -> None:
