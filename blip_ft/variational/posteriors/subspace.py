@@ -299,10 +299,21 @@ def widest_as_good(scores: dict[float, np.ndarray]) -> float:
     best = min(scores, key=lambda s: scores[s].mean())
     widest = best
     for s, values in scores.items():
-        loss = values - scores[best]
-        if s > widest and loss.mean() <= loss.std(ddof=1) / math.sqrt(len(loss)):
+        if s > widest and as_good(values, scores[best]):
             widest = s
     return widest
+
+
+def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
+    """Whether scores are within a standard error of the best ones, that of their paired differences.
+
+    Args:
+        scores: (F,) score of every frame or group, less is better.
+        best: (F,) those of the best option.
+    """
+    loss = scores - best
+    error = loss.std(ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
+    return bool(loss.mean() <= error)
 
 
 def labelled(gradients: Tensor, train: np.ndarray) -> Tensor:
