@@ -99,6 +99,8 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> Table:
     out = Table("varied", "times", "set", *SHOWN.values(), "calibration scale")
     for r in rows:
+        if r["split"] in ("all", "unseen"):
+            continue
         out.add_row(
             r["varied"], f"{r['factor']:g}", r["split"], *(f"{r[k]:.2f}" for k in SHOWN), f"{r['scale']:.2f}"
         )

@@ -117,7 +117,7 @@ class DataConfig(Strict):
     train: Source
     """frames to learn from; a single source is also divided into the roles not given below"""
     validation: Source | None = None
-    """frames that choose the checkpoint and the temperature"""
+    """frames that choose the checkpoint and the length of Gauss-Newton steps"""
     calibration: Source | None = None
     """frames that choose the scale of the error bars"""
     test: Source | dict[str, Source] | None = None
@@ -213,17 +213,17 @@ class PosteriorConfig(Strict):
     family: Literal["channel", "weight", "adaptive", "subspace", "posthoc_laplace"] = "subspace"
     """``channel``: one std per output channel; ``weight``: one per weight; ``adaptive``: one per row
     of a layer's input, from an inference network; ``subspace``: a correlated Gaussian along the
-    strongest directions of the data; ``posthoc_laplace``: the full Laplace covariance, low rank plus
-    diagonal, after plain fine-tuning: a baseline"""
+    directions in which training and context frames are most uncertain; ``posthoc_laplace``: the full Laplace
+    covariance, low rank plus diagonal, after plain fine-tuning: a baseline"""
     mode: Literal["local", "structure", "flipout"] = "structure"
     """noise in training: ``local``: independent per row (scalars only); ``structure``: one weight
     sample per structure; ``flipout``: one per step with random signs per structure, which needs
-    less memory, but is only uncorrelated between structures. ``local`` and ``flipout`` need independent weights, not
-    ``subspace``"""
+    less memory, but is only uncorrelated between structures. ``local`` and ``flipout`` need independent weights:
+    ``channel``, ``weight``"""
     prior: Literal["pretrained", "dropout"] = "pretrained"
     """``pretrained``: N(w0, s^2) around the pretrained weights; ``dropout``: N(0, s^2 theta^2) around
     zero with the mean's own size (variational dropout, alpha0 = s^2), which does not hold the mean;
-    all stds are then in units of abs(theta). For comparison; not for ``subspace``"""
+    all stds are then in units of abs(theta). For comparison; not for families with a closed form"""
     prior_scale: Positive | Literal["auto"] = "auto"
     """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
     (``subspace``, ``posthoc_laplace``): chosen by leaving groups of training frames out"""
@@ -236,11 +236,11 @@ class PosteriorConfig(Strict):
     """``adaptive``: least std that the inference network can give, in the same units"""
     max_std: Positive = 0.3
     """``adaptive``: greatest; training says where the clamp binds"""
-    rank: Annotated[int, Field(ge=1)] = 64
+    rank: Annotated[int, Field(ge=1)] = 128
     """``subspace``: number of directions r"""
     projections: Annotated[int, Field(ge=1)] = 8
-    """``subspace``, ``posthoc_laplace``: random projections of each structure's forces that directions
-    are taken from"""
+    """``subspace``, ``posthoc_laplace``: random projections of each structure's forces that stand
+    for all of them"""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """``subspace``: bound on the directions in the model file, and on the gradients held in memory while
     they are fitted: a number of bytes or ``200 MB``. Where the recipe needs more, the run
@@ -249,15 +249,23 @@ class PosteriorConfig(Strict):
     storage: Literal["auto", "float32", "float16"] = "auto"
     """``subspace``: how directions are stored; ``auto``: ``float16``, or ``float32`` where
     ``max_bytes`` is given and leaves room"""
+    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """``subspace``, ``posthoc_laplace``: width of the draws, in training as in predictions, in units of the
+    posterior's; spreads are divided by it. Narrow draws stay where the model is linear; 1: draws at full
+    width, with a covariance that is stationary for these"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
     per training frame; ``objective.kind: function_kl`` compares on as many"""
     mean_steps: Annotated[int, Field(ge=0)] = 2
-    """``subspace``: Gauss-Newton steps of the mean at the final fit, each as long as the validation
-    frames like; with any, the first fit takes one too"""
+    """``subspace``: Gauss-Newton steps of the mean at the final fit, each of the length that
+    validation frames prefer, none where they do not insist; with any, the first fit tries one too"""
     start: Annotated[float, Field(ge=0, le=1)] = 0.6
     """``subspace``: share of the epochs after which the posterior is fitted for the first time and
     the noise comes in; it is fitted again at the end"""
+
+
+#: families whose covariance has a closed form
+CLOSED = ("subspace", "posthoc_laplace")
 
 
 class ObjectiveConfig(Strict):
@@ -281,7 +289,7 @@ class ObjectiveConfig(Strict):
     likelihood: Literal["gaussian", "student_t", "joint_student_t"] = "gaussian"
     """law of the label noise: ``student_t``: single outliers pull less; ``joint_student_t``: one
     unknown noise level per structure for its energy, forces and stress together, so that a badly
-    converged frame loses weight as a whole. For ``subspace`` the mean is trained with it, the
+    converged frame loses weight as a whole. In a closed form the mean is trained with it, the
     covariance keeps Gaussian noise of the same std"""
     degrees_of_freedom: Annotated[float, Field(gt=2)] = 4.0
     """of the two laws of Student; large is Gaussian. Noise stds below are stds for all laws"""
@@ -296,10 +304,15 @@ class ObjectiveConfig(Strict):
     use_stress: bool = False
     """train on stress labels where they exist"""
     temperature: Positive | Literal["auto"] = "auto"
-    """weight T of the KL term: 1 is Bayes, below it the posterior is colder; ``auto``
-    (``subspace``, ``posthoc_laplace``): 1 in training, at the end by the validation frames"""
+    """weight T of the KL term: 1 is Bayes, below it the posterior is colder; ``auto`` (families with a
+    closed form): 1. The others need far less"""
     kl_warmup: Annotated[int, Field(ge=0)] = 0
     """epochs over which the KL term grows from 0 to its full weight"""
+
+    @property
+    def kl_temperature(self) -> float:
+        """T as a number."""
+        return 1.0 if self.temperature == "auto" else self.temperature
 
 
 class OptimizerConfig(Strict):
@@ -503,7 +516,7 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
 def _check_family(recipe: Recipe, file: Path | None) -> None:
     """Options that only some posterior families and objectives have."""
     options, objective = recipe.posterior, recipe.objective
-    closed = options.family in ("subspace", "posthoc_laplace")  # the covariance has a closed form
+    closed = options.family in CLOSED
 
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
@@ -586,8 +599,7 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     ):
         if value == "auto":
             refuse(
-                f"'auto' has a closed form for posterior.family=subspace and posthoc_laplace, not for "
-                f"'{options.family}'",
+                f"'auto' has a closed form for posterior.family={', '.join(CLOSED)}, not for '{options.family}'",
                 key,
                 "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )

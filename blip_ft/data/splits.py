@@ -55,7 +55,7 @@ class Splits:
 
     Attributes:
         train: frames to learn from.
-        validation: frames that choose the checkpoint and the temperature.
+        validation: frames that choose the checkpoint and the steps of the mean.
         calibration: frames that choose the scale of the error bars.
         test: ``seen`` and one entry per unseen set; may be empty.
         rule: what was done, in sentences.

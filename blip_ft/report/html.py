@@ -271,10 +271,10 @@ def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "that number of draws."
     )
     against = (
-        "Dotted: the amplitude that the model uses, chosen so that on unlabelled context frames the mean over "
-        f"draws shifts the forces by {shift} of the spread (dashed). Above: root mean square shift over that of "
-        "the full spread. Below: medians, and quartiles of the forces. Where the lower curves leave 1 or the "
-        "upper ones cross the dashed line, draws have left the linear regime."
+        "Dotted: the amplitude that the model uses. Above: root mean square shift of the mean over draws from the "
+        f"mean model, over that of the full spread; dashed: {shift} of the spread. Below: medians, and quartiles of "
+        "the forces. Where the lower curves leave 1 or the upper ones cross the dashed line, draws have left the "
+        "linear regime."
     )
     figures = (
         ("Std of draws and of the linearised model", linear_plots.agreement_figure, agree),

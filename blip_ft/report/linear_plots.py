@@ -71,7 +71,7 @@ def _square(ax: Axes, values: np.ndarray[Any, Any], band: float, theme: Theme) -
 def amplitude_figure(result: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
     """Against the amplitude of the draws: shift of their mean above, their std below.
 
-    Dashed: the shift that the choice of the amplitude allows; dotted: the chosen amplitude.
+    Dashed: a shift that does no harm; dotted: the amplitude in use.
 
     Args:
         result: of ``linearity.study``.

@@ -2,7 +2,7 @@
 
 Gradient rows, the left-out rule for the prior's scale and the width of the draws are those of the
 subspace posterior's fit (``training.subspace``), so that the two families differ in the covariance
-alone; so is the way the temperature is chosen: real draws, at full width, on validation frames.
+alone.
 """
 
 from __future__ import annotations
@@ -46,28 +46,23 @@ class LaplaceFitter:
         self._shared = SubspaceFitter(recipe, potential, sets, console, unlabelled)
 
     def fit(self) -> dict[str, Any]:
-        """Directions, prior scale, temperature, and width of the draws; a report for the receipt."""
-        scale, temperature = self.recipe.posterior.prior_scale, self.recipe.objective.temperature
+        """Directions, prior scale and covariance; a report for the receipt."""
+        scale = self.recipe.posterior.prior_scale
         data = SubspaceData(
             rows=self._rows(),
             prior_scale=None if scale == "auto" else float(scale),
-            temperature=None if temperature == "auto" else float(temperature),
+            temperature=self.recipe.objective.kl_temperature,
         )
         report = self.posterior.fit(data)
         self.potential.prior.prior_scale = report["prior_scale"]
-        if temperature == "auto":
-            report["temperature"] = self._shared.choose_temperature(
-                lambda t: self.posterior.set_covariance(report["prior_scale"], t)
-            )
-        self.posterior.set_covariance(report["prior_scale"], report["temperature"])
-        self.potential.amplitude = self._shared.choose_amplitude()
+        self.potential.amplitude = self.recipe.posterior.amplitude
         report |= {
             "amplitude": self.potential.amplitude,
             "effective_parameters": self.posterior.effective_parameters(),
         }
         self.console.print(
             f"posterior: {len(self.posterior.mu)} of {report['n_train_rows']} directions narrowed by the labels; "
-            f"prior scale {report['prior_scale']:.3g}, temperature {report['temperature']:.3g}, "
+            f"prior scale {report['prior_scale']:.3g}, "
             f"{report['effective_parameters']:.0f} effective parameters, "
             f"draws at {self.potential.amplitude:.2g} of the width"
         )

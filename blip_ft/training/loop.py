@@ -124,8 +124,7 @@ def train(
     trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
     steps = data.steps(trainer.world_size)
-    temperature = 1.0 if objective.temperature == "auto" else objective.temperature
-    scale = ElboScale(sets["train"].total_weight, steps, temperature, objective.kl_warmup)
+    scale = ElboScale(sets["train"].total_weight, steps, objective.kl_temperature, objective.kl_warmup)
     module = FineTuneModule(potential, recipe, scale, plain=plain)
     if not any(p.requires_grad for p in module.parameters()):
         console.print("the mean is frozen and the posterior has a closed form: no epochs needed")

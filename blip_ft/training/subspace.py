@@ -1,8 +1,7 @@
 """Fits a subspace posterior to a model and its training frames.
 
 The posterior's mathematics is in ``variational.posteriors.subspace``; here are its inputs:
-gradient rows of training and context frames, the Gauss-Newton matrix averaged over real draws,
-and the temperature from validation frames.
+gradient rows of training and context frames, and the Gauss-Newton matrix averaged over real draws.
 """
 
 from __future__ import annotations
@@ -25,29 +24,24 @@ from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, collate, content_key
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.jacobian import output_gradients, random_signs
-from blip_ft.uncertainty.linearity import MAX_SHIFT
-from blip_ft.uncertainty.predict import predict_batch, predict_set
+from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors.subspace import (
     Rows,
     SubspaceData,
     SubspacePosterior,
     as_good,
     gauss_newton_step,
+    geometric_mean,
     labelled,
 )
 
 #: structures per backward call
 BATCH = 6
-#: temperatures tried on validation frames
-TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
-#: real draws for each
-TEMPERATURE_DRAWS = 6
-#: label noise tried beside them, in units of ``objective.forces_std``
-NOISES = (0.03, 0.05, 0.075, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
+#: draws per training structure, one after the other, that the last covariance is averaged over
+FINAL_DRAWS = 2
 
 
 @dataclass
@@ -78,8 +72,7 @@ class SubspaceFitter:
         backbone = self.potential.backbone
         made = make_context(atoms, count, self.recipe.seed)
         self.context = [
-            Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array))
-            for a in [*self.unlabelled, *made]
+            Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array)) for a in made
         ]
         self.groups = groups_of(train)
         self.projections = self.recipe.posterior.projections
@@ -97,10 +90,10 @@ class SubspaceFitter:
         """Directions, prior scale and covariance at the present mean.
 
         Args:
-            final: with all projections, and choose the temperature on the validation frames.
+            final: with all projections, and an average over more draws.
         """
         recipe = self.recipe
-        scale, temperature = recipe.posterior.prior_scale, recipe.objective.temperature
+        scale = recipe.posterior.prior_scale
         steps: list[float] = []
         rows: Rows | None
         rounds = max(1, recipe.posterior.mean_steps) if final else 1
@@ -114,7 +107,7 @@ class SubspaceFitter:
                 SubspaceData(
                     rows=rows,
                     prior_scale=None if scale == "auto" else float(scale),
-                    temperature=None if temperature == "auto" else float(temperature),
+                    temperature=recipe.objective.kl_temperature,
                 )
             )
             if recipe.posterior.mean_steps:
@@ -125,29 +118,27 @@ class SubspaceFitter:
         return self.settle(report, final=final)
 
     def settle(self, report: dict[str, Any], *, final: bool) -> dict[str, Any]:
-        """Covariance from real draws, temperature and width of the draws, along the directions as they are.
+        """Covariance from real draws along the directions as they are.
 
         Args:
             report: of the posterior's fit: ``prior_scale`` and ``temperature``; completed and returned.
-            final: choose the temperature on the validation frames, where the recipe does not give it.
+            final: average over more draws.
         """
-        s, t, temperature = report["prior_scale"], report["temperature"], self.recipe.objective.temperature
-        if not final and temperature == "auto":
-            t = 1.0  # that of the loss: S is to be where the ELBO that is trained is stationary
+        s, t = report["prior_scale"], report["temperature"]
         if final:
             # in training the mean keeps the wide prior it started with: an s from the first fit's few
             # projections can be several times too small, and would pull the mean back
             self.potential.prior.prior_scale = s
-        # the linearised covariance can be so wide that draws leave the linear regime; averaging
-        # the Gauss-Newton matrix over its own draws pulls it back in (the ELBO's stationary point)
+        self.potential.amplitude = self.recipe.posterior.amplitude
+        # draws of the linearised covariance can leave the linear regime: gradients are larger there and the
+        # next covariance too narrow, the one after it too wide again; their geometric mean is neither
         self.projections = max(1, self.recipe.posterior.projections // 2)
-        hessian = self.mean_hessian(int(final))
-        if final and temperature == "auto":
-            t = self.choose_temperature(lambda t: self.posterior.set_covariance(hessian, s, t))
-        self.posterior.set_covariance(hessian, s, t)
-        self.potential.amplitude = self.choose_amplitude()
+        for draw in range(FINAL_DRAWS if final else 1):
+            before = self.posterior.precision()
+            self.posterior.set_covariance(self.mean_hessian(draw), s, t)
+            if draw:
+                self.posterior.set_precision(geometric_mean(before, self.posterior.precision()))
         report |= {
-            "temperature": t,
             "amplitude": self.potential.amplitude,
             "effective_parameters": self.posterior.effective_parameters(),
         }
@@ -155,7 +146,7 @@ class SubspaceFitter:
         self.console.print(
             f"posterior: {self.posterior.rank} directions of {report['n_rows']} gradients hold "
             f"{100 * report['captured']:.0f} % of the spread; prior scale {s:.3g}, "
-            f"temperature {t:.3g}, {report['effective_parameters']:.0f} effective parameters, "
+            f"{report['effective_parameters']:.0f} effective parameters, "
             f"draws at {self.potential.amplitude:.2g} of the width"
         )
         return report
@@ -175,30 +166,32 @@ class SubspaceFitter:
             s.name: part.reshape(s.shape) * self.potential.prior.rms(s.name)
             for s, part in zip(sites, parts, strict=True)
         }
-        best, chosen, at = self.validation_misfit(), 0.0, 0.0
+        at_rest = self.validation_misfit()
+        scores: dict[float, Misfit] = {}
+        at = 0.0
         with torch.no_grad():
             for length in (*STEP_LENGTHS, None):  # the last round sets the best one
-                target = chosen if length is None else length
+                target = length or self._length(at_rest, scores)
                 for name, move in moves.items():
                     deltas[name].add_((target - at) * move)
                 at = target
-                if length is not None and (misfit := self.validation_misfit()) < best:
-                    best, chosen = misfit, length
-        return chosen
+                if length is not None:
+                    scores[length] = self.validation_misfit()
+        return at
 
-    def validation_misfit(self) -> float:
-        """Mean over validation frames of the NLL of the labels, n log(mean |error|) per kind, at the mean weights.
+    @staticmethod
+    def _length(at_rest: Misfit, scores: dict[float, Misfit]) -> float:
+        """The best length, or 0 where staying is within a standard error (paired differences) of it."""
+        best = min(scores, key=lambda length: scores[length].value)
+        rest = at_rest.by_frame(at_rest)
+        return 0.0 if as_good(rest, scores[best].by_frame(at_rest)) else best
 
-        That is Laplacian noise at its best scale for energies and forces each: a step may not pay for
-        forces with energies that are many times worse, however small beside the objective's noise.
-        """
+    def validation_misfit(self) -> Misfit:
+        """Errors of the mean weights on the validation frames."""
         p = predict_set(self.potential, self.sets["validation"], "validation", n_draws=0, stress=False)
-        total = 0.0
-        for error in (p.forces_error, p.energy_error):
-            known = np.abs(error[np.isfinite(error)])
-            if known.size:
-                total += known.size * math.log(max(float(known.mean()), 1e-9))
-        return total / len(p.n_atoms)
+        frames = range(len(p.n_atoms))
+        forces = [p.forces_error[p.structure == i].ravel() for i in frames]
+        return Misfit([[f, np.atleast_1d(e)] for f, e in zip(forces, p.energy_error, strict=True)])
 
     # ---- rows ------------------------------------------------------------------------------
     def rows(self) -> Rows:
@@ -291,6 +284,7 @@ class SubspaceFitter:
         self, items: Sequence[Item], *, draw: int | None = None
     ) -> Iterator[tuple[range, Batch, list[Tensor], list[Tensor]]]:
         """(frame indices, batch, outputs, gradients) of frames in batches of equal labels."""
+        backbone = self.potential.backbone
         labelled = sum(bool(item.labels) for item in items)
         parts = [range(i, min(i + BATCH, labelled)) for i in range(0, labelled, BATCH)]
         parts += [range(i, min(i + BATCH, len(items))) for i in range(labelled, len(items), BATCH)]
@@ -300,7 +294,7 @@ class SubspaceFitter:
             latent = None
             if draw is not None:
                 keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
-                latent = self.posterior.latent(keys, self.potential.backbone.dtype)
+                latent = self.potential.amplitude * self.posterior.latent(keys, backbone.dtype)
             values, rows = [], []
             for value, gradient in output_gradients(self.potential, batch, self._signs(batch), latent=latent):
                 values.append(value.double())
@@ -317,9 +311,12 @@ class SubspaceFitter:
         return batch.to(backbone.device)
 
     def mean_hessian(self, draw: int) -> np.ndarray:
-        """H = sum over training rows of g g^T in the latent space, each structure at its own draw."""
+        """H = sum over training rows of g g^T in the latent space, each structure at a draw of its own.
+
+        Draws are as wide as those of training and prediction (``posterior.amplitude``).
+        """
         train = self.sets["train"]
-        total = np.zeros((self.posterior.rank, self.posterior.rank))
+        total: np.ndarray = np.zeros((self.posterior.rank, self.posterior.rank))
         directions = self.posterior.directions.T
         for _, batch, values, rows in self._gradients([train[i] for i in range(len(train))], draw=draw):
             for value, gradient, (label, noise) in zip(values, rows, self._labels(batch), strict=True):
@@ -327,64 +324,36 @@ class SubspaceFitter:
                 total += (g.T @ g).cpu().numpy()
         return total
 
-    def choose_temperature(self, set_covariance: Callable[[float], None]) -> float:
-        """The least T that the validation forces do not speak against, under real draws.
 
-        Mean and spread come from a few draws at full width, so that a T whose draws leave the
-        linear regime is punished for its error and its spread alike. Label noise is fitted beside.
-        T = 1 is Bayes; a larger one needs a likelihood that is better by more than a standard error,
-        that of the paired differences between frames.
+class Misfit:
+    """NLL of labels under Laplacian noise of unknown width, of energies and forces each.
 
-        Args:
-            set_covariance: gives the posterior the covariance at a T.
-        """
-        scores: list[np.ndarray] = []
-        self.potential.amplitude = 1.0
-        for t in TEMPERATURES:
-            set_covariance(t)
-            prediction = predict_set(
-                self.potential, self.sets["validation"], "validation", n_draws=TEMPERATURE_DRAWS, stress=False
-            )
-            error, std, frame = residuals(prediction, "forces")
-            noise = self.recipe.objective.forces_std
-            if not error.size:  # no forces are labelled
-                error, std, frame = residuals(prediction, "energy")
-                noise = self.recipe.objective.energy_std
-            assert std is not None
-            nll = min((gaussian_nll(error, np.hypot(a * noise, std)) for a in NOISES), key=np.mean)
-            scores.append(np.array([nll[frame == i].mean() for i in np.unique(frame)]))
-        return TEMPERATURES[first_as_good(scores)]
-
-    def choose_amplitude(self) -> float:
-        """Width of the fixed draws at which their mean stays the mean model, on the context frames.
-
-        Draws are centred, so their mean differs from the mean weights' prediction by curvature only:
-        by b a^2 at amplitude a, for a spread of sigma a. Asked for is b a^2 <= ``MAX_SHIFT`` sigma.
-        """
-        trial = 0.5
-        validation = self.sets["validation"]
-        frames = self.context or [validation[i] for i in range(min(BATCH, len(validation)))]
-        batch = self._batch(frames)
-        mean = predict_batch(self.potential, batch, n_draws=0, stress=False).mean.forces
-        self.potential.amplitude = trial
-        moments = predict_batch(self.potential, batch, n_draws=TEMPERATURE_DRAWS, stress=False)
-        assert mean is not None
-        assert moments.mean.forces is not None
-        assert moments.forces_std is not None
-        shift = float((moments.mean.forces - mean).square().mean().sqrt()) / trial**2
-        spread = float(moments.forces_std.square().mean().sqrt())
-        return min(1.0, math.sqrt(MAX_SHIFT * spread / shift)) if shift > 0 else 1.0
-
-
-def first_as_good(scores: Sequence[np.ndarray]) -> int:
-    """Index of the first option whose mean score is within a standard error of the best one's.
+    At the best width it is n log(mean |error|) for n labels of a kind, up to a constant: a step may not
+    pay for forces with energies that are many times worse, however small beside the objective's noise.
 
     Args:
-        scores: (F,) score of every frame for every option, less is better; the error is that of the
-            paired differences.
+        errors: for every frame the errors of each kind; not finite where there is no label.
+
+    Attributes:
+        widths: mean |error| of each kind, NaN without labels.
+        value: the NLL per frame.
     """
-    best = min(scores, key=lambda values: float(values.mean()))
-    return next(i for i, values in enumerate(scores) if as_good(values, best))
+
+    def __init__(self, errors: Sequence[Sequence[np.ndarray]]) -> None:
+        known = [[np.abs(e[np.isfinite(e)]) for e in kinds] for kinds in errors]
+        self._sums = np.array([[e.sum() for e in kinds] for kinds in known])
+        counts = np.array([[e.size for e in kinds] for kinds in known]).sum(axis=0)
+        self.widths = [
+            max(float(total) / n, 1e-9) if n else math.nan
+            for total, n in zip(self._sums.sum(axis=0), counts, strict=True)
+        ]
+        terms = [n * math.log(b) for n, b in zip(counts, self.widths, strict=True) if n]
+        self.value = sum(terms) / len(errors)
+
+    def by_frame(self, other: Misfit) -> np.ndarray:
+        """(F,) NLL of every frame, up to a constant, with the widths of another."""
+        terms: np.ndarray = np.nansum(self._sums / np.array(other.widths), axis=1)
+        return terms
 
 
 def _atom_weights(batch: Batch) -> Tensor:

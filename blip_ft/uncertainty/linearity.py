@@ -9,8 +9,8 @@ the spread of the linearised model over *the same draws*: a comparison with it h
 The exact std of the linearised model (``one_pass``) is the expectation of (1); a std from K centred
 draws scatters around it by 1/sqrt(2 (K - 1)), relative (:func:`sampling_error`).
 
-The mean over centred draws leaves the mean model by curvature only. The rule by which the amplitude
-is chosen allows a shift of ``MAX_SHIFT`` of the full-width spread.
+The mean over centred draws leaves the mean model by curvature only. ``MAX_SHIFT`` of the full-width spread
+is a shift that does no harm; figures mark it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, laten
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
 
-#: shift of the mean over draws from the mean model that is allowed, in units of the spread
+#: shift of the mean over draws from the mean model that does no harm, in units of the spread
 MAX_SHIFT = 0.05
 #: amplitude of the central differences that stand for derivatives where there are none
 STEP = 0.1

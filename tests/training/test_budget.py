@@ -34,7 +34,7 @@ def recipe(max_bytes: Any = None, *, noise: Any = "all", dtype: str = "float32",
             "name": "run",
             "data": {"train": "x.extxyz"},
             "model": {"adapter": "fake", "checkpoint": "tiny", "noise": noise, "dtype": dtype},
-            "posterior": {"max_bytes": max_bytes, **posterior},
+            "posterior": {"max_bytes": max_bytes, "rank": 64, **posterior},
         }
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from blip_ft.variational.posteriors.subspace import (
     SubspaceData,
     SubspacePosterior,
     gauss_newton_step,
+    geometric_mean,
     gram_matrix,
     left_out_nll,
     widest_as_good,
@@ -68,12 +71,43 @@ def test_the_rest_of_the_space_has_no_noise() -> None:
     assert np.abs(null @ covariance(posterior) @ null.T).max() < 1e-6
 
 
-def test_truncation_keeps_the_strongest_directions() -> None:
+def lost_std(basis: np.ndarray, x: np.ndarray, sigma: np.ndarray) -> float:
+    """Sum over outputs of lost variance over std, for noise along the rows of ``basis`` alone."""
+    total = np.einsum("ip,pq,iq->i", x, sigma, x)
+    root = np.linalg.cholesky(sigma)
+    q = np.linalg.qr((basis @ np.linalg.inv(root).T).T)[0]  # in whitened weights projection is orthogonal
+    kept = np.square(x @ root @ q).sum(axis=1)
+    return float(((total - kept) / np.sqrt(total)).sum())
+
+
+def test_truncation_loses_least_of_the_stds() -> None:
+    """Against random directions of the row space, and those that lose least of the variances."""
     rows, x = problem(m=10)
+    x[:5] *= 30.0  # five outputs with a wide spread
+    rows = replace(
+        rows, gradients=torch.from_numpy(x), targets=np.where(np.arange(10) < 5, np.nan, rows.targets)
+    )
     posterior = fitted(make(rank=4), rows, 0.4, 1.0)
-    strongest = np.linalg.svd(x)[2][:4]
-    overlap = np.linalg.svd(strongest @ posterior.directions.numpy().T)[1]
-    np.testing.assert_allclose(overlap, 1.0, atol=1e-3)
+    sigma = np.linalg.inv(np.eye(P) / 0.4**2 + x[5:].T @ x[5:])
+    ours = lost_std(posterior.directions.numpy(), x, sigma)
+    vectors = np.linalg.eigh(x @ sigma @ x.T)[1][:, -4:]
+    assert ours < lost_std((sigma @ x.T @ vectors).T, x, sigma)
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        assert ours < lost_std(rng.normal(size=(4, 10)) @ x @ sigma, x, sigma)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_geometric_mean_of_matrices(n: int, seed: int) -> None:
+    """The positive definite solution X of X A^-1 X = B; of commuting ones sqrt(A B)."""
+    rng = np.random.default_rng(seed)
+    a, b = (m @ m.T + 0.1 * np.eye(n) for m in rng.normal(size=(2, n, n)))
+    x = geometric_mean(a, b)
+    np.testing.assert_allclose(x @ np.linalg.solve(a, x), b, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(x, geometric_mean(b, a), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(geometric_mean(a, a), a, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(geometric_mean(a, 4.0 * a), 2.0 * a, rtol=1e-9, atol=1e-10)
 
 
 def test_context_rows_widen_the_space_but_do_not_narrow_the_posterior() -> None:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 from torch import Tensor
 
 from blip_ft.variational.noise import normal
@@ -39,6 +39,8 @@ PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
 #: columns of G that are multiplied at a time, in float64: the small eigenvalues of the Gram matrix are
 #: lost in float32
 BLOCK = 16384
+#: std of an output, in units of its label's noise, below which it asks for no direction
+LEAST_STD = 0.03
 
 
 @dataclass
@@ -147,22 +149,29 @@ class SubspacePosterior(Posterior):
             C = s^2 [K - K_t (K_tt + T/s^2 I)^-1 K_t^T],
 
         and the weights that move with output combination u are Sigma G^T u = G^T A u with
-        A = s^2 [I - E_t (K_tt + T/s^2 I)^-1 K_t^T]. V spans these for the top r eigenvectors of C
-        (goal-oriented reduction, Spantini et al., SIAM J. Sci. Comput. 39, S167, 2017). The
-        stiffest directions of the data, by contrast, are those the posterior leaves no width.
+        A = s^2 [I - E_t (K_tt + T/s^2 I)^-1 K_t^T]. V spans these for the top r eigenvectors
+        (goal-oriented reduction, Spantini et al., SIAM J. Sci. Comput. 39, S167, 2017) of C, weighted:
+        with W = diag(C)^-1/4 the combinations are u = W v, v an eigenvector of W C W. These lose least of
+        sum_i lost_i/std_i, to first order twice the sum of the stds. Unweighted they would lose least of
+        the sum of variances: all of them would go to the few frames whose spread is widest, and frames
+        like the training ones, on which calibration stands, be left without. The stiffest directions of
+        the data, by contrast, are those the posterior leaves no width.
 
         Returns:
-            Share of the trace of C that the r directions hold.
+            Share of the trace of W C W that the r directions hold.
         """
         inner = gram[np.ix_(train, train)] + temperature / s**2 * np.eye(int(train.sum()))
         reach = np.zeros_like(gram)
         reach[train] = np.linalg.solve(inner, gram[train])
         a = s * s * (np.eye(len(gram)) - reach)
         covariance = gram @ a
-        values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
+        # stds far below the label's noise, rounding where forces vanish by symmetry, are not blown up
+        weight = (covariance.diagonal().clip(min=0) + LEAST_STD**2) ** -0.25
+        covariance = weight[:, None] * (0.5 * (covariance + covariance.T)) * weight
+        values, vectors = np.linalg.eigh(covariance)
         order = np.argsort(values)[::-1][: self.rank]
         order = order[values[order] > values.max() * 1e-10]
-        mix = a @ vectors[:, order]
+        mix = a @ (weight[:, None] * vectors[:, order])
         mix /= np.sqrt(np.einsum("mi,mn,ni->i", mix, gram, mix))  # unit rows before orthonormalising
         v = combine(mix.T, gradients)
         lower = np.linalg.cholesky(gram_matrix(v) + 1e-12 * np.eye(len(order)))
@@ -178,11 +187,20 @@ class SubspacePosterior(Posterior):
 
     def set_covariance(self, hessian: np.ndarray, prior_scale: float, temperature: float) -> None:
         """S = (I/s^2 + H/T)^-1, equation (1); stored as a factor L with S = L L^T."""
-        precision = np.eye(self.rank) / prior_scale**2 + hessian / temperature
+        self.prior_std.fill_(prior_scale)
+        self.set_precision(np.eye(self.rank) / prior_scale**2 + hessian / temperature)
+
+    def set_precision(self, precision: np.ndarray) -> None:
+        """S = precision^-1."""
         lower = cholesky(precision, lower=True)
         factor = np.linalg.inv(lower).T  # L L^T = precision^-1
         self.scale.copy_(torch.from_numpy(factor))
-        self.prior_std.fill_(prior_scale)
+
+    def precision(self) -> np.ndarray:
+        """S^-1, (r, r)."""
+        inverse = np.linalg.inv(self.scale.double().cpu().numpy())
+        out: np.ndarray = inverse.T @ inverse
+        return out
 
     def effective_parameters(self) -> float:
         """sum_i (1 - S_ii / s^2): how many of the r directions the data determine."""
@@ -249,16 +267,16 @@ class SubspaceData:
     Attributes:
         rows: gradient rows at the present mean.
         prior_scale: s; ``None`` to choose it by left-out groups.
-        temperature: T; ``None`` leaves it at 1, the noise of the labels as the objective states it.
+        temperature: T; 1 is the noise of the labels as the objective states it.
     """
 
     rows: Rows
     prior_scale: float | None = None
-    temperature: float | None = None
+    temperature: float = 1.0
 
 
 def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
-    """Prior scale s and temperature T: as given, else s by left-out groups (:func:`widest_as_good`).
+    """Temperature T as given, prior scale s too or else by left-out groups (:func:`widest_as_good`).
 
     T is not chosen along with s: a large T explains what a linear model leaves unexplained as label
     noise, and a small s beside it is then as good as a wide one at T = 1, so that the smallest change of
@@ -269,9 +287,8 @@ def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) 
         gram: (m, m) Gram matrix of the training rows.
         report: gets ``left_out_nll``, pairs of s and score.
     """
-    temperature = 1.0 if data.temperature is None else data.temperature
     if data.prior_scale is not None:
-        return data.prior_scale, temperature
+        return data.prior_scale, data.temperature
     rows, train = data.rows, data.rows.is_train
     table = left_out_nll(
         gram,
@@ -279,10 +296,10 @@ def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) 
         rows.groups[train],
         rows.scored[train],
         scales=PRIOR_SCALES,
-        temperature=temperature,
+        temperature=data.temperature,
     )
     report["left_out_nll"] = [[s, float(scores.mean())] for s, scores in table.items()]
-    return widest_as_good(table), temperature
+    return widest_as_good(table), data.temperature
 
 
 def widest_as_good(scores: dict[float, np.ndarray]) -> float:
@@ -314,6 +331,19 @@ def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
     loss = scores - best
     error = loss.std(ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     return bool(loss.mean() <= error)
+
+
+def geometric_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A # B = A^1/2 (A^-1/2 B A^-1/2)^1/2 A^1/2 of positive definite matrices (Bhatia 2007, section 4.1).
+
+    With B = L L^T it is L U diag(sqrt(values)) U^T L^T, values and U the eigenpairs of L^-1 A L^-T.
+    """
+    lower = cholesky(b, lower=True)
+    inner = solve_triangular(lower, solve_triangular(lower, a, lower=True).T, lower=True)
+    values, vectors = np.linalg.eigh(0.5 * (inner + inner.T))
+    half = lower @ vectors * values.clip(min=0) ** 0.25
+    out: np.ndarray = half @ half.T
+    return out
 
 
 def labelled(gradients: Tensor, train: np.ndarray) -> Tensor:
