@@ -96,6 +96,11 @@ def recipe_for(
     return parse_recipe(tree)
 
 
+def best_plain() -> dict[str, Any]:
+    rows: list[dict[str, Any]] = json.loads(TUNED.read_text())
+    return min(rows, key=lambda r: r["validation_force_mae"])
+
+
 def best_temperature(method: str) -> float:
     rows = [r for r in json.loads(HEATED.read_text()) if r["method"] == method]
     return float(min(rows, key=lambda r: r["validation_force_nll"])["temperature"])
@@ -277,7 +282,7 @@ def tune(folder: Path, console: Console) -> None:
 
 def heat(folder: Path, console: Console) -> None:
     """Calibrated on the calibration frames, judged on the validation frames."""
-    tuned = min(json.loads(TUNED.read_text()), key=lambda r: r["validation_force_mae"])
+    tuned = best_plain()
     rows = json.loads(HEATED.read_text()) if HEATED.is_file() else []
     for method, temperatures in TEMPERATURES.items():
         for temperature in temperatures:
@@ -295,7 +300,7 @@ def heat(folder: Path, console: Console) -> None:
 
 
 def run(folder: Path, seeds: list[int], methods: list[str], console: Console) -> None:
-    best = min(json.loads(TUNED.read_text()), key=lambda r: r["validation_force_mae"])
+    best = best_plain()
     rows = json.loads(OUT.read_text()) if OUT.is_file() else []
     for seed in seeds:
         found = collect(folder, seed, seeds, methods, best["learning_rate"], best["epochs"], console)

@@ -49,8 +49,6 @@ def measure(run: Path, console: Console) -> list[dict[str, Any]]:
     values |= {(s, t * f): ("temperature", f) for f in FACTORS if f != 1}
     out = []
     for (scale, temperature), (what, factor) in values.items():
-        objective = recipe.objective.model_copy(update={"temperature": temperature})
-        fitter.recipe = recipe.model_copy(update={"objective": objective})
         report = potential.posterior.fit(SubspaceData(rows, scale, temperature))
         report = fitter.settle(report, final=True)
         judgement = judge(
