@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,23 +233,13 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     del args
-    from blip_ft.config import shipped
+    from blip_ft.config import recipe_summary, shipped
 
     table = _table("recipe", "model", "about", title="shipped recipes")
     for name, path in shipped().items():
         table.add_row(name, *recipe_summary(path))
     _show(table)
     print("A run starts with: blip-finetune fit NAME. Every key: docs/recipes.md")
-
-
-def recipe_summary(path: Path) -> tuple[str, str]:
-    """``adapter:checkpoint`` of a recipe, and the first paragraph of the comment at its head."""
-    import yaml
-
-    text = path.read_text(encoding="utf-8")
-    model = yaml.safe_load(text)["model"]
-    words = takewhile(lambda line: line.startswith("# "), text.splitlines())
-    return f"{model['adapter']}:{model['checkpoint']}", " ".join(line[2:].strip() for line in words)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Write docs/recipes.md from the recipe's schema: ``python docs/generate_recipes.py [--check]``.
 
-One definition (``blip_ft/config.py``) gives validation, defaults and this page. ``--check`` only
+One definition (``blip_ft/config``) gives validation, defaults and this page. ``--check`` only
 compares; the exit code is 1 where the page is not current (``tests/test_config.py``).
 """
 
@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip_ft.cli import recipe_summary
-from blip_ft.config import Recipe, shipped
+from blip_ft.config import Recipe, recipe_summary, shipped
 
 PAGE = Path(__file__).with_name("recipes.md")
 
 HEAD = """\
-<!-- Written by docs/generate_recipes.py from blip_ft/config.py: do not edit. `make docs` -->
+<!-- Written by docs/generate_recipes.py from blip_ft/config: do not edit. `make docs` -->
 # Recipes
 
 A recipe is a YAML file with the keys below. `blip-finetune fit` takes a file or the name of a

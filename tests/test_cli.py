@@ -285,9 +285,9 @@ def test_recipes_lists_every_recipe(call: Any):
 
 
 def test_every_recipe_says_what_it_is_for():
-    from blip_ft.config import shipped
+    from blip_ft.config import recipe_summary, shipped
 
-    assert [name for name, path in shipped().items() if len(cli.recipe_summary(path)[1]) < 20] == []
+    assert [name for name, path in shipped().items() if len(recipe_summary(path)[1]) < 20] == []
 
 
 # ---- predict ---------------------------------------------------------------------------------

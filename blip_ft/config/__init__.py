@@ -1,0 +1,53 @@
+"""Every option of a recipe: type, default, meaning. One definition gives validation and docs.
+
+A recipe is a YAML file with the keys of :class:`Recipe`. Unknown keys are refused at every
+depth with the nearest valid name; ``trainer.*`` is checked against Lightning's own ``Trainer``.
+Loading this package imports neither a backend nor Lightning.
+"""
+
+from blip_ft.config.data import (
+    DataConfig,
+    Quantity,
+    ReplayConfig,
+    Source,
+    SourceConfig,
+    SplitConfig,
+    StreamConfig,
+    StressOrder,
+)
+from blip_ft.config.loading import apply_override, load_recipe, parse_recipe, recipe_summary, shipped
+from blip_ft.config.posterior import CLOSED, PosteriorConfig
+from blip_ft.config.recipe import (
+    LoraOptions,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PlainConfig,
+    Recipe,
+    UncertaintyConfig,
+)
+
+__all__ = [
+    "CLOSED",
+    "DataConfig",
+    "LoraOptions",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PlainConfig",
+    "PosteriorConfig",
+    "Quantity",
+    "Recipe",
+    "ReplayConfig",
+    "Source",
+    "SourceConfig",
+    "SplitConfig",
+    "StreamConfig",
+    "StressOrder",
+    "UncertaintyConfig",
+    "apply_override",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_summary",
+    "shipped",
+]
