@@ -1,29 +1,21 @@
-"""The command line, ``blip-finetune``.
+"""The command line, ``blip-finetune``: its arguments, and what becomes of errors.
 
-Commands import what they need when they run, so that ``--help`` is instant. An error that the
-input caused (:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one message
-on standard error and exit code 2; anything else is a defect and keeps its trace-back.
+The commands themselves are in :mod:`blip_ft.commands`. An error that the input caused
+(:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one message on standard error
+and exit code 2; anything else is a defect and keeps its trace-back.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from blip_ft import commands
 from blip_ft.errors import BlipError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from blip_ft.backbone import Backbone
-    from blip_ft.potential import BayesianPotential
-    from blip_ft.variational.convert import ConversionReport
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -79,293 +71,6 @@ def _complain(message: str) -> None:
     console.print(f"[bold red]error:[/] {escape(message)}")
 
 
-# ---- commands --------------------------------------------------------------------------------
-
-
-def _fit(args: argparse.Namespace) -> None:
-    from blip_ft.config import load_recipe
-
-    recipe = load_recipe(args.recipe, _overrides(args))  # a wrong key is told before the long imports
-    from blip_ft.training.fit import fit
-
-    fit(recipe)
-
-
-def _check(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from blip_ft.config import load_recipe
-    from blip_ft.files import check_target
-
-    recipe = load_recipe(args.recipe, _overrides(args))
-    page = None if args.html is None else check_target(args.html, overwrite=True)
-    from blip_ft.check_data import check_data
-    from blip_ft.report.data_tables import print_report
-
-    console = Console(stderr=True)
-    columns = TextColumn("comparing frames with the model"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
-    model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
-    if page is not None:
-        from blip_ft.report import write_data_report
-
-        write_data_report(page, name=recipe.name, model=model, report=report)
-        print(f"data report: {page}", file=sys.stderr)
-    if args.json:
-        _show_json({"recipe": recipe.name, "model_name": model, **report.to_json()})
-    else:
-        out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
-        print_report(out, f"{recipe.name}, {model}", report.summary, report.model, report.findings)
-    errors = [f for f in report.findings if f.severity == "error"]
-    if errors and (args.strict or not report.summary):
-        where = f"{errors[0].frames[0]}: " if errors[0].frames else ""
-        raise BlipError(f"{where}{errors[0].message}", remedy=errors[0].remedy)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from blip_ft.data import FrameDataset, load_source
-    from blip_ft.files import check_target, whole_file
-    from blip_ft.uncertainty.metrics import set_metrics
-    from blip_ft.uncertainty.predict import predict_set
-
-    output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
-    potential = _load(args)
-    frames = FrameDataset(load_source(args.source), potential.backbone)
-    prediction = predict_set(potential, frames, args.source, batch_size=args.batch_size)
-    metrics = set_metrics(prediction, potential.calibration)
-    if output is not None:
-        with whole_file(output) as file:
-            json.dump(metrics, file, indent=1)
-    _show(_metrics_table(args.source, metrics))
-
-
-def _predict(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from blip_ft.predict_file import predict_file
-
-    potential = _load(args)
-    console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.completed} structures"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        done = predict_file(
-            potential,
-            args.source,
-            args.output,
-            batch_size=args.batch_size,
-            overwrite=args.overwrite,
-            progress=lambda n: bar.update(task, completed=n),
-        )
-    print(f"{args.output}: {done} structures")
-
-
-def _load(args: argparse.Namespace) -> BayesianPotential:
-    """The model of ``evaluate`` and ``predict``, on the device that was asked for."""
-    import torch
-
-    from blip_ft.checkpoint import load_model
-
-    try:
-        torch.empty(0, device=args.device, dtype=getattr(torch, args.dtype))
-    except (RuntimeError, AssertionError, TypeError) as error:  # as builds of torch differ
-        raise BlipError(
-            f"torch cannot use {args.dtype} on the device '{args.device}': {str(error).partition(chr(10))[0]}",
-            remedy="blip-finetune doctor shows the device of this machine; mps needs --dtype float32",
-        ) from error
-    return load_model(args.model, device=args.device, dtype=args.dtype)
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    backbone, report = _conversion(args.spec, _overrides(args))
-    if args.json:
-        about = {"adapter": backbone.name, "base": backbone.origin, "counts": report.counts}
-        _show_json({**about, "modules": report.rows})
-        return
-    _show(_module_table(f"{backbone.name}: {backbone.origin.get('checkpoint', '')}", report.rows))
-    print("weights: " + ", ".join(f"{n:,} {what}" for what, n in report.counts.items()))
-
-
-def _conversion(spec: str, overrides: list[str]) -> tuple[Backbone, ConversionReport]:
-    """Backbone and table of modules of a run, a recipe or a bare model."""
-    from blip_ft.backbone import get_adapter
-    from blip_ft.checkpoint import load_model
-    from blip_ft.config import apply_override, load_recipe, parse_recipe, shipped
-    from blip_ft.variational.convert import plan
-
-    if Path(spec).is_dir():
-        potential = load_model(spec)
-        return potential.backbone, potential.converted.report
-    adapter, colon, checkpoint = spec.partition(":")
-    if colon and not Path(spec).exists():
-        tree = {
-            "name": "inspect",
-            "data": {"train": "-"},
-            "model": {"adapter": adapter, "checkpoint": checkpoint},
-        }
-        for override in overrides:
-            apply_override(tree, override)
-        model = parse_recipe(tree).model
-    elif spec in shipped() or Path(spec).exists():
-        model = load_recipe(spec, overrides).model
-    else:
-        raise BlipError(
-            f"'{spec}' is neither a recipe nor a run nor a model",
-            remedy="give a shipped recipe, a YAML file, a run's folder, or a model such as sevennet:7net-0",
-        )
-    backbone = get_adapter(model.adapter).load(model.checkpoint, trust=model.trust, **model.options)
-    return backbone, plan(backbone, train=model.train, noise=model.noise)
-
-
-def _doctor(args: argparse.Namespace) -> None:
-    from blip_ft import doctor
-
-    report = doctor.examine()
-    if args.json:
-        _show_json(report)
-    else:
-        _show(doctor.render(report))
-
-
-def _recipes(args: argparse.Namespace) -> None:
-    del args
-    from blip_ft.config import recipe_summary, shipped
-
-    table = _table("recipe", "model", "about", title="shipped recipes")
-    for name, path in shipped().items():
-        table.add_row(name, *recipe_summary(path))
-    _show(table)
-    print("A run starts with: blip-finetune fit NAME. Every key: docs/recipes.md")
-
-
-def _export(args: argparse.Namespace) -> None:
-    from blip_ft.checkpoint import find_model, load_model
-    from blip_ft.export import export_native
-
-    folder = Path(args.output) if args.output else find_model(args.model).parent / f"export-{args.to}"
-    potential = load_model(args.model)
-    done = export_native(
-        potential,
-        folder,
-        draws=args.draws,
-        amplitude=args.amplitude,
-        overwrite=args.overwrite,
-        progress=lambda name: print(
-            f"{name} written, read back by the vendor's loader, equal", file=sys.stderr
-        ),
-    )
-    table = _table("file", "eV/atom", "eV/Å", title=f"{folder}: largest differences from the trained model")
-    for item in done:
-        table.add_row(item.file, f"{item.energy_ev_per_atom:.1e}", f"{item.forces_ev_per_ang:.1e}")
-    _show(table)
-    width = potential.amplitude if args.amplitude is None else args.amplitude
-    if args.draws and width != 1:
-        print(
-            f"The draws have {width:.3g} of the posterior's width, where the model is linear in its weights: "
-            f"multiply the spread of their outputs by {1 / width:.3g} (export.json)."
-        )
-
-
-def _report(args: argparse.Namespace) -> None:
-    from blip_ft.rewrite_report import rewrite_report
-
-    print(rewrite_report(args.run_folder))
-
-
-def _data_convert(args: argparse.Namespace) -> None:
-    from blip_ft.config import SourceConfig
-    from blip_ft.data.card import Card
-    from blip_ft.data.convert import convert
-    from blip_ft.data.sources import load_source, mappings
-    from blip_ft.files import check_target
-
-    check_target(args.target, overwrite=args.overwrite)  # told before anything is read
-    given = {
-        "path": args.source,
-        "config": args.config,
-        "revision": args.revision,
-        "split": args.split,
-        "fields": _pairs(args.field),
-        "units": _pairs(args.unit),
-        "stress_order": args.stress_order,
-    }
-    try:
-        source = SourceConfig.model_validate({k: v for k, v in given.items() if v})
-    except ValueError as error:
-        raise BlipError(
-            f"bad options: {error}".splitlines()[0], remedy="see blip-finetune data convert --help"
-        ) from error
-    frames = load_source(source, labels=not args.unlabelled)
-    for line in mappings(frames):
-        print(f"labels of {line}")
-    card = Card(Path(args.target).name, args.license or "", args.about or "")
-    print(f"{convert(frames, args.target, overwrite=args.overwrite, card=card)}: {len(frames)} frames")
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    """``{"energy": "E"}`` of ``["energy=E"]``."""
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key or not value:
-            raise BlipError(
-                f"cannot read '{text}'", remedy="write QUANTITY=VALUE, for instance energy=kcal/mol"
-            )
-        pairs[key] = value
-    return pairs
-
-
-# ---- output ----------------------------------------------------------------------------------
-
-
-def _table(*columns: str, title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _module_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("module", "type", "weights", "what happens", title=title)
-    for row in rows:
-        if row["action"] == "converted":
-            roles = [word for word, on in (("trained", row["trained"]), ("noisy", row["noisy"])) if on]
-            what = ", ".join(["converted", *roles])
-        else:
-            what = "left, trained" if row["trained"] else "left"
-        shape = " x ".join(str(n) for n in row["shape"])
-        note = f"{what}: {row['reason']}" if row["reason"] else what
-        table.add_row(row["name"], row["type"], shape, note)
-    return table
-
-
-def _metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    table = _table("metric", "value", title=title)
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    return table
-
-
-def _show(table: Table) -> None:
-    """Print a table; one line per row where the output is a file or a pipe."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
-
-
-def _show_json(tree: Mapping[str, Any]) -> None:
-    print(json.dumps(tree, indent=1))
-
-
-# ---- arguments -------------------------------------------------------------------------------
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip-finetune",
@@ -373,25 +78,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: blip-finetune fit sio2_sevennet name=demo",
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub = group.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(run=run)
         return sub
 
-    fit = command("fit", _fit, "fine-tune by a recipe and write the run's folder")
+    fit = command("fit", commands.fit, "fine-tune by a recipe and write the run's folder")
     fit.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(fit)
 
-    check = command("check", _check, "report on the data of a recipe, labels beside the pretrained model")
+    check = command(
+        "check", commands.check, "report on the data of a recipe, labels beside the pretrained model"
+    )
     check.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--html", metavar="FILE", help="also write the report with its plots as an HTML page")
     check.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
-    evaluate = command("evaluate", _evaluate, "compare a trained model with labelled structures")
+    evaluate = command("evaluate", commands.evaluate, "compare a trained model with labelled structures")
     _add_model(evaluate)
     evaluate.add_argument(
         "source", metavar="IN", help="labelled structures: a file, glob, hub id or data set name"
@@ -399,23 +106,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("-o", "--output", metavar="FILE", help="also write the metrics as JSON")
     _add_prediction(evaluate)
 
-    predict = command("predict", _predict, "predict structures with error bars into an extended XYZ file")
+    predict = command(
+        "predict", commands.predict, "predict structures with error bars into an extended XYZ file"
+    )
     _add_model(predict)
     predict.add_argument("source", metavar="IN", help="a file that ASE reads; labels are not needed")
     predict.add_argument("-o", "--output", metavar="OUT", required=True, help="the .extxyz file to write")
     _add_prediction(predict)
 
-    inspect = command("inspect", _inspect, "list which modules are converted, and which are left and why")
+    inspect = command(
+        "inspect", commands.inspect, "list which modules are converted, and which are left and why"
+    )
     inspect.add_argument("spec", metavar="SPEC", help="a recipe, a run's folder, or ADAPTER:CHECKPOINT")
     _add_overrides(inspect)
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    doctor = command("doctor", _doctor, "show which backends this environment has, and how to get the others")
+    doctor = command(
+        "doctor", commands.doctor, "show which backends this environment has, and how to get the others"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
-    command("recipes", _recipes, "list the shipped recipes")
+    command("recipes", commands.recipes, "list the shipped recipes")
 
-    export = command("export", _export, "write the mean and draws as files that the vendor's programs open")
+    export = command(
+        "export", commands.export, "write the mean and draws as files that the vendor's programs open"
+    )
     _add_model(export)
     export.add_argument(
         "--to", choices=("native",), default="native", help="the vendor's own format (native)"
@@ -432,20 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", metavar="DIR", help="new folder (RUN/export-native)")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
-    data = commands.add_parser("data", help="convert data sets", description="Work on data sets.")
+    data = group.add_parser("data", help="convert data sets", description="Work on data sets.")
     _add_data(data)
 
-    report = command("report", _report, "write the report of a run again")
+    report = command("report", commands.report, "write the report of a run again")
     report.add_argument("run_folder", metavar="RUN", help="a run's folder")
     return parser
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
     """Subcommands of ``blip-finetune data``."""
-    commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     text = "write a source in another format, in eV and Å"
-    convert = commands.add_parser("convert", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    convert.set_defaults(run=_data_convert)
+    convert = group.add_parser("convert", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    convert.set_defaults(run=commands.data_convert)
     convert.add_argument("source", metavar="IN", help="a file, folder, glob, hub id or data set name")
     convert.add_argument(
         "target",
@@ -489,10 +204,6 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
     # Error bars are small differences of large numbers: in float32 they lose their invariance.
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-
-
-def _overrides(args: argparse.Namespace) -> list[str]:
-    return [*args.overrides, "model.trust=true"] if args.trust else list(args.overrides)
 
 
 def _count(text: str) -> int:

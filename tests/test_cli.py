@@ -20,7 +20,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from blip_ft import cli
+from blip_ft import cli, commands
 from blip_ft.backbone import missing_backend
 from blip_ft.checkpoint import load_model, save_model
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
@@ -168,7 +168,7 @@ def raising(error: BaseException) -> Callable[[Any], None]:
 def test_errors_of_the_user_are_one_message(
     monkeypatch: pytest.MonkeyPatch, call: Any, error: BaseException, code: int, text: str
 ):
-    monkeypatch.setattr(cli, "_doctor", raising(error))
+    monkeypatch.setattr(commands, "doctor", raising(error))
     got, out, err = call("doctor")
     assert (got, out) == (code, "")
     assert err.endswith(text)
@@ -179,7 +179,7 @@ def test_errors_of_the_user_are_one_message(
     "error", [ValueError("x"), ImportError("libgomp.so.1"), OSError(errno.EIO, "broken disk"), KeyError("x")]
 )
 def test_defects_keep_their_trace_back(monkeypatch: pytest.MonkeyPatch, error: Exception):
-    monkeypatch.setattr(cli, "_doctor", raising(error))
+    monkeypatch.setattr(commands, "doctor", raising(error))
     with pytest.raises(type(error)):
         cli.main(["doctor"])
 
@@ -662,7 +662,9 @@ def test_options_may_stand_anywhere_among_overrides(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_conversion", lambda spec, overrides: seen.append((spec, overrides)) or 1 / 0)
+    monkeypatch.setattr(
+        commands, "_conversion", lambda spec, overrides: seen.append((spec, overrides)) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         cli.main(["inspect", "fake:tiny", *arguments])
     ((spec, overrides),) = seen

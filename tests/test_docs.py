@@ -11,7 +11,7 @@ import pytest
 from ase.build import bulk
 from ase.io import write
 
-from blip_ft import cli
+from blip_ft import cli, commands
 from blip_ft.checkpoint import save_model
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
 from blip_ft.fake import FakeBackbone
@@ -47,7 +47,7 @@ def test_commands_are_understood(document: Path):
     for line in lines:
         if line.startswith("blip-finetune "):
             args = cli._parser().parse_args(shlex.split(line, comments=True)[1:])
-            if args.run is cli._fit and Path(args.recipe).suffix != ".yaml":
+            if args.run is commands.fit and Path(args.recipe).suffix != ".yaml":
                 load_recipe(args.recipe, args.overrides)
 
 

@@ -1,0 +1,56 @@
+"""What the command line prints: tables and JSON on standard output. rich is imported when it is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def new_table(*columns: str, title: str) -> Table:
+    """A table without rows; long cells are folded."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def module_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What becomes of each module: ``ConversionReport.rows``."""
+    table = new_table("module", "type", "weights", "what happens", title=title)
+    for row in rows:
+        if row["action"] == "converted":
+            roles = [word for word, on in (("trained", row["trained"]), ("noisy", row["noisy"])) if on]
+            what = ", ".join(["converted", *roles])
+        else:
+            what = "left, trained" if row["trained"] else "left"
+        shape = " x ".join(str(n) for n in row["shape"])
+        note = f"{what}: {row['reason']}" if row["reason"] else what
+        table.add_row(row["name"], row["type"], shape, note)
+    return table
+
+
+def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
+    """Metrics of one set in their own units, which their names say."""
+    table = new_table("metric", "value", title=title)
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table; one line per row where the output is a file or a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def show_json(tree: Mapping[str, Any]) -> None:
+    """Print a mapping as JSON."""
+    print(json.dumps(tree, indent=1))
