@@ -6,8 +6,8 @@ import torch
 
 from blip_ft.config import PosteriorConfig
 from blip_ft.errors import ConversionError, RecipeError
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.convert import Converted
-from blip_ft.variational.layers import VariationalLayer
 from blip_ft.variational.posteriors import FAMILIES, AdaptivePosterior, Posterior, SubspacePosterior
 from blip_ft.variational.prior import DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Site

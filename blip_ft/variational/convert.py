@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, matches
 from blip_ft.errors import ConversionError, nearest
-from blip_ft.variational.layers import VariationalLayer
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.lora import LowRank, lora_layers
 from blip_ft.variational.noise import NoiseState
 from blip_ft.variational.sites import Site

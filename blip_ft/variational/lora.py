@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.errors import BlipError, MissingBackendError
-from blip_ft.variational.layers import VariationalLayer
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.lora_layers import block_lora
 from blip_ft.variational.noise import normal
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip_ft.variational.layers import VariationalLayer
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.sites import Block
 
 
