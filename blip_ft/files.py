@@ -37,18 +37,8 @@ def whole_file(target: Path) -> Iterator[IO[str]]:
         BlipError: no space, no permission.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with _open(temporary, packed=target.suffix == ".gz") as file:
-            yield file
-        temporary.replace(target)
-    except OSError as error:
-        raise BlipError(
-            f"cannot write: {error.strerror or error}",
-            file=target,
-            remedy="free some space, or choose a folder that you may write to",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _named_when_complete(temporary, target), _open(temporary, packed=target.suffix == ".gz") as file:
+        yield file
 
 
 @contextmanager
@@ -61,10 +51,21 @@ def whole_path(target: Path) -> Iterator[Path]:
         BlipError: no space, no permission.
     """
     temporary = target.with_name(f".{os.getpid()}.part.{target.name}")
-    try:
+    with _named_when_complete(temporary, target):
         yield temporary
-        if target.is_dir():
+        if target.is_dir():  # a folder cannot be renamed onto one that has files
             shutil.rmtree(target)
+
+
+@contextmanager
+def _named_when_complete(temporary: Path, target: Path) -> Iterator[None]:
+    """Rename ``temporary`` to ``target`` after the block; whatever fails, it is gone afterwards.
+
+    Raises:
+        BlipError: an OSError in the block or in renaming.
+    """
+    try:
+        yield
         temporary.replace(target)
     except OSError as error:
         raise BlipError(
