@@ -9,81 +9,39 @@ check has passed:
 4. plain fine-tuning, for comparison; then the objective from the pretrained weights again
    (``posthoc_laplace``: the covariance around the plain model);
 5. fit the error bars on the calibration frames, judge on the test frames, write the run.
+
+Stages 1 to 3 are :mod:`blip_ft.training.prepare`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from ase import Atoms
 from rich.console import Console
 
-from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.checkpoint import require_space, save_model
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits, splits_file
-from blip_ft.data.context import load_context
-from blip_ft.data.dataset import GraphCache, Item
-from blip_ft.data.examine import DataReport, examine, without_bad_labels
-from blip_ft.data.findings import Finding
-from blip_ft.data.leaks import group_leaks
-from blip_ft.data.references import References
-from blip_ft.data.sources import mappings
-from blip_ft.data.stream import FrameStream, make_stream
-from blip_ft.errors import BlipError, DataError, RecipeError
+from blip_ft.data import splits_file
+from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
-from blip_ft.training import gates
-from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
 from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import device_of, train
-from blip_ft.training.memory import Probe, describe, load_memory, load_probe
+from blip_ft.training.memory import describe
+from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.receipt import make_receipt
-from blip_ft.training.reference_shift import set_references, warn_outside
-from blip_ft.training.replay import replayed
-from blip_ft.training.scratch import initial
 from blip_ft.training.subspace import groups_of
 from blip_ft.uncertainty.ood import fit_distance
 
-#: frames compared with the vendor's calculator in the step-0 gate
-GATE_FRAMES = 48
 #: disk space that a run may take, bytes
 RUN_BYTES = 300_000_000
-
-
-@dataclass
-class Prepared:
-    """Everything that exists once all checks have passed."""
-
-    recipe: Recipe
-    """as it is run: with what ``posterior.max_bytes`` leaves of it"""
-    potential: BayesianPotential
-    splits: Splits
-    sets: dict[str, FrameDataset]
-    findings: list[Finding]
-    step_zero: gates.StepZero
-    references: References | None
-    references_check: dict[str, float] = field(default_factory=dict)
-    replay: list[Atoms] = field(default_factory=list)
-    context: list[Atoms] = field(default_factory=list)
-    stream: Callable[[int, int], FrameStream] | None = None
-    memory: list[Item] = field(default_factory=list)
-    probe: Probe | None = None
-    report: DataReport | None = None
-    #: what the byte budget took away, in words
-    reduced: list[str] = field(default_factory=list)
 
 
 def is_rank_zero() -> bool:
@@ -146,162 +104,6 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
             remedy="choose another name=..., or give overwrite=true to replace it",
         )
     require_space(folder, RUN_BYTES)
-
-
-# ---- checks --------------------------------------------------------------------------------
-
-
-def prepare(recipe: Recipe, console: Console) -> Prepared:
-    """Stages 1 to 3: load, check, convert, prove.
-
-    Raises:
-        BlipError: anything that would make training meaningless.
-    """
-    options = recipe.model
-    splits = load_splits(recipe.data)
-    backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
-    if recipe.objective.use_stress and not backbone.has_stress:
-        raise RecipeError(
-            f"'{options.checkpoint}' predicts no stress, so it cannot be trained on stress labels",
-            field="objective.use_stress",
-            remedy="objective.use_stress=false, or a model whose forces and stress come from its energy",
-        )
-    if options.from_scratch:
-        backbone = initial(backbone, recipe.seed)
-        console.print(backbone.origin["checkpoint"])
-        if "rest" not in ([options.train] if isinstance(options.train, str) else options.train):
-            console.print(
-                "parameters outside linear blocks keep initial values: see model.train", style="yellow"
-            )
-    if options.dtype == "float64":
-        backbone.double()
-    findings = check_frames(splits, backbone) + group_leaks(splits)
-    calculator = backbone.stock_calculator()
-    report: DataReport | None = None
-    if not options.from_scratch:  # initial weights know no units and no labels to compare with
-        findings += check_units(
-            splits.train,
-            lambda atoms: gates.stock_predictions(calculator, atoms),
-            use_stress=recipe.objective.use_stress,
-        )
-        splits, report = _labels_checked(recipe, splits, backbone, findings)
-        findings = report.findings
-    context = load_context(recipe.data, backbone, len(splits.train), console.print)
-    replay = replayed(recipe, splits.train, backbone, context)
-    reduced: list[str] = []
-    n_frames = len(splits.train) + len(context) + math.ceil(recipe.posterior.context * len(splits.train))
-    recipe = fit_to_budget(recipe, backbone, n_frames, reduced.append)
-    options = recipe.model
-    for line in reduced:
-        console.print(line, markup=False)
-    roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
-    cache = GraphCache(1e9 * recipe.data.cache_gb)
-    sets = {name: FrameDataset(d, backbone, cache) for name, d in {**roles, **splits.test}.items()}
-    console.print(
-        "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})",
-        markup=False,
-    )
-
-    for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
-        console.print(f"labels of {line}", markup=False)
-
-    double = copy.deepcopy(backbone).double().stock_calculator()
-    probe = _spread(sets, GATE_FRAMES)
-    stock = gates.stock_predictions(calculator, probe)
-
-    potential = BayesianPotential(
-        backbone,
-        options,
-        recipe.posterior,
-        seed=recipe.seed,
-        n_draws=recipe.uncertainty.n_draws,
-    )
-    counts = potential.converted.report.counts
-    console.print(
-        f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
-        f"{counts['left']:,} left as they are"
-    )
-    step_zero = gates.check_step_zero(
-        potential, probe, stock, lambda atoms: gates.stock_predictions(double, atoms)
-    )
-    console.print(
-        f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "
-        f"{step_zero.energy_ev_per_atom:.1e} eV/atom, {step_zero.forces_ev_per_ang:.1e} eV/Å"
-        + (
-            f" ({step_zero.n_checked_in_float64} of them in float64)"
-            if step_zero.n_checked_in_float64
-            else ""
-        )
-    )
-    references, check, notes = set_references(recipe.data, potential, sets["train"], splits.isolated, console)
-    findings += notes
-    if references is not None:
-        findings += warn_outside(references, sets)
-    for finding in findings:
-        style = None if finding.severity == "info" else "yellow"
-        console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
-    return Prepared(
-        recipe,
-        potential,
-        splits,
-        sets,
-        findings,
-        step_zero,
-        references,
-        check,
-        replay,
-        context,
-        make_stream(recipe, splits, backbone),
-        load_memory(recipe, potential),
-        load_probe(recipe, potential),
-        report,
-        reduced,
-    )
-
-
-def _labels_checked(
-    recipe: Recipe, splits: Splits, backbone: Backbone, findings: list[Finding]
-) -> tuple[Splits, DataReport]:
-    """The data report, and the splits without what the recipe wants dropped.
-
-    Raises:
-        DataError: ``data.bad_labels`` is ``stop`` and there are some, or nothing would be left.
-    """
-    report = examine(
-        splits,
-        backbone,
-        findings=findings,
-        use_stress=recipe.objective.use_stress,
-        most=recipe.data.check_frames,
-    )
-    if report.bad and recipe.data.bad_labels == "drop":
-        return without_bad_labels(splits, report), report
-    if report.bad and recipe.data.bad_labels == "stop":
-        role, bad = next(iter(report.bad.items()))
-        index, reason = next(iter(bad.items()))
-        row = splits.roles()[role][index]
-        n = sum(len(rows) for rows in report.bad.values())
-        raise DataError(
-            f"{n} frames have labels that do not belong to their structures, the first: {reason}",
-            file=row["source"],
-            frame=row["frame"],
-            field=reason.partition(" ")[0],
-            remedy="blip-finetune check lists all; mend or remove them, or set data.bad_labels to drop or warn",
-        )
-    return splits, report
-
-
-def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:
-    """About ``n`` frames spread evenly over all sets, at least one of each."""
-    total = sum(len(d) for d in sets.values())
-    out: list[Atoms] = []
-    for dataset in sets.values():
-        share = min(len(dataset), max(1, round(n * len(dataset) / total)))
-        out += [dataset[int(i)].atoms for i in torch.linspace(0, len(dataset) - 1, share).round()]
-    return out
-
-
-# ---- training and judgement ----------------------------------------------------------------
 
 
 def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from blip_ft.config import Recipe
 from blip_ft.data import fingerprint
 
 if TYPE_CHECKING:
-    from blip_ft.training.fit import Prepared
+    from blip_ft.training.prepare import Prepared
 
 
 def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from torch import nn
 from blip_ft.config import load_recipe
 from blip_ft.data import FrameDataset, load_source
 from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
 from blip_ft.training import loop
 from blip_ft.training.callbacks import AverageMean
-from blip_ft.training.fit import BayesianPotential
 
 DECAY = 0.8
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training import subspace
-from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import train
+from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.subspace import Misfit, SubspaceFitter
 from blip_ft.uncertainty.predict import predict_set
 
