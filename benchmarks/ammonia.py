@@ -31,8 +31,8 @@ from rich.table import Table
 
 from blip_ft.checkpoint import save_model
 from blip_ft.config import Recipe, parse_recipe
+from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.fit import Prepared, prepare
-from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
@@ -138,7 +138,7 @@ def run_plain(
     prepared = trained(recipe, console, plain=True)
     out = {"plain": predictions(prepared, 0)}
     if laplace:
-        LaplaceFitter(recipe, prepared.potential, prepared.sets, console).fit()
+        ClosedFormFitter(recipe, prepared.potential, prepared.sets, console).fit(final=True)
         out["posthoc_laplace"] = predictions(prepared, recipe.uncertainty.n_draws)
     return out
 

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from blip_ft.checkpoint import load_model
 from blip_ft.config import load_recipe
+from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import judge
 from blip_ft.training.fit import prepare
-from blip_ft.training.subspace import SubspaceFitter
 from blip_ft.variational.posteriors.subspace import SubspaceData
 
 HERE = Path(__file__).parent
@@ -41,10 +41,10 @@ def measure(run: Path, console: Console) -> list[dict[str, Any]]:
     recipe = load_recipe(str(run / "recipe.yaml"))
     prepared = prepare(recipe, Console(quiet=True))
     potential = load_model(run / "model")
-    fitter = SubspaceFitter(recipe, potential, prepared.sets, Console(quiet=True), prepared.context)
+    fitter = ClosedFormFitter(recipe, potential, prepared.sets, Console(quiet=True), prepared.context)
     chosen = json.loads((run / "receipt.json").read_text())["posterior"][-1]
     s, t = chosen["prior_scale"], chosen["temperature"]
-    rows = fitter.rows()
+    rows = fitter.rows.rows(fitter.projections(last=True), context=fitter.with_context)
     values = {(s * f, t): ("prior_scale", f) for f in FACTORS}
     values |= {(s, t * f): ("temperature", f) for f in FACTORS if f != 1}
     out = []

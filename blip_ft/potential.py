@@ -165,7 +165,10 @@ class BayesianPotential(nn.Module):
             state.clear()
 
     def draw_latents(self, n: int) -> Tensor:
-        """(n, latent_numel) latent numbers of the fixed draws, centred.
+        """(n, latent_numel) latent numbers of the fixed draws, which sum to zero.
+
+        Families with ``paired`` draws: z_1, -z_1, z_2, -z_2, ..., each z independent and standard normal.
+        All others: centred.
 
         Each row is exactly standard normal, but the rows sum to zero: they are independent
         normals minus their mean, times sqrt(n/(n-1)). As samples are linear in the latent
@@ -174,7 +177,7 @@ class BayesianPotential(nn.Module):
         over the n draws (divisor n) is unbiased.
 
         Raises:
-            BlipError: fewer than two draws, which have no spread.
+            BlipError: fewer than two draws, which have no spread; an odd number where they come in pairs.
         """
         if n < 2:
             raise BlipError(
@@ -182,11 +185,21 @@ class BayesianPotential(nn.Module):
                 remedy="use two draws or more, or 0 for the mean weights without uncertainties",
                 field="n_draws",
             )
+        paired = self.posterior.paired
+        if paired and n % 2:
+            raise BlipError(
+                f"draws of '{self.posterior.family}' come in pairs, and {n} is odd",
+                remedy=f"use {n - 1} or {n + 1}",
+                field="n_draws",
+            )
         wanted = (n, self.seed, self.backbone.dtype)
         if self._draws is None or self._draws_of != wanted:
-            keys = [("draw", self.seed, k) for k in range(n)]
+            keys = [("draw", self.seed, k) for k in range(n // 2 if paired else n)]
             latent = self.posterior.latent(keys, self.backbone.dtype)
-            self._draws = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
+            if paired:
+                self._draws = torch.stack([latent, -latent], dim=1).flatten(0, 1)
+            else:
+                self._draws = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
             self._draws_of = wanted
         return self._draws
 

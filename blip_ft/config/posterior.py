@@ -12,11 +12,12 @@ from blip_ft.config.base import Positive, Strict
 class PosteriorConfig(Strict):
     """The distribution over the weights."""
 
-    family: Literal["channel", "weight", "adaptive", "subspace", "posthoc_laplace"] = "subspace"
+    family: Literal["channel", "weight", "adaptive", "subspace", "pathwise", "posthoc_laplace"] = "pathwise"
     """``channel``: one std per output channel; ``weight``: one per weight; ``adaptive``: one per row
     of a layer's input, from an inference network; ``subspace``: a correlated Gaussian along the
-    directions in which training and context frames are most uncertain; ``posthoc_laplace``: the full Laplace
-    covariance, low rank plus diagonal, after plain fine-tuning: a baseline"""
+    directions in which training and context frames are most uncertain; ``pathwise``: the full covariance of
+    all noisy weights, as samples of it; ``posthoc_laplace``: the same as low rank plus diagonal, after plain
+    fine-tuning: a baseline"""
     mode: Literal["local", "structure", "flipout"] = "structure"
     """noise in training: ``local``: independent per row (scalars only); ``structure``: one weight
     sample per structure; ``flipout``: one per step with random signs per structure, which needs
@@ -28,7 +29,7 @@ class PosteriorConfig(Strict):
     all stds are then in units of abs(theta). For comparison; not for families with a closed form"""
     prior_scale: Positive | Literal["auto"] = "auto"
     """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
-    (``subspace``, ``posthoc_laplace``): chosen by leaving groups of training frames out"""
+    (families with a closed form): chosen by leaving groups of training frames out"""
     empirical_bayes: bool = False
     """give every matrix and e3nn path its own s, the one that maximises the ELBO, fitted after every
     epoch; ``prior_scale`` is where they start and what small paths keep (``channel``, ``weight``)"""
@@ -39,10 +40,10 @@ class PosteriorConfig(Strict):
     max_std: Positive = 0.3
     """``adaptive``: greatest; training says where the clamp binds"""
     rank: Annotated[int, Field(ge=1)] = 128
-    """``subspace``: number of directions r"""
-    projections: Annotated[int, Field(ge=1)] = 8
-    """``subspace``, ``posthoc_laplace``: random projections of each structure's forces that stand
-    for all of them"""
+    """``subspace``: number of directions r; ``pathwise``: number of samples"""
+    projections: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    """families with a closed form: random projections of each structure's forces that stand for all of
+    them; ``all``: every force component, as far as their gradients fit into ``max_bytes`` (``subspace``: 8)"""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """``subspace``: bound on the directions in the model file, and on the gradients held in memory while
     they are fitted: a number of bytes or ``200 MB``. Where the recipe needs more, the run
@@ -51,20 +52,20 @@ class PosteriorConfig(Strict):
     storage: Literal["auto", "float32", "float16"] = "auto"
     """``subspace``: how directions are stored; ``auto``: ``float16``, or ``float32`` where
     ``max_bytes`` is given and leaves room"""
-    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """``subspace``, ``posthoc_laplace``: width of the draws, in training as in predictions, in units of the
+    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.03
+    """families with a closed form: width of the draws, in training as in predictions, in units of the
     posterior's; spreads are divided by it. Narrow draws stay where the model is linear; 1: draws at full
     width, with a covariance that is stationary for these"""
     context: Annotated[float, Field(ge=0)] = 0.4
     """``subspace``: unlabelled perturbed copies of training frames whose directions are also in,
     per training frame; ``objective.kind: function_kl`` compares on as many"""
     mean_steps: Annotated[int, Field(ge=0)] = 2
-    """``subspace``: Gauss-Newton steps of the mean at the final fit, each of the length that
+    """``pathwise``, ``subspace``: Gauss-Newton steps of the mean at the final fit, each of the length that
     validation frames prefer, none where they do not insist; with any, the first fit tries one too"""
     start: Annotated[float, Field(ge=0, le=1)] = 0.6
-    """``subspace``: share of the epochs after which the posterior is fitted for the first time and
+    """``pathwise``, ``subspace``: share of the epochs after which the posterior is fitted for the first time and
     the noise comes in; it is fitted again at the end"""
 
 
 #: families whose covariance has a closed form
-CLOSED = ("subspace", "posthoc_laplace")
+CLOSED = ("pathwise", "subspace", "posthoc_laplace")

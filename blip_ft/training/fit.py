@@ -31,13 +31,13 @@ from blip_ft.data import splits_file
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
+from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
-from blip_ft.training.laplace import LaplaceFitter
 from blip_ft.training.loop import device_of, train
 from blip_ft.training.memory import describe
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.receipt import make_receipt
-from blip_ft.training.subspace import groups_of
+from blip_ft.training.rows import groups_of
 from blip_ft.uncertainty.ood import fit_distance
 
 #: disk space that a run may take, bytes
@@ -127,7 +127,7 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
             drift |= _drift(prepared, "plain", console)
     if posthoc:
         potential.to(device_of(recipe))  # Lightning has moved it to the CPU
-        LaplaceFitter(recipe, potential, sets, console, prepared.context).fit()
+        ClosedFormFitter(recipe, potential, sets, console).fit(final=True)
         history["blip"] = history["plain"]
     else:
         reset_mean(potential)

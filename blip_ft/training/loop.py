@@ -32,11 +32,11 @@ from blip_ft.training.callbacks import (
     UpdatePrior,
     WatchClamp,
 )
+from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.memory import make_memory
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.replay import make_replay
-from blip_ft.training.subspace import SubspaceFitter
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import AdaptivePosterior
 
@@ -109,8 +109,8 @@ def train(
         average = AverageMean(potential.mean_parameters, decay)
         callbacks.append(average)  # behind `best`, which is to keep the average
     fitter = None
-    if not plain and recipe.posterior.family == "subspace":
-        fitter = SubspaceFitter(recipe, potential, sets, console, context)
+    if not plain and recipe.posterior.family in ("pathwise", "subspace"):
+        fitter = ClosedFormFitter(recipe, potential, sets, console, context)
         start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
         fit: Callable[[], object] = fitter.fit
         if average is not None:

@@ -2,7 +2,8 @@
 
 Every draw is an ordinary potential; energy, forces and stress of one draw belong together. The
 mean over draws is reported, so mean forces are the gradient of the mean energy. Draws are
-centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1. They are drawn at
+centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1; or they come in pairs,
+and spreads are those of half their differences (``Posterior.paired``). They are drawn at
 ``BayesianPotential.amplitude`` of the posterior's width, where the model is still close to linear
 in its weights, and their stds are divided by it.
 """
@@ -74,24 +75,31 @@ def _moments(
             draws = [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
     finally:
         potential.n_draws = previous
-    width = potential.amplitude
+
+    def deviations(values: Tensor) -> Tensor:
+        """(K, ...) at full width: from the mean, or half the difference of a pair, free of second order."""
+        off = (values[::2] - values[1::2]) / 2 if potential.posterior.paired else values - values.mean(dim=0)
+        return off / potential.amplitude
+
+    def std(values: Tensor) -> Tensor:
+        return deviations(values).square().mean(dim=0).sqrt()
+
     energy = torch.stack([d.energy for d in draws])
     forces = torch.stack([d.forces for d in draws if d.forces is not None])
-    off = (forces - forces.mean(dim=0)) / width
+    off = deviations(forces)
     out = BatchMoments(
         mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)),
-        energy_std=energy.std(dim=0, correction=0) / width,
-        forces_cov=torch.einsum("kni,knj->nij", off, off) / n,
+        energy_std=std(energy),
+        forces_cov=torch.einsum("kni,knj->nij", off, off) / len(off),
     )
     stresses = [d.stress for d in draws if d.stress is not None]
     if stresses:
         stacked = torch.stack(stresses)
-        out.mean.stress, out.stress_std = stacked.mean(dim=0), stacked.std(dim=0, correction=0) / width
+        out.mean.stress, out.stress_std = stacked.mean(dim=0), std(stacked)
     nodes = [d.node_energy for d in draws if d.node_energy is not None]
     if nodes:
         stacked = torch.stack(nodes)
-        out.mean.node_energy = stacked.mean(dim=0)
-        out.node_energy_std = stacked.std(dim=0, correction=0) / width
+        out.mean.node_energy, out.node_energy_std = stacked.mean(dim=0), std(stacked)
     features = [d.node_features for d in draws if d.node_features is not None]
     if features:
         out.mean.node_features = torch.stack(features).mean(dim=0)

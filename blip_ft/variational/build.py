@@ -8,7 +8,13 @@ from blip_ft.config import PosteriorConfig
 from blip_ft.errors import ConversionError, RecipeError
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.convert import Converted
-from blip_ft.variational.posteriors import FAMILIES, AdaptivePosterior, Posterior, SubspacePosterior
+from blip_ft.variational.posteriors import (
+    FAMILIES,
+    AdaptivePosterior,
+    PathwisePosterior,
+    Posterior,
+    SubspacePosterior,
+)
 from blip_ft.variational.prior import DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -69,6 +75,8 @@ def make_posterior(converted: Converted, prior: PretrainedPrior, options: Poster
     if family is SubspacePosterior:
         storage = torch.float32 if options.storage == "float32" else torch.float16
         return SubspacePosterior(noisy, prior, options.init_std, rank=options.rank, storage=storage)
+    if family is PathwisePosterior:
+        return PathwisePosterior(noisy, prior, options.init_std, rank=options.rank)
     return family(noisy, prior, options.init_std)
 
 

@@ -168,7 +168,6 @@ def test_bytes_in_words() -> None:
 
 def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from ase.io import write
-
     from blip_ft.training.subspace import SubspaceFitter
 
     monkeypatch.chdir(tmp_path)

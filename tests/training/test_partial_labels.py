@@ -179,11 +179,11 @@ def test_weights_of_atoms_are_exponents_of_their_force_terms(batch: Any) -> None
 
 def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
     """H of a frame of weight 2 is H of two copies, and without weight there is none."""
+    from blip_ft.training.subspace import SubspaceFitter
     from rich.console import Console
 
     from blip_ft.config import load_recipe
     from blip_ft.potential import BayesianPotential
-    from blip_ft.training.subspace import SubspaceFitter
 
     (tmp_path / "r.yaml").write_text(
         "data: {train: x}\nmodel: {adapter: fake, checkpoint: tiny, dtype: float64}"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 from ase.io import write
+from blip_ft.training.subspace import Misfit, SubspaceFitter
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training import subspace
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
-from blip_ft.training.subspace import Misfit, SubspaceFitter
 from blip_ft.uncertainty.predict import predict_set
 
 from .test_bad_input import frames

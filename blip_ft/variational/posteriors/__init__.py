@@ -16,12 +16,14 @@ from blip_ft.variational.posteriors.adaptive import AdaptivePosterior
 from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.posteriors.channel import ChannelPosterior
 from blip_ft.variational.posteriors.laplace import LaplacePosterior
+from blip_ft.variational.posteriors.pathwise import PathwisePosterior
 from blip_ft.variational.posteriors.subspace import SubspacePosterior
 from blip_ft.variational.posteriors.weight import WeightPosterior
 
 FAMILIES: dict[str, type[Posterior]] = {
     "adaptive": AdaptivePosterior,
     "channel": ChannelPosterior,
+    "pathwise": PathwisePosterior,
     "posthoc_laplace": LaplacePosterior,
     "subspace": SubspacePosterior,
     "weight": WeightPosterior,
@@ -32,6 +34,7 @@ __all__ = [
     "AdaptivePosterior",
     "ChannelPosterior",
     "LaplacePosterior",
+    "PathwisePosterior",
     "Posterior",
     "SubspacePosterior",
     "WeightPosterior",

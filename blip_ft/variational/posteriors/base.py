@@ -35,6 +35,9 @@ class Posterior(nn.Module, ABC):
     factorised: ClassVar[bool]
     #: whether a draw is a set of weights, which a vendor's file can hold
     draws_are_weights: ClassVar[bool] = True
+    #: whether draws come in pairs +-z and spreads are those of half their differences: for families that
+    #: move so many weights that curvature would drown the spread near the data
+    paired: ClassVar[bool] = False
 
     def __init__(self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float) -> None:
         super().__init__()
@@ -60,6 +63,11 @@ class Posterior(nn.Module, ABC):
             A report for the receipt; empty where there is nothing to fit.
         """
         return {}
+
+    @property
+    def n_weights(self) -> int:
+        """Weights that carry noise."""
+        return sum(s.numel for s in self.sites)
 
     @property
     @abstractmethod

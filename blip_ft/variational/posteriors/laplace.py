@@ -39,6 +39,7 @@ class LaplacePosterior(Posterior):
 
     family: ClassVar[str] = "posthoc_laplace"
     factorised: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
     directions: Tensor
     mu: Tensor
     prior_std: Tensor
@@ -123,7 +124,7 @@ class LaplacePosterior(Posterior):
     # ---- the common interface ----------------------------------------------------------------
     @property
     def latent_numel(self) -> int:  # noqa: D102
-        return sum(s.numel for s in self.sites)
+        return self.n_weights
 
     def sample(self, latent: Tensor) -> dict[str, Tensor]:
         """Noise s D [eps - V^T (1 - (1+mu)^(-1/2)) V eps]: complement and low-rank part.

@@ -1,0 +1,246 @@
+"""Fits the posteriors that have a closed form to a model and its training frames.
+
+Their mathematics is in ``variational.posteriors``; here are the steps of a fit: gradient rows, scales and
+covariance, Gauss-Newton steps of the mean, and for ``subspace`` the Gauss-Newton matrix averaged over draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from rich.console import Console
+
+from blip_ft.config import Recipe
+from blip_ft.data import FrameDataset
+from blip_ft.data.context import make_context
+from blip_ft.data.dataset import Item, content_key
+from blip_ft.potential import BayesianPotential
+from blip_ft.training.rows import GradientRows
+from blip_ft.uncertainty.predict import predict_set
+from blip_ft.variational.posteriors import LaplacePosterior, SubspacePosterior
+from blip_ft.variational.posteriors.subspace import (
+    Rows,
+    SubspaceData,
+    as_good,
+    gauss_newton_step,
+    geometric_mean,
+    labelled,
+)
+
+#: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
+STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
+#: rounds of the last covariance of ``subspace`` over draws, one draw per training structure each
+FINAL_ROUNDS = 2
+#: projections per frame where the recipe leaves them open: of ``subspace``, and of fits that only steer the
+#: noise in training or move the mean
+PROJECTIONS = 8
+
+
+@dataclass
+class ClosedFormFitter:
+    """Everything that stays the same between fits of one run.
+
+    Args:
+        recipe: options.
+        potential: its posterior is set.
+        sets: needs ``train`` and ``validation``.
+        console: for progress.
+        unlabelled: structures (``data.context``) whose directions ``subspace`` has beside those of
+            perturbed training frames.
+        moved: called after every Gauss-Newton step of the mean.
+    """
+
+    recipe: Recipe
+    potential: BayesianPotential
+    sets: dict[str, FrameDataset]
+    console: Console
+    unlabelled: Sequence[Atoms] = ()
+    moved: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        options, train = self.recipe.posterior, self.sets["train"]
+        context: list[Item] = []
+        if self.with_context:
+            atoms = [train[i].atoms for i in range(len(train))]
+            backbone = self.potential.backbone
+            made = make_context(atoms, math.ceil(options.context * len(train)), self.recipe.seed)
+            context = [
+                Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array))
+                for a in (*made, *self.unlabelled)
+            ]
+        self.rows = GradientRows(self.recipe.objective, self.potential, train, context, seed=self.recipe.seed)
+
+    @property
+    def with_context(self) -> bool:
+        """Whether frames without labels matter: only ``subspace`` chooses among directions."""
+        return isinstance(self.potential.posterior, SubspacePosterior)
+
+    # ---- fits ------------------------------------------------------------------------------
+    def fit(self, *, final: bool = False) -> dict[str, Any]:
+        """Scales and covariance at the present mean, and Gauss-Newton steps of the mean.
+
+        Args:
+            final: with all rows, and for ``subspace`` an average over more draws.
+        """
+        recipe, posterior = self.recipe, self.potential.posterior
+        scale = recipe.posterior.prior_scale
+        # a covariance after plain fine-tuning leaves the mean where it is
+        mean_steps = 0 if isinstance(posterior, LaplacePosterior) else recipe.posterior.mean_steps
+        steps: list[float] = []
+        rows: Rows | None
+        rounds = max(1, mean_steps) if final else 1
+        for number in range(rounds):
+            last = final and number == rounds - 1
+            rows = None  # as large as all that follows: free it before the next
+            rows = self.rows.rows(self.projections(last=last), number=number, context=self.with_context)
+            if isinstance(posterior, LaplacePosterior):
+                # its directions reach further down, where combinations of rows cancel
+                rows.gradients = rows.gradients.double()
+            report = posterior.fit(
+                SubspaceData(
+                    rows=rows,
+                    prior_scale=None if scale == "auto" else float(scale),
+                    temperature=recipe.objective.kl_temperature,
+                )
+            )
+            if mean_steps:
+                steps.append(self.move_mean(rows, report["prior_scale"]))
+                if self.moved is not None:
+                    self.moved()
+        report["mean_steps"] = steps
+        return self.settle(report, final=final)
+
+    def projections(self, *, last: bool) -> int | None:
+        """R of a fit, ``None`` for every force component; fits that are not the last make do with fewer."""
+        wanted = self.recipe.posterior.projections
+        if isinstance(self.potential.posterior, SubspacePosterior):
+            r = PROJECTIONS if wanted == "all" else wanted
+            return r if last else max(1, r // 2)
+        if wanted == "all":
+            return None if last else PROJECTIONS
+        return wanted if last else min(wanted, PROJECTIONS)
+
+    def settle(self, report: dict[str, Any], *, final: bool) -> dict[str, Any]:
+        """Width of the draws; for ``subspace`` the covariance from real draws along its directions.
+
+        Args:
+            report: of the posterior's fit: ``prior_scale`` and ``temperature``; completed and returned.
+            final: average over more draws.
+        """
+        posterior = self.potential.posterior
+        s = report["prior_scale"]
+        if final:
+            # in training the mean keeps the wide prior it started with: an s from the first fit's few
+            # projections can be several times too small, and would pull the mean back
+            self.potential.prior.prior_scale = s
+        self.potential.amplitude = self.recipe.posterior.amplitude
+        if isinstance(posterior, SubspacePosterior):
+            self._average_over_draws(posterior, s, report["temperature"], final=final)
+            what = (
+                f"{posterior.rank} directions of {report['n_rows']} gradients hold "
+                f"{100 * report['captured']:.0f} % of the spread"
+            )
+        else:
+            what = f"all {posterior.n_weights:,} noisy weights, {report['n_train_rows']} gradients of labels"
+        report |= {
+            "amplitude": self.potential.amplitude,
+            "effective_parameters": posterior.effective_parameters(),
+        }
+        self.potential.fit_reports.append({"final": final} | report)
+        self.console.print(
+            f"posterior: {what}; prior scale {s:.3g}, {report['effective_parameters']:.0f} effective "
+            f"parameters, draws at {self.potential.amplitude:.2g} of the width"
+        )
+        return report
+
+    def _average_over_draws(
+        self, posterior: SubspacePosterior, s: float, temperature: float, *, final: bool
+    ) -> None:
+        # draws of the linearised covariance can leave the linear regime: gradients are larger there and the
+        # next covariance too narrow, the one after it too wide again; their geometric mean is neither
+        projections = self.projections(last=False)
+        for draw in range(FINAL_ROUNDS if final else 1):
+            before = posterior.precision()
+            posterior.set_covariance(self.rows.hessian(projections, draw), s, temperature)
+            if draw:
+                posterior.set_precision(geometric_mean(before, posterior.precision()))
+
+    # ---- the mean --------------------------------------------------------------------------
+    def move_mean(self, rows: Rows, scale: float) -> float:
+        """A damped Gauss-Newton step of the mean, of the length that validation frames prefer.
+
+        Returns:
+            Length in units of the full step, one of :data:`STEP_LENGTHS`; 0 where none helps.
+        """
+        known = rows.is_train
+        assert rows.errors is not None
+        step = gauss_newton_step(labelled(rows.gradients, known), rows.errors[known], scale)
+        deltas, sites = self.potential.converted.deltas, self.potential.posterior.sites
+        parts = step.split([s.numel for s in sites])
+        moves = {
+            s.name: part.reshape(s.shape) * self.potential.prior.rms(s.name)
+            for s, part in zip(sites, parts, strict=True)
+        }
+        at_rest = self.validation_misfit()
+        scores: dict[float, Misfit] = {}
+        at = 0.0
+        with torch.no_grad():
+            for length in (*STEP_LENGTHS, None):  # the last round sets the best one
+                target = length or self._length(at_rest, scores)
+                for name, move in moves.items():
+                    deltas[name].add_((target - at) * move)
+                at = target
+                if length is not None:
+                    scores[length] = self.validation_misfit()
+        return at
+
+    @staticmethod
+    def _length(at_rest: Misfit, scores: dict[float, Misfit]) -> float:
+        """The best length, or 0 where staying is within a standard error (paired differences) of it."""
+        best = min(scores, key=lambda length: scores[length].value)
+        rest = at_rest.by_frame(at_rest)
+        return 0.0 if as_good(rest, scores[best].by_frame(at_rest)) else best
+
+    def validation_misfit(self) -> Misfit:
+        """Errors of the mean weights on the validation frames."""
+        p = predict_set(self.potential, self.sets["validation"], "validation", n_draws=0, stress=False)
+        frames = range(len(p.n_atoms))
+        forces = [p.forces_error[p.structure == i].ravel() for i in frames]
+        return Misfit([[f, np.atleast_1d(e)] for f, e in zip(forces, p.energy_error, strict=True)])
+
+
+class Misfit:
+    """NLL of labels under Laplacian noise of unknown width, of energies and forces each.
+
+    At the best width it is n log(mean |error|) for n labels of a kind, up to a constant: a step may not
+    pay for forces with energies that are many times worse, however small beside the objective's noise.
+
+    Args:
+        errors: for every frame the errors of each kind; not finite where there is no label.
+
+    Attributes:
+        widths: mean |error| of each kind, NaN without labels.
+        value: the NLL per frame.
+    """
+
+    def __init__(self, errors: Sequence[Sequence[np.ndarray]]) -> None:
+        known = [[np.abs(e[np.isfinite(e)]) for e in kinds] for kinds in errors]
+        self._sums = np.array([[e.sum() for e in kinds] for kinds in known])
+        counts = np.array([[e.size for e in kinds] for kinds in known]).sum(axis=0)
+        self.widths = [
+            max(float(total) / n, 1e-9) if n else math.nan
+            for total, n in zip(self._sums.sum(axis=0), counts, strict=True)
+        ]
+        terms = [n * math.log(b) for n, b in zip(counts, self.widths, strict=True) if n]
+        self.value = sum(terms) / len(errors)
+
+    def by_frame(self, other: Misfit) -> np.ndarray:
+        """(F,) NLL of every frame, up to a constant, with the widths of another."""
+        terms: np.ndarray = np.nansum(self._sums / np.array(other.widths), axis=1)
+        return terms

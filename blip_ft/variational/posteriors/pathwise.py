@@ -1,0 +1,165 @@
+"""``pathwise``: the Laplace posterior over all noisy weights, held as r samples of it.
+
+    w = theta + D A^T z,     z ~ N(0, I_r),     rows of A: a_k / sqrt(r),     a_k ~ N(0, Sigma)
+
+theta is the mean, D = diag(rms(w0)) per matrix and path, and Sigma = (I/s^2 + G^T G / T)^-1 the
+Gauss-Newton posterior around it: G has the gradients of the training labels, times D, over their noise.
+No eigenvectors are needed. A sample of the prior is moved to a sample of the posterior by the labels
+that it got wrong (Matheron's rule; Wilson et al., JMLR 22, 105, 2021):
+
+    a = s eps - s^2 G^T (s^2 G G^T + T)^-1 (s G eps + sqrt(T) xi),     eps, xi standard normal,       (1)
+
+one solve in the space of outputs for all r samples together. A^T A is an unbiased estimate of Sigma; the
+std of an output from it is off by 1/sqrt(2 r), relative. Directions that no label determines have the
+prior's width, in all P dimensions: draws at full width are far outside the linear regime. They are narrow
+therefore (``posterior.amplitude``) and come in pairs +-z, whose half differences are free of second
+order (``Posterior.paired``). Derivations: docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip_ft.variational.noise import normal
+from blip_ft.variational.posteriors.base import Posterior
+from blip_ft.variational.posteriors.subspace import BLOCK, SubspaceData, choose_scales, gram_matrix, labelled
+from blip_ft.variational.prior import PretrainedPrior
+from blip_ft.variational.sites import Site
+
+
+class PathwisePosterior(Posterior):
+    """Full-covariance Gaussian over all noisy weights, as r of its samples.
+
+    Args:
+        sites: the weights that carry noise.
+        prior: its ``prior_scale`` is s; set by the fit unless fixed.
+        init_std: not used: there is no spread before :meth:`fit`.
+        rank: r.
+        seed: of the samples.
+    """
+
+    family: ClassVar[str] = "pathwise"
+    factorised: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
+    directions: Tensor
+    spread_kl: Tensor
+    determined: Tensor
+    prior_std: Tensor
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        prior: PretrainedPrior,
+        init_std: float,
+        rank: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(sites, prior, init_std)
+        self.rank, self.seed = rank, seed
+        like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
+        # in the weights' own precision: outputs near the data are small differences of large contributions,
+        # which half precision would drown
+        self.register_buffer("directions", like.new_zeros(rank, sum(s.numel for s in self.sites)))
+        self.register_buffer("spread_kl", like.new_zeros((), dtype=torch.float64))
+        self.register_buffer("determined", like.new_zeros((), dtype=torch.float64))
+        self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it was fitted."""
+        return bool(self.sites) and bool((self.directions[0] != 0).any())
+
+    # ---- closed form -------------------------------------------------------------------------
+    def fit(self, context: Any) -> dict[str, Any]:
+        """Set s and the samples from the gradient rows of the training frames.
+
+        Args:
+            context: a :class:`~blip_ft.variational.posteriors.subspace.SubspaceData`; rows without a label are not
+                used.
+
+        Returns:
+            ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
+            scores, for the receipt.
+        """
+        assert isinstance(context, SubspaceData)
+        train = context.rows.is_train
+        gradients = labelled(context.rows.gradients, train)
+        gram = gram_matrix(gradients)
+        report: dict[str, Any] = {"n_rows": len(context.rows.gradients), "n_train_rows": len(gram)}
+        s, temperature = choose_scales(context, gram, report)
+        self._set_samples(gradients, gram, s, temperature)
+        return report | {
+            "prior_scale": s,
+            "temperature": temperature,
+            "effective_parameters": self.effective_parameters(),
+        }
+
+    def _set_samples(self, gradients: Tensor, gram: np.ndarray, s: float, temperature: float) -> None:
+        """Equation (1), in units of s: eps - G^T (G G^T + T/s^2)^-1 (G eps + sqrt(T)/s xi)."""
+        device = self.directions.device
+        noise = temperature / s**2
+        eps = torch.stack([self._normal("prior", k, self.directions.shape[1]) for k in range(self.rank)])
+        xi = torch.stack([self._normal("labels", k, len(gram)) for k in range(self.rank)])
+        blocks = [slice(i, i + BLOCK) for i in range(0, eps.shape[1], BLOCK)]
+        wrong = math.sqrt(noise) * xi.double().to(device)
+        for b in blocks:
+            wrong += eps[:, b].to(device).double() @ gradients[:, b].double().T
+        inner = gram + noise * np.eye(len(gram))
+        move = torch.from_numpy(np.linalg.solve(inner, wrong.cpu().numpy().T).T.copy()).to(device)
+        for b in blocks:
+            sample = eps[:, b].to(device).double() - move @ gradients[:, b].double()
+            self.directions[:, b] = (s / math.sqrt(self.rank) * sample).to(self.directions)
+        mu = np.linalg.eigvalsh(gram).clip(min=0) / noise
+        self.prior_std.fill_(s)
+        self.spread_kl.fill_(0.5 * float(np.sum(np.log1p(mu) - mu / (1 + mu))))
+        self.determined.fill_(float(np.sum(mu / (1 + mu))))
+
+    def _normal(self, what: str, k: int, count: int) -> Tensor:
+        return normal(("pathwise", what, self.seed, k), count, torch.float32)
+
+    def effective_parameters(self) -> float:
+        """How many directions the labels determine: sum mu/(1+mu), mu = s^2/T times an eigenvalue of G G^T."""
+        return float(self.determined)
+
+    # ---- the common interface ----------------------------------------------------------------
+    @property
+    def latent_numel(self) -> int:  # noqa: D102
+        return self.rank
+
+    def latent(self, keys: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
+        """(len(keys), rank): one key per sample; all layers share the r numbers."""
+        return torch.stack([normal((*key, "pathwise"), self.rank, dtype) for key in keys])
+
+    def sample(self, latent: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        return self._by_site(latent @ self.directions.to(latent))
+
+    def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
+        """|A D g|^2 of each row, (B,).
+
+        Args:
+            gradients: {site name: (B, *site.shape)} d(output)/d(weight).
+        """
+        flat = torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+        return (self.directions.to(flat) @ flat.T).square().sum(dim=0)
+
+    def kl(self) -> Tensor:
+        """1/2 sum [ln(1 + mu) - mu/(1 + mu)], nats: that of Sigma itself, not of its r samples."""
+        return self.spread_kl
+
+    def std(self) -> dict[str, Tensor]:
+        """{site name: (*site.shape)} marginal stds, from the r samples."""
+        parts = self._by_site(self.directions.square().sum(dim=0).sqrt()[None])
+        return {name: part[0] for name, part in parts.items()}
+
+    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([s.numel for s in self.sites], dim=1)
+        return {
+            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
+            for s, part in zip(self.sites, parts, strict=True)
+        }
