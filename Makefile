@@ -22,11 +22,12 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-a test-b test-data data-given lint docs venv-a venv-b clean
+.PHONY: help demo test test-a test-b test-gpu test-data data-given lint docs venv-a venv-b clean
 
 help:
 	@echo "make demo            fine-tune SevenNet-0 on SiO2, print the comparison, write runs/demo/"
 	@echo "make test            every test that needs only shipped data, in both environments"
+	@echo "make test-gpu        the tests that compare a GPU with the CPU; needs a CUDA build of torch"
 	@echo "make test-data DATA=DIR   the tests on outside data sets in DIR"
 	@echo "make lint            ruff and mypy"
 	@echo "make docs            write docs/recipes.md from the recipe's schema"
@@ -40,6 +41,10 @@ test: test-b test-a
 # A backend that BLIP_FT_BACKENDS names and that cannot be imported is a failure, never a skip.
 test-a test-b: test-%: venv-%
 	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "not outside_data" $(ARGS)
+
+# one process: several would share the device, and its peak memory is reported
+test-gpu: venv-b
+	BLIP_FT_BACKENDS=$(BACKENDS_b) .venv-b/bin/python -m pytest -m gpu $(ARGS)
 
 test-data: data-given venv-b
 	BLIP_FT_BACKENDS=$(BACKENDS_b) BLIP_FT_DATA="$(abspath $(DATA))" $(call PYTEST,b) -m outside_data $(ARGS)

@@ -5,6 +5,8 @@
     python benchmarks/ammonia.py run   DIR [--seeds 0 1 2 3 4] [--methods plain default ...]
     python benchmarks/ammonia.py table
 
+``--accelerator cpu`` or ``gpu`` chooses the device; by default a GPU if there is one.
+
 DIR holds NH3_BP86.extxyz.gz (origin and licence: docs/data.md): 78 frames near equilibrium, then 60
 adversarial ones far from it. Of the near ones 62 train, 8 choose the epoch (``near`` in the results),
 8 calibrate; the far ones choose nothing. Finished (method, seed) pairs are kept in runs/ammonia and
@@ -33,7 +35,7 @@ from blip_ft.checkpoint import save_model
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.fit import Prepared, prepare
-from blip_ft.training.loop import train
+from blip_ft.training.loop import device_of, train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_set
@@ -46,6 +48,8 @@ TUNED = HERE / "results" / "ammonia-plain.json"
 HEATED = HERE / "results" / "ammonia-temperature.json"
 KEPT = Path("runs/ammonia")
 MEMBERS = 5
+#: of Lightning's Trainer; set by ``--accelerator``
+ACCELERATOR = "auto"
 SETS = ("near", "calibration", "far")
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3), (60, 120)
 #: of ``adaptive``, which counts its KL once per structure, far lower ones
@@ -87,7 +91,7 @@ def recipe_for(
         "model": {"adapter": "sevennet", "checkpoint": "7net-0", "noise": "scalar"},
         "objective": {"energy_std": 0.002, "forces_std": 0.01},
         "optimizer": {"learning_rate": rate},
-        "trainer": {"max_epochs": epochs, "gradient_clip_val": 10.0},
+        "trainer": {"max_epochs": epochs, "gradient_clip_val": 10.0, "accelerator": ACCELERATOR},
     }
     for section, values in (LAPLACE if method == "plain" else POSTERIORS[method]).items():
         tree.setdefault(section, {}).update(values)
@@ -124,6 +128,7 @@ def trained(recipe: Recipe, console: Console, *, plain: bool) -> Prepared:
     prepared = prepare(recipe, console)
     with tempfile.TemporaryDirectory() as log:
         history = train(recipe, prepared.potential, prepared.sets, Path(log), console, plain=plain)
+    prepared.potential.to(device_of(recipe))  # Lightning has moved it to the CPU
     KEPT.mkdir(parents=True, exist_ok=True)
     found = {"history": history, "fits": prepared.potential.fit_reports}
     (KEPT / f"{recipe.name}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -365,7 +370,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     given = parser.parse_args()
+    ACCELERATOR = given.accelerator
     progress = Console(stderr=True, quiet=True)
     if given.command == "table":
         table()

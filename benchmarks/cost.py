@@ -148,7 +148,7 @@ def labelled(backbone: Backbone, n: int, device: str) -> Batch:
 
 
 def step(potential: BayesianPotential, batch: Batch, mode: str) -> Callable[[], None]:
-    likelihood = Likelihood(ObjectiveConfig())
+    likelihood = Likelihood(ObjectiveConfig()).to(potential.backbone.device)
 
     def call() -> None:
         prediction = potential(batch, mode=mode, create_graph=True)

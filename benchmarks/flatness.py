@@ -1,6 +1,6 @@
 """How much the error bars depend on the prior's scale and the temperature around the chosen ones.
 
-    python benchmarks/flatness.py RUN [RUN ...]      # a few minutes each
+    python benchmarks/flatness.py RUN [RUN ...] [--accelerator gpu]     # a few minutes each
 
 RUN is a finished run of ``blip-finetune fit`` or of ``ammonia.py`` with the ``subspace`` family (it
 needs ``recipe.yaml``, ``receipt.json`` and ``model/``). The trained mean stays; the posterior is fitted again with every
@@ -24,6 +24,7 @@ from blip_ft.config import load_recipe
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import judge
 from blip_ft.training.fit import prepare
+from blip_ft.training.loop import device_of
 from blip_ft.variational.posteriors.subspace import SubspaceData
 
 HERE = Path(__file__).parent
@@ -36,11 +37,11 @@ SHOWN = {
 }
 
 
-def measure(run: Path, console: Console) -> list[dict[str, Any]]:
+def measure(run: Path, accelerator: str, console: Console) -> list[dict[str, Any]]:
     """One row per value and test set."""
-    recipe = load_recipe(str(run / "recipe.yaml"))
+    recipe = load_recipe(str(run / "recipe.yaml"), [f"trainer.accelerator={accelerator}"])
     prepared = prepare(recipe, Console(quiet=True))
-    potential = load_model(run / "model")
+    potential = load_model(run / "model").to(device_of(recipe))
     fitter = ClosedFormFitter(recipe, potential, prepared.sets, Console(quiet=True), prepared.context)
     chosen = json.loads((run / "receipt.json").read_text())["posterior"][-1]
     s, t = chosen["prior_scale"], chosen["temperature"]
@@ -110,8 +111,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
-    for folder in parser.parse_args().runs:
-        found = measure(folder, Console(stderr=True, quiet=True))
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    given = parser.parse_args()
+    for folder in given.runs:
+        found = measure(folder, given.accelerator, Console(stderr=True, quiet=True))
         (HERE / "results" / f"flatness-{folder.name}.json").write_text(json.dumps(found, indent=1) + "\n")
         picture(found, HERE.parent / "docs" / f"flatness-{folder.name}.svg")
         Console(width=140).print(table(found))

@@ -1,6 +1,6 @@
 """The shipped SiO2 recipe over several seeds: accuracy and error bars, seen phases and unseen ones.
 
-    python benchmarks/polymorphs.py 0 1 2 3 4        # about 10 minutes a seed on 2 cores
+    python benchmarks/polymorphs.py 0 1 2 3 4 [--accelerator gpu]     # about 10 minutes a seed on 2 cores
 
 A seed sets the order of the frames, all noise, the context frames and the draws; the frames and their
 roles are the embedded set's own. Each run is kept in runs/polymorphs-<seed>; a finished one is not run
@@ -9,8 +9,8 @@ again. Rows go to benchmarks/results/polymorphs.json, means and spreads over see
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,10 +31,11 @@ SHOWN = (
 )
 
 
-def main(seeds: list[int]) -> None:
+def main(seeds: list[int], accelerator: str) -> None:
     rows = []
     for seed in seeds:
-        recipe = load_recipe("sio2_sevennet", [f"name=polymorphs-{seed}", f"seed={seed}"])
+        overrides = [f"name=polymorphs-{seed}", f"seed={seed}", f"trainer.accelerator={accelerator}"]
+        recipe = load_recipe("sio2_sevennet", overrides)
         done = recipe.folder / "metrics.json"
         metrics = json.loads(done.read_text()) if done.is_file() else fit(recipe)
         for model, sets in metrics.items():
@@ -55,4 +56,10 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or [0, 1, 2, 3, 4])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    given = parser.parse_args()
+    main(given.seeds, given.accelerator)

@@ -174,7 +174,7 @@ def _compare(
     calculator = plain.open_native(path)
     worst = [0.0, 0.0, 0.0]
     for atoms in frames:
-        batch = reference.backbone.batch([atoms])
+        batch = reference.backbone.batch([atoms]).to(reference.backbone.device)
         mode: Any = "off" if draw is None else "draw"
         with torch.no_grad():
             ours = reference(batch, mode=mode, draw=draw, forces=True, stress=True)

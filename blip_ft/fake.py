@@ -202,7 +202,7 @@ class FakeBackbone(ConservativeBackbone):
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
         """Size and state dict, by ``torch.save``."""
-        state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        state = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
         for number, energy in shift.items():
             state["model.references"][_ELEMENTS.index(number)] += energy
         torch.save({"size": self.size, "state": state}, path)
@@ -227,10 +227,10 @@ class _FakeCalculator(Calculator):
     def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes) -> None:
         """Evaluate ``atoms``."""
         super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
-        prediction = self.backbone(self.backbone.batch([atoms]))
+        prediction = self.backbone(self.backbone.batch([atoms]).to(self.backbone.device))
         self.results = {
             "energy": prediction.energy.item(),
             "free_energy": prediction.energy.item(),
-            "forces": prediction.forces.detach().numpy(),
-            "stress": prediction.stress[0].detach().numpy(),
+            "forces": prediction.forces.numpy(force=True),
+            "stress": prediction.stress[0].numpy(force=True),
         }
