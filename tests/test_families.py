@@ -20,8 +20,8 @@ from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
-from blip_ft.variational.posteriors import LaplacePosterior
-from blip_ft.variational.posteriors.subspace import SubspacePosterior
+from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior
+from blip_ft.variational.posteriors.subspace import Rows, SubspaceData, SubspacePosterior
 
 DOUBLE = torch.float64
 #: std of a subspace's latent numbers: 472 weights in 6 directions move as much as with the others
@@ -35,12 +35,13 @@ CASES: dict[str, dict[str, Any]] = {
     "adaptive, dropout": {"family": "adaptive", "prior": "dropout"},
     "posthoc_laplace": {"family": "posthoc_laplace"},
     "subspace": {"family": "subspace", "rank": 6},
+    "pathwise": {"family": "pathwise", "rank": 6},
 }
 
 
 def modes(case: str, *, row_noise: bool = True) -> list[str]:
     """The noise that a family can have."""
-    if case in ("posthoc_laplace", "subspace"):
+    if case in ("pathwise", "posthoc_laplace", "subspace"):
         return ["structure", "draw"]
     return ["structure", *(["local"] if row_noise else []), "flipout", "draw"]
 
@@ -70,6 +71,11 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
         rows = torch.linalg.qr(torch.randn(*shape[::-1], generator=generator, dtype=DOUBLE)).Q.T
         potential.posterior.directions.copy_(rows.half())  # what a file holds
         potential.posterior.scale.copy_(torch.eye(shape[0], dtype=DOUBLE) * SUBSPACE_SCALE)
+    if isinstance(potential.posterior, PathwisePosterior):
+        rows = torch.randn(20, 472, generator=generator, dtype=DOUBLE)
+        nothing = np.zeros(20)
+        data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
+        potential.posterior.fit(SubspaceData(data, prior_scale=0.1))
     if options.empirical_bayes:
         potential.prior.update(potential.converted.deltas, potential.posterior.std())
     return potential
@@ -171,6 +177,9 @@ class TestNoise:
         elif case == "posthoc_laplace":
             monkeypatch.setattr(LaplacePosterior, "ready", True)
             potential.posterior.prior_std.zero_()
+        elif case == "pathwise":
+            potential.posterior.directions.zero_()
+            monkeypatch.setattr(PathwisePosterior, "ready", True)
         elif case == "subspace":
             potential.posterior.scale.zero_()
             monkeypatch.setattr(SubspacePosterior, "ready", True)
@@ -260,7 +269,9 @@ def base_path() -> tuple[np.ndarray, np.ndarray]:
     return nve(BayesianPotential(FakeBackbone(), options, PosteriorConfig()), "off", 2000)
 
 
-@pytest.mark.parametrize("case", ["channel", "weight, dropout", "adaptive", "subspace", "posthoc_laplace"])
+@pytest.mark.parametrize(
+    "case", ["channel", "weight, dropout", "adaptive", "pathwise", "subspace", "posthoc_laplace"]
+)
 def test_a_draw_conserves_energy_like_the_base_model(
     case: str, base_path: tuple[np.ndarray, np.ndarray]
 ) -> None:

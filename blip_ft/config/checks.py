@@ -50,14 +50,20 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
 
-    if options.family != "subspace":
-        for key, default in (("max_bytes", None), ("storage", "auto")):
-            if getattr(options, key) != default:
-                refuse(
-                    f"posterior.{key} is for the directions of 'subspace', which '{options.family}' has not",
-                    f"posterior.{key}",
-                    "remove the key",
-                )
+    for key, default, families in (("max_bytes", None, CLOSED), ("storage", "auto", ("subspace",))):
+        if options.family not in families and getattr(options, key) != default:
+            refuse(
+                f"posterior.{key} is for {', '.join(families)}, not for '{options.family}'",
+                f"posterior.{key}",
+                "remove the key",
+            )
+    if recipe.data.context is not None and options.family != "subspace" and objective.kind != "function_kl":
+        refuse(
+            f"nothing reads these structures: posterior.family={options.family} puts noise on all noisy weights and "
+            "chooses no directions",
+            "data.context",
+            "remove the key, or use posterior.family=subspace or objective.kind=function_kl",
+        )
     if closed and options.mode != "structure":
         refuse(
             f"'{options.mode}' noise needs independent weights, the {options.family} posterior correlates them",

@@ -8,6 +8,9 @@ fitted, (frames) (1 + R) P numbers of the model's precision. Each must fit. Give
 2. projections R per frame (rows), not below ``MIN_PROJECTIONS``;
 3. rank r (directions), not below ``MIN_RANK``;
 4. noise on all that the recipe says: ``scalar`` weights, then ``readout`` alone, with 1 to 3 anew.
+
+That is for ``subspace``. The families of the full covariance take every force component while these rows
+fit (:func:`fit_rows`), random projections else.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ from blip_ft.variational.convert import plan
 #: on unseen phases of SiO2 were too narrow by far, with 32 nearly as good as with 64
 MIN_RANK = 32
 MIN_PROJECTIONS = 2
+#: gradient rows of the families of the full covariance, bytes, where the recipe gives no bound
+ROW_BYTES = 3 * 10**9
+#: projections of ``subspace`` that "all" stands for: it spans what the data leave open with few
+PROJECTIONS = 8
 #: presets that are tried, wide to narrow
 SCOPES = ("scalar", "readout")
 #: bytes per number
@@ -63,7 +70,7 @@ def fit_to_budget(recipe: Recipe, backbone: Backbone, n_frames: int, say: Callab
         RecipeError: nothing fits; the message has the smallest bound that would.
     """
     options = recipe.posterior
-    if options.max_bytes is None:
+    if options.max_bytes is None or options.family != "subspace":
         return recipe
     limit, number = int(options.max_bytes), SIZES[recipe.model.dtype]
     scopes = _scopes(recipe, backbone)
@@ -81,6 +88,63 @@ def fit_to_budget(recipe: Recipe, backbone: Backbone, n_frames: int, say: Callab
     out.posterior.rank, out.posterior.projections = found.rank, found.projections
     out.posterior.storage = "float32" if found.storage == "float32" else "float16"
     return out
+
+
+def fit_rows(
+    recipe: Recipe, backbone: Backbone, n_atoms: Sequence[int], say: Callable[[str], object]
+) -> Recipe:
+    """The recipe with as many projections and samples as fit, for families of the full covariance.
+
+    Args:
+        recipe: validated.
+        backbone: not yet converted.
+        n_atoms: of every training frame.
+        say: is told what was reduced.
+
+    Raises:
+        RecipeError: too little room for :data:`MIN_PROJECTIONS` projections or :data:`MIN_RANK` samples.
+    """
+    options = recipe.posterior
+    if options.family not in ("pathwise", "posthoc_laplace"):
+        return recipe
+    limit = int(options.max_bytes or ROW_BYTES)
+    # the Laplace covariance takes its rows to float64
+    number = SIZES["float64" if options.family == "posthoc_laplace" else recipe.model.dtype]
+    p = _scope(recipe.model.noise, recipe, backbone).weights
+    n_frames, every = len(n_atoms), sum(1 + 3 * n for n in n_atoms)
+    if not p or not n_frames:
+        return recipe
+    rows = every if options.projections == "all" else n_frames * (1 + options.projections)
+    out = recipe.model_copy(deep=True)
+    where = f"posterior.max_bytes {megabytes(limit)}"
+    if rows * p * number > limit:
+        found = limit // (n_frames * p * number) - 1
+        if found < MIN_PROJECTIONS:
+            least = row_bytes(p, n_frames, MIN_PROJECTIONS, number)
+            raise RecipeError(
+                f"the gradients of {n_frames} frames with respect to {p:,} noisy weights do not fit into "
+                f"{megabytes(limit)}",
+                field="posterior.max_bytes",
+                remedy=f"give at least {least} ({megabytes(least)}), or noise on fewer weights "
+                "(model.noise=readout)",
+            )
+        out.posterior.projections = found
+        say(
+            f"{where}: {found} random projections of each frame's forces instead of {options.projections}, "
+            f"whose gradients take {megabytes(rows * p * number)}"
+        )
+    samples = SIZES[recipe.model.dtype] * p
+    if options.family == "pathwise" and options.rank * samples > limit:
+        if limit // samples < MIN_RANK:
+            raise RecipeError(
+                f"{MIN_RANK} samples of {p:,} noisy weights do not fit into {megabytes(limit)}",
+                field="posterior.max_bytes",
+                remedy=f"give at least {MIN_RANK * samples} ({megabytes(MIN_RANK * samples)}), or noise on fewer "
+                "weights (model.noise=readout)",
+            )
+        out.posterior.rank = limit // samples
+        say(f"{where}: {out.posterior.rank} samples instead of {options.rank}")
+    return out if out.posterior != options else recipe
 
 
 def _scopes(recipe: Recipe, backbone: Backbone) -> list[Scope]:
@@ -104,6 +168,11 @@ def _storages(options: PosteriorConfig) -> Sequence[str]:
     return ("float32", "float16") if options.storage == "auto" else (options.storage,)
 
 
+def projections_of(options: PosteriorConfig) -> int:
+    """R of ``subspace``."""
+    return PROJECTIONS if options.projections == "all" else options.projections
+
+
 def row_bytes(weights: int, n_frames: int, projections: int, number: int) -> int:
     """Bytes of the gradient rows: the energy and R projections of the forces of every frame."""
     return n_frames * (1 + projections) * weights * number
@@ -115,8 +184,9 @@ def _fit(scope: Scope, options: PosteriorConfig, n_frames: int, number: int, lim
     if not p:
         return None
     per_projection = n_frames * p * number
-    projections = min(options.projections, limit // per_projection - 1)
-    if projections < min(options.projections, MIN_PROJECTIONS):
+    asked = projections_of(options)
+    projections = min(asked, limit // per_projection - 1)
+    if projections < min(asked, MIN_PROJECTIONS):
         return None
     wanted = min(options.rank, p)
     for storage in _storages(options):
@@ -133,7 +203,7 @@ def _least(scope: Scope, options: PosteriorConfig, n_frames: int, number: int) -
     """Smallest bound with which :func:`_fit` finds something."""
     p = scope.weights
     rank = min(options.rank, p, MIN_RANK)
-    projections = min(options.projections, MIN_PROJECTIONS)
+    projections = min(projections_of(options), MIN_PROJECTIONS)
     return max(rank * p * SIZES[_storages(options)[-1]], row_bytes(p, n_frames, projections, number))
 
 
@@ -157,10 +227,11 @@ def _tell(
     if options.storage == "auto" and found.storage == "float16":
         full = min(options.rank, p) * p * SIZES["float32"]
         say(f"{where}: directions stored in float16 instead of float32, which takes {megabytes(full)}")
-    if found.projections < options.projections:
-        before = row_bytes(p, n_frames, options.projections, number)
+    asked = projections_of(options)
+    if found.projections < asked:
+        before = row_bytes(p, n_frames, asked, number)
         say(
-            f"{where}: {found.projections} projections instead of {options.projections}, whose gradients "
+            f"{where}: {found.projections} projections instead of {asked}, whose gradients "
             f"({n_frames} frames) take {megabytes(before)}"
         )
     if found.rank < options.rank:

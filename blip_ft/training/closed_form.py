@@ -21,9 +21,10 @@ from blip_ft.data import FrameDataset
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, content_key
 from blip_ft.potential import BayesianPotential
+from blip_ft.training.budget import projections_of
 from blip_ft.training.rows import GradientRows
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import LaplacePosterior, SubspacePosterior
+from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
 from blip_ft.variational.posteriors.subspace import (
     Rows,
     SubspaceData,
@@ -37,9 +38,9 @@ from blip_ft.variational.posteriors.subspace import (
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 #: rounds of the last covariance of ``subspace`` over draws, one draw per training structure each
 FINAL_ROUNDS = 2
-#: projections per frame where the recipe leaves them open: of ``subspace``, and of fits that only steer the
-#: noise in training or move the mean
-PROJECTIONS = 8
+#: projections per frame, where the recipe wants every component, of fits that only steer the noise in training
+#: or move the mean
+STEERING = 8
 
 
 @dataclass
@@ -120,11 +121,11 @@ class ClosedFormFitter:
         """R of a fit, ``None`` for every force component; fits that are not the last make do with fewer."""
         wanted = self.recipe.posterior.projections
         if isinstance(self.potential.posterior, SubspacePosterior):
-            r = PROJECTIONS if wanted == "all" else wanted
+            r = projections_of(self.recipe.posterior)
             return r if last else max(1, r // 2)
         if wanted == "all":
-            return None if last else PROJECTIONS
-        return wanted if last else min(wanted, PROJECTIONS)
+            return None if last else STEERING
+        return wanted if last else min(wanted, STEERING)
 
     def settle(self, report: dict[str, Any], *, final: bool) -> dict[str, Any]:
         """Width of the draws; for ``subspace`` the covariance from real draws along its directions.
@@ -134,6 +135,7 @@ class ClosedFormFitter:
             final: average over more draws.
         """
         posterior = self.potential.posterior
+        assert isinstance(posterior, LaplacePosterior | PathwisePosterior | SubspacePosterior)
         s = report["prior_scale"]
         if final:
             # in training the mean keeps the wide prior it started with: an s from the first fit's few

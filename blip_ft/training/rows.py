@@ -92,10 +92,10 @@ class GradientRows:
                     self.groups[i] if known else "" for i, m in zip(index, mine.tolist(), strict=True) if m
                 ]
                 scored += [k > 0] * n
-        target, scored_rows = np.concatenate(targets), np.array(scored)
-        if not np.isfinite(target[scored_rows]).any():  # energies alone are labelled: they are scored then
-            scored_rows[:] = True
-        return Rows(gradients, target, np.array(groups), scored_rows, np.concatenate(errors))
+        labels, counted = np.concatenate(targets), np.array(scored)
+        if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
+            counted[:] = True
+        return Rows(gradients, labels, np.array(groups), counted, np.concatenate(errors))
 
     def hessian(self, projections: int | None, draw: int) -> np.ndarray:
         """H = sum over training rows of g g^T in the latent space, each structure at a draw of its own.

@@ -34,7 +34,7 @@ def recipe(max_bytes: Any = None, *, noise: Any = "all", dtype: str = "float32",
             "name": "run",
             "data": {"train": "x.extxyz"},
             "model": {"adapter": "fake", "checkpoint": "tiny", "noise": noise, "dtype": dtype},
-            "posterior": {"max_bytes": max_bytes, "rank": 64, **posterior},
+            "posterior": {"family": "subspace", "max_bytes": max_bytes, "rank": 64, **posterior},
         }
     )
 
@@ -168,7 +168,8 @@ def test_bytes_in_words() -> None:
 
 def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from ase.io import write
-    from blip_ft.training.subspace import SubspaceFitter
+
+    from blip_ft.training.rows import GradientRows
 
     monkeypatch.chdir(tmp_path)
     write("train.extxyz", frames(24))
@@ -178,6 +179,7 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         "data": {"train": "train.extxyz"},
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
         "posterior": {
+            "family": "subspace",
             "rank": 40,
             "projections": 6,
             "context": 0.2,
@@ -189,14 +191,14 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         "trainer": {"max_epochs": 1, "accelerator": "cpu"},
     }
     held: list[int] = []
-    rows = SubspaceFitter.rows
+    rows = GradientRows.rows
 
-    def spy(self: SubspaceFitter) -> Any:
-        out = rows(self)
+    def spy(self: GradientRows, *args: Any, **kwargs: Any) -> Any:
+        out = rows(self, *args, **kwargs)
         held.append(out.gradients.untyped_storage().nbytes())
         return out
 
-    monkeypatch.setattr(SubspaceFitter, "rows", spy)
+    monkeypatch.setattr(GradientRows, "rows", spy)
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))
     assert main(["fit", "recipe.yaml"]) == 0, capsys.readouterr().err
     said = " ".join(capsys.readouterr().err.split())
@@ -228,7 +230,7 @@ def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
         potential = BayesianPotential(
             FakeBackbone(),
             ModelConfig(adapter="fake", checkpoint="tiny"),
-            PosteriorConfig(rank=5, storage=storage),
+            PosteriorConfig(family="subspace", rank=5, storage=storage),
         )
         generator = torch.Generator().manual_seed(0)
         p = potential.posterior.directions.shape[1]

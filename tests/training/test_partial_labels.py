@@ -106,7 +106,12 @@ def test_context_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         tmp_path,
         frames(),
         data={"train": str(tmp_path / "train.extxyz"), "context": str(tmp_path / "mine.extxyz")},
+        posterior={"family": "subspace", "rank": 4, "projections": 4, "context": 0.5},
     )
+    fits = json.loads((tmp_path / "runs" / "run" / "receipt.json").read_text())["posterior"]
+    last = fits[-1]
+    made = math.ceil(0.5 * last["n_train_rows"] / 5)
+    assert last["n_rows"] == last["n_train_rows"] + 5 * (5 + made), "5 rows: energy and 4 projections"
     assert "context: 5 of 5 unlabelled structures" in capsys.readouterr().err
     gold = bare[0]
     gold.numbers[0] = 79
@@ -179,11 +184,9 @@ def test_weights_of_atoms_are_exponents_of_their_force_terms(batch: Any) -> None
 
 def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
     """H of a frame of weight 2 is H of two copies, and without weight there is none."""
-    from blip_ft.training.subspace import SubspaceFitter
-    from rich.console import Console
-
     from blip_ft.config import load_recipe
     from blip_ft.potential import BayesianPotential
+    from blip_ft.training.rows import GradientRows
 
     (tmp_path / "r.yaml").write_text(
         "data: {train: x}\nmodel: {adapter: fake, checkpoint: tiny, dtype: float64}"
@@ -198,7 +201,7 @@ def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
         backbone = FakeBackbone()
         potential = BayesianPotential(backbone, recipe.model, recipe.posterior)
         train = FrameDataset(load_source(str(tmp_path / "b.extxyz")), backbone)
-        rows = SubspaceFitter(recipe, potential, {"train": train}, Console(quiet=True)).rows()
+        rows = GradientRows(recipe.objective, potential, train).rows(4)
         known = np.isfinite(rows.targets)
         g = rows.gradients[torch.as_tensor(known)].double()
         return (g.T @ g).numpy()

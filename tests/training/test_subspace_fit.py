@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 from ase.io import write
-from blip_ft.training.subspace import Misfit, SubspaceFitter
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.training import subspace
+from blip_ft.training import closed_form
+from blip_ft.training.closed_form import ClosedFormFitter, Misfit
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set
+from blip_ft.variational.posteriors import SubspacePosterior
 
 from .test_bad_input import frames
 
@@ -35,15 +36,15 @@ def prepared(tmp_path: Path) -> tuple[Recipe, Prepared]:
             "name": "run",
             "data": {"train": str(tmp_path / "train.extxyz")},
             "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
-            "posterior": {"rank": 4, "projections": 4, "mean_steps": 3},
+            "posterior": {"family": "subspace", "rank": 4, "projections": 4, "mean_steps": 3},
             "trainer": {"max_epochs": 0, "accelerator": "cpu"},
         }
     )
     return recipe, prepare(recipe, QUIET)
 
 
-def fitter_of(recipe: Recipe, prepared: Prepared) -> SubspaceFitter:
-    return SubspaceFitter(recipe, prepared.potential, prepared.sets, QUIET)
+def fitter_of(recipe: Recipe, prepared: Prepared) -> ClosedFormFitter:
+    return ClosedFormFitter(recipe, prepared.potential, prepared.sets, QUIET)
 
 
 def test_gauss_newton_alone(prepared: tuple[Recipe, Prepared], tmp_path: Path) -> None:
@@ -82,13 +83,16 @@ def test_the_covariance_is_stationary_for_draws_of_its_amplitude(
     """Rounds of averaging approach S^-1 = I/s^2 + H, H at draws of S; wide draws get another S."""
     recipe, ready = prepared
     recipe.posterior.amplitude = amplitude
-    monkeypatch.setattr(subspace, "FINAL_DRAWS", 8)
+    monkeypatch.setattr(closed_form, "FINAL_ROUNDS", 8)
     fitter = fitter_of(recipe, ready)
     report = fitter.fit(final=True)
-    posterior = fitter.posterior
+    posterior = ready.potential.posterior
+    assert isinstance(posterior, SubspacePosterior)
     assert ready.potential.amplitude == report["amplitude"] == amplitude
     # over many draws, as one draw per structure is a noisy average
-    hessian = np.mean([fitter.mean_hessian(100 + i) for i in range(20)], axis=0)
+    hessian = np.mean(
+        [fitter.rows.hessian(fitter.projections(last=False), 100 + i) for i in range(20)], axis=0
+    )
     stationary = np.eye(posterior.rank) / report["prior_scale"] ** 2 + hessian
     values = scipy.linalg.eigvalsh(posterior.precision(), stationary)
     assert np.abs(np.log(values)).max() < 0.7
@@ -117,7 +121,7 @@ def test_a_step_of_the_mean_has_to_be_better_by_more_than_chance() -> None:
         return Misfit([[np.array([f, -f]), np.array([0.1, math.nan])] for f in forces])
 
     rest = misfit(1.0, 2.0, 3.0, 2.0)
-    length = SubspaceFitter._length
+    length = ClosedFormFitter._length
     assert length(rest, {0.5: misfit(0.9, 1.9, 2.9, 1.9), 1.0: misfit(1.1, 2.0, 3.0, 2.0)}) == 0.5
     assert (
         length(rest, {0.5: misfit(1.5, 1.4, 2.9, 1.9), 1.0: misfit(9, 9, 9, 9)}) == 0.0
@@ -129,4 +133,4 @@ def test_a_step_may_not_pay_with_energies() -> None:
     """Forces better by a tenth in every frame, energies ten times worse, though both are tiny."""
     rest = Misfit([[np.full(12, 1e-3), np.array([1e-5])] for _ in range(4)])
     step = Misfit([[np.full(12, 9e-4), np.array([1e-4])] for _ in range(4)])
-    assert SubspaceFitter._length(rest, {1.0: step}) == 0.0
+    assert ClosedFormFitter._length(rest, {1.0: step}) == 0.0

@@ -1,0 +1,201 @@
+"""The pathwise posterior where its law is known: linear models, and curvature that pairs have to cancel."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.errors import BlipError
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.one_pass import predict_one_pass
+from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.variational import Block, PretrainedPrior, Site
+from blip_ft.variational.posteriors.pathwise import PathwisePosterior
+from blip_ft.variational.posteriors.subspace import (
+    PRIOR_SCALES,
+    Rows,
+    SubspaceData,
+    left_out_nll,
+    widest_as_good,
+)
+
+DOUBLE = torch.float64
+P, RMS = 24, 1.7
+
+
+def make(rank: int, dtype: torch.dtype = DOUBLE, seed: int = 0) -> PathwisePosterior:
+    sites = {
+        "a": Site("a", (14,), (Block(0, (14, 1), output_axis=1),)),
+        "b": Site("b", (2, 5), (Block(0, (2, 5), output_axis=0),)),
+    }
+    weights = {n: torch.full(s.shape, RMS, dtype=dtype) for n, s in sites.items()}
+    prior = PretrainedPrior(sites, weights, 0.3)
+    return PathwisePosterior(list(sites.values()), prior, 0.01, rank=rank, seed=seed)
+
+
+def problem(m: int, seed: int = 0, context: int = 0) -> tuple[Rows, np.ndarray]:
+    """m labels that are linear in P weights; rows over their noise, and rows without a label."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(m + context, P)) * 10.0 ** rng.uniform(-1, 1, (m + context, 1))
+    y = x @ (0.4 * rng.normal(size=P)) + rng.normal(size=m + context)
+    y[m:] = np.nan
+    return Rows(torch.from_numpy(x), y, np.arange(m + context) % 3, np.ones(m + context, dtype=bool)), x[:m]
+
+
+def exact(x: np.ndarray, s: float, t: float) -> np.ndarray:
+    return RMS**2 * np.linalg.inv(np.eye(P) / s**2 + x.T @ x / t)
+
+
+def covariance(posterior: PathwisePosterior) -> np.ndarray:
+    """Of the weights, from what ``sample`` does to unit vectors."""
+    unit = torch.eye(posterior.rank, dtype=posterior.prior_std.dtype)
+    flat = torch.cat([w.flatten(1) for w in posterior.sample(unit).values()], dim=1).double()
+    return (flat.T @ flat).numpy()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    m=st.integers(1, 40),
+    s=st.floats(0.05, 2.0),
+    t=st.sampled_from([1.0, 7.0]),
+    seed=st.integers(0, 1000),
+    context=st.integers(0, 3),
+)
+def test_samples_of_the_exact_posterior_of_a_linear_model(
+    m: int, s: float, t: float, seed: int, context: int
+) -> None:
+    """r samples estimate every entry with the error of a Wishart matrix, fewer labels than weights or more."""
+    r = 2000
+    rows, x = problem(m, seed, context)
+    posterior = make(r)
+    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
+    want = exact(x, s, t)
+    error = np.sqrt((np.outer(want.diagonal(), want.diagonal()) + want**2) / r)
+    assert (np.abs(covariance(posterior) - want) < 5.5 * error).all()
+
+
+def test_outputs_that_the_labels_fix_survive_single_precision() -> None:
+    """A label known a thousand times better than the prior: its std is a small difference."""
+    rows, x = problem(8)
+    x *= 1e3 / np.linalg.norm(x, axis=1, keepdims=True)
+    rows.gradients = torch.from_numpy(x).float()
+    posterior = make(4000, torch.float32)
+    posterior.fit(SubspaceData(rows, prior_scale=1.0))
+    g = torch.from_numpy(x).float() / RMS
+    parts = {"a": g[:, :14].reshape(-1, 14), "b": g[:, 14:].reshape(-1, 2, 5)}
+    want = np.einsum("ip,pq,iq->i", x / RMS, exact(x, 1.0, 1.0), x / RMS)
+    np.testing.assert_allclose(posterior.linear_variance(parts).double().numpy(), want, rtol=0.1)
+
+
+def test_variance_and_std_are_those_of_the_samples() -> None:
+    posterior = make(7)
+    posterior.fit(SubspaceData(problem(8)[0], prior_scale=0.4, temperature=2.0))
+    g = torch.randn(5, P, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    parts = {"a": g[:, :14].reshape(-1, 14), "b": g[:, 14:].reshape(-1, 2, 5)}
+    want = covariance(posterior)
+    np.testing.assert_allclose(
+        posterior.linear_variance(parts).numpy(),
+        np.einsum("ip,pq,iq->i", g.numpy(), want, g.numpy()),
+        rtol=1e-10,
+    )
+    std = torch.cat([v.flatten() for v in posterior.std().values()]).numpy()
+    np.testing.assert_allclose(std, np.sqrt(want.diagonal()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_kl_against_torch(m: int) -> None:
+    """Of the exact covariance, however few samples there are."""
+    rows, x = problem(m)
+    posterior = make(2)
+    posterior.fit(SubspaceData(rows, prior_scale=0.4))
+    q = MultivariateNormal(torch.zeros(P, dtype=DOUBLE), torch.from_numpy(exact(x, 0.4, 1.0)))
+    p = MultivariateNormal(torch.zeros(P, dtype=DOUBLE), (0.4 * RMS) ** 2 * torch.eye(P, dtype=DOUBLE))
+    torch.testing.assert_close(posterior.kl(), kl_divergence(q, p), rtol=1e-8, atol=1e-8)
+
+
+def test_scale_by_the_left_out_rule_and_a_seed_of_its_own() -> None:
+    rows, x = problem(30, context=4)
+    posterior = make(3)
+    report = posterior.fit(SubspaceData(rows))
+    known = rows.is_train
+    table = left_out_nll(
+        x @ x.T, rows.targets[known], rows.groups[known], rows.scored[known], scales=PRIOR_SCALES
+    )
+    assert report["prior_scale"] == widest_as_good(table)
+    mu = report["prior_scale"] ** 2 * np.linalg.eigvalsh(x @ x.T)[-P:]
+    assert report["effective_parameters"] == pytest.approx(float((mu / (1 + mu)).sum()))
+    again, other = make(3), make(3, seed=1)
+    again.fit(SubspaceData(rows))
+    other.fit(SubspaceData(rows))
+    assert torch.equal(again.directions, posterior.directions)
+    assert not torch.allclose(other.directions, posterior.directions)
+
+
+def fitted_potential(width: float = 0.4, amplitude: float = 0.03) -> BayesianPotential:
+    """Noise on all weights of the fake backbone, known by what twelve labels say."""
+    potential = BayesianPotential(
+        FakeBackbone(),
+        ModelConfig(adapter="fake", checkpoint="tiny"),
+        PosteriorConfig(family="pathwise", rank=24),
+        n_draws=8,
+    )
+    rows = torch.randn(12, 472, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    nothing = np.zeros(12)
+    potential.posterior.fit(
+        SubspaceData(Rows(rows, nothing, np.arange(12) % 3, nothing == 0), prior_scale=width)
+    )
+    potential.amplitude = amplitude
+    return potential
+
+
+def test_draws_come_in_pairs() -> None:
+    potential = fitted_potential()
+    latents = potential.draw_latents(6)
+    assert torch.equal(latents[::2], -latents[1::2])
+    assert not torch.allclose(latents[0], latents[2])
+    assert torch.equal(potential.draw_latents(4), latents[:4]), "more draws add pairs to the same ones"
+    with pytest.raises(BlipError, match="pairs") as caught:
+        potential.draw_latents(7)
+    assert caught.value.field == "n_draws"
+
+
+def test_pairs_cancel_curvature() -> None:
+    """Spreads equal those of the linearised model over the same latents, where one-sided draws do not."""
+    potential = fitted_potential()
+    crystal = bulk("SiO", "rocksalt", 4.6) * (2, 1, 1)
+    crystal.rattle(0.1, seed=1)
+    batch = potential.backbone.batch([crystal])
+    n = 2 * potential.posterior.latent_numel
+    # every unit vector, and its negative, times sqrt(r): the exact covariance
+    unit = math.sqrt(n / 2) * torch.eye(n // 2, dtype=DOUBLE)
+    potential._draws = torch.stack([unit, -unit], dim=1).flatten(0, 1)
+    potential._draws_of = (n, potential.seed, potential.backbone.dtype)
+    drawn = predict_batch(potential, batch, n_draws=n)
+    exact_ = predict_one_pass(potential, batch, method="linear")
+    assert drawn.forces_std is not None
+    assert exact_.forces_std is not None
+    torch.testing.assert_close(drawn.energy_std, exact_.energy_std, rtol=0.02, atol=0)
+    torch.testing.assert_close(drawn.forces_std, exact_.forces_std, rtol=0.05, atol=1e-6)
+    mean = predict_batch(potential, batch, n_draws=0).mean
+    assert (drawn.mean.forces - mean.forces).abs().max() < 0.05 * exact_.forces_std.max()
+
+
+def test_narrower_pairs_agree_better() -> None:
+    """What is left is of third order: nine times smaller at a third of the width."""
+    crystal = bulk("SiO", "rocksalt", 4.6)
+    crystal.rattle(0.1, seed=1)
+    spreads = []
+    for amplitude in (1e-3, 0.03, 0.09):
+        potential = fitted_potential(amplitude=amplitude)
+        spreads.append(predict_batch(potential, potential.backbone.batch([crystal])).forces_cov)
+    near, far = ((s - spreads[0]).abs().max() for s in spreads[1:])
+    assert near < 0.2 * far
