@@ -26,7 +26,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,6 +58,8 @@ class Batch:
         labels: optional ``energy`` (B,), ``forces`` (n, 3), ``stress`` (B, 6) with NaN where a
             label is missing, ``weight`` (B,) and ``atom_weight`` (n,); float64, units as in the module's
             table. Added by the data module.
+        copies: ``m`` -> a batch of all structures m times over, without keys and labels, for several draws
+            in one call; ``None`` where nobody has said how.
     """
 
     graph: Any
@@ -66,6 +68,7 @@ class Batch:
     rows: dict[str, Tensor]
     keys: list[int] = field(default_factory=list)
     labels: dict[str, Tensor] = field(default_factory=dict)
+    copies: Callable[[int], Batch] | None = None
 
     @property
     def n_structures(self) -> int:
@@ -79,6 +82,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        copies = self.copies
         return Batch(
             graph=_to(self.graph, device),
             n_atoms=self.n_atoms.to(device),
@@ -86,6 +90,7 @@ class Batch:
             rows={k: v.to(device) for k, v in self.rows.items()},
             keys=self.keys,
             labels={k: v.to(device) for k, v in self.labels.items()},
+            copies=None if copies is None else lambda m: copies(m).to(device),
         )
 
 
@@ -271,7 +276,13 @@ class Backbone(nn.Module, ABC):
 
     def batch(self, atoms: Sequence[Atoms]) -> Batch:
         """Graphs and batch of several structures in one call."""
-        return self.collate(atoms, [self.graph(a) for a in atoms])
+        return self.batch_of(atoms, [self.graph(a) for a in atoms])
+
+    def batch_of(self, atoms: Sequence[Atoms], graphs: Sequence[Any]) -> Batch:
+        """:meth:`collate`, and how to do it again for several copies."""
+        batch = self.collate(atoms, graphs)
+        batch.copies = lambda m: self.collate([*atoms] * m, [*graphs] * m)
+        return batch
 
     @property
     def dtype(self) -> torch.dtype:

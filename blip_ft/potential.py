@@ -121,13 +121,15 @@ class BayesianPotential(nn.Module):
         draw: int | None = None,
         step: int = 0,
         sample: int = 0,
+        latent: Tensor | None = None,
     ) -> Iterator[None]:
         """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes.
 
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        if mode in ("structure", "local", "flipout") and len(batch.keys) != batch.n_structures:
+        keyed = latent is None and mode in ("structure", "local", "flipout")
+        if keyed and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
         recorder: Recorder | None = None
@@ -143,12 +145,15 @@ class BayesianPotential(nn.Module):
                 state.variances = self.posterior.row_variances()
                 state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys, sample)
             else:
-                if mode == "structure":
+                if latent is not None:
+                    keys = []
+                elif mode == "structure":
                     keys = [("structure", self.seed, epoch, key, *numbered(sample)) for key in batch.keys]
                 else:
                     keys = [("flipout", self.seed, step, *numbered(sample))]
                     state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
-                latent = self.posterior.latent(keys, dtype)
+                if latent is None:
+                    latent = self.posterior.latent(keys, dtype)
                 state.weights = self.posterior.sample(self.amplitude * latent.to(device, dtype))
             if mode != "draw":
                 n = batch.n_structures
@@ -213,6 +218,7 @@ class BayesianPotential(nn.Module):
         draw: int | None = None,
         step: int = 0,
         sample: int = 0,
+        latent: Tensor | None = None,
         forces: bool = True,
         stress: bool = False,
         create_graph: bool = False,
@@ -226,6 +232,8 @@ class BayesianPotential(nn.Module):
             draw: number of the draw, 0 to ``n_draws - 1``.
             step: part of the key of the sample that all structures share in ``flipout`` mode.
             sample: numbers independent samples under one such key.
+            latent: (B, latent_numel) numbers of each structure's sample, in place of keyed ones; for mode
+                ``structure``.
             forces: compute forces.
             stress: compute stress.
             create_graph: keep the graph, to train on forces.
@@ -234,7 +242,7 @@ class BayesianPotential(nn.Module):
             Energies, also those of the atoms, in float64 on the user's reference; other
             quantities as the backbone gives them (``blip_ft.backbone``).
         """
-        with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample):
+        with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample, latent=latent):
             out: Prediction = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
         return self.on_reference(out, batch)
 

@@ -2,8 +2,9 @@
 
 Every draw is an ordinary potential; energy, forces and stress of one draw belong together. The
 mean over draws is reported, so mean forces are the gradient of the mean energy. Draws are
-centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1; or they come in pairs,
-and spreads are those of half their differences (``Posterior.paired``). They are drawn at
+centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1. Families whose draws come
+in pairs (``Posterior.paired``) report the mean weights, the exact std of the energy from the gradient of the
+same call, and for all else the spread of half the differences of pairs. Draws are taken at
 ``BayesianPotential.amplitude`` of the posterior's width, where the model is still close to linear
 in its weights, and their stds are divided by it.
 """
@@ -22,6 +23,7 @@ from blip_ft.backbone import Batch, Prediction
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.uncertainty.draws import evaluate_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
@@ -69,39 +71,42 @@ def _moments(
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
             return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
-    previous, potential.n_draws = potential.n_draws, n
-    try:
-        with torch.no_grad():
-            draws = [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n)]
-    finally:
-        potential.n_draws = previous
+    draws = evaluate_draws(potential, batch, n, stress=stress)
+    paired = potential.posterior.paired
 
     def deviations(values: Tensor) -> Tensor:
         """(K, ...) at full width: from the mean, or half the difference of a pair, free of second order."""
-        off = (values[::2] - values[1::2]) / 2 if potential.posterior.paired else values - values.mean(dim=0)
+        off = (values[::2] - values[1::2]) / 2 if paired else values - values.mean(dim=0)
         return off / potential.amplitude
 
     def std(values: Tensor) -> Tensor:
         return deviations(values).square().mean(dim=0).sqrt()
 
-    energy = torch.stack([d.energy for d in draws])
     forces = torch.stack([d.forces for d in draws if d.forces is not None])
+    if paired:
+        # the mean weights themselves, and the exact std of the energy from the same call
+        out = predict_one_pass(potential, batch, method="energy", stress=stress)
+    else:
+        energy = torch.stack([d.energy for d in draws])
+        out = BatchMoments(
+            mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)), energy_std=std(energy)
+        )
     off = deviations(forces)
-    out = BatchMoments(
-        mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)),
-        energy_std=std(energy),
-        forces_cov=torch.einsum("kni,knj->nij", off, off) / len(off),
-    )
+    out.forces_cov = torch.einsum("kni,knj->nij", off, off) / len(off)
     stresses = [d.stress for d in draws if d.stress is not None]
     if stresses:
         stacked = torch.stack(stresses)
-        out.mean.stress, out.stress_std = stacked.mean(dim=0), std(stacked)
+        out.stress_std = std(stacked)
+        if not paired:
+            out.mean.stress = stacked.mean(dim=0)
     nodes = [d.node_energy for d in draws if d.node_energy is not None]
     if nodes:
         stacked = torch.stack(nodes)
-        out.mean.node_energy, out.node_energy_std = stacked.mean(dim=0), std(stacked)
+        out.node_energy_std = std(stacked)
+        if not paired:
+            out.mean.node_energy = stacked.mean(dim=0)
     features = [d.node_features for d in draws if d.node_features is not None]
-    if features:
+    if features and not paired:
         out.mean.node_features = torch.stack(features).mean(dim=0)
     return out
 
