@@ -97,6 +97,12 @@ def potential_of(backbone: Backbone, name: str, family: str, noise: str) -> Baye
         rows = torch.randn(posterior.directions.shape, generator=generator)
         posterior.directions.copy_(rows / rows.norm(dim=1, keepdim=True))
         posterior.set_covariance(np.eye(RANK), 0.01, 1.0)
+    if family == "pathwise":
+        generator = torch.Generator().manual_seed(0)
+        potential.posterior.directions.copy_(
+            0.01 * torch.randn(potential.posterior.directions.shape, generator=generator) / RANK**0.5
+        )
+        potential.amplitude = 0.03
     return potential
 
 
@@ -166,6 +172,7 @@ def measure(
     batch = labelled(backbone, size, device)
     subspace = potential_of(backbone, name, "subspace", "scalar").to(device)
     channel = potential_of(backbone, name, "channel", "scalar").to(device)
+    default = potential_of(backbone, name, "pathwise", "scalar").to(device)
 
     def predict(potential: BayesianPotential, method: Method, n: int | None = None) -> Callable[[], object]:
         return lambda: predict_batch(potential, batch, stress=False, method=method, n_draws=n)
@@ -177,6 +184,8 @@ def measure(
         "energy_std in one pass": predict(subspace, "energy"),
         "energy_std in one pass, channel": predict(channel, "energy"),
         "8 draws": predict(subspace, "draws"),
+        "8 draws and energy_std, default": predict(default, "draws"),
+        "energy_std in one pass, default": predict(default, "energy"),
         "16 directions": predict(subspace, "linear", 16),
     }
     found = ratios(calls, "untouched", rounds, device)
@@ -185,6 +194,7 @@ def measure(
         "step, no noise": step(subspace, batch, "off"),
         "step, local": step(channel, batch, "local"),
         "step, structure": step(subspace, batch, "structure"),
+        "step, structure, default": step(default, batch, "structure"),
         "step, structure, channel": step(channel, batch, "structure"),
     }
     found |= ratios(steps, "step, no noise", rounds, device)
