@@ -25,7 +25,7 @@ from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import judge
 from blip_ft.training.fit import prepare
 from blip_ft.training.loop import device_of
-from blip_ft.variational.posteriors.subspace import SubspaceData
+from blip_ft.variational.posteriors.linear import ClosedFormData
 
 HERE = Path(__file__).parent
 #: in units of the chosen value
@@ -50,7 +50,7 @@ def measure(run: Path, accelerator: str, console: Console) -> list[dict[str, Any
     values |= {(s, t * f): ("temperature", f) for f in FACTORS if f != 1}
     out = []
     for (scale, temperature), (what, factor) in values.items():
-        report = potential.posterior.fit(SubspaceData(rows, scale, temperature))
+        report = potential.posterior.fit(ClosedFormData(rows, scale, temperature))
         report = fitter.settle(report, final=True)
         judgement = judge(
             recipe, potential, prepared.sets, draws=recipe.uncertainty.n_draws, console=console, what=what

@@ -21,7 +21,8 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
 from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior
-from blip_ft.variational.posteriors.subspace import Rows, SubspaceData, SubspacePosterior
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
+from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
 DOUBLE = torch.float64
 #: std of a subspace's latent numbers: 472 weights in 6 directions move as much as with the others
@@ -75,7 +76,7 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
         rows = torch.randn(20, 472, generator=generator, dtype=DOUBLE)
         nothing = np.zeros(20)
         data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
-        potential.posterior.fit(SubspaceData(data, prior_scale=0.1))
+        potential.posterior.fit(ClosedFormData(data, prior_scale=0.1))
     if options.empirical_bayes:
         potential.prior.update(potential.converted.deltas, potential.posterior.std())
     return potential

@@ -25,14 +25,8 @@ from blip_ft.training.budget import projections_of
 from blip_ft.training.rows import GradientRows
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
-from blip_ft.variational.posteriors.subspace import (
-    Rows,
-    SubspaceData,
-    as_good,
-    gauss_newton_step,
-    geometric_mean,
-    labelled,
-)
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows, as_good, gauss_newton_step, labelled
+from blip_ft.variational.posteriors.subspace import geometric_mean
 
 #: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -104,7 +98,7 @@ class ClosedFormFitter:
                 # its directions reach further down, where combinations of rows cancel
                 rows.gradients = rows.gradients.double()
             report = posterior.fit(
-                SubspaceData(
+                ClosedFormData(
                     rows=rows,
                     prior_scale=None if scale == "auto" else float(scale),
                     temperature=recipe.objective.kl_temperature,

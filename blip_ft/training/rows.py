@@ -20,7 +20,8 @@ from blip_ft.data.dataset import Item, collate
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
-from blip_ft.variational.posteriors.subspace import Rows, SubspacePosterior
+from blip_ft.variational.posteriors.linear import Rows
+from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
 #: structures per backward call
 BATCH = 6

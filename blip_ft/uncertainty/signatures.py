@@ -107,7 +107,7 @@ def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
                 f"frames; calibration put the error bar into constant noise (scale {item.scale:.2g})",
                 "expect little more than a constant error bar, far from the data too: give more "
                 "calibration frames, more draws (uncertainty.n_draws), or a correlated posterior "
-                "(posterior.family: subspace)",
+                "(posterior.family: pathwise)",
             )
         ]
     return []
@@ -134,7 +134,7 @@ def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Signatu
                     f"forces of '{name}': error bars are too narrow ({', '.join(f for f in facts if f)})",
                     "do not trust the error bars on structures like these. Widen the posterior where "
                     "the training data say nothing: a larger posterior.prior_scale, a correlated "
-                    "posterior (posterior.family: subspace), noise on more modules (model.noise: all); "
+                    "posterior (posterior.family: pathwise), noise on more modules (model.noise: all); "
                     "best of all, label a few such frames and train on them",
                 )
             )

@@ -12,7 +12,7 @@ from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import draws
 from blip_ft.uncertainty.draws import evaluate_draws
-from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 
 def make(family: str) -> BayesianPotential:
@@ -25,7 +25,7 @@ def make(family: str) -> BayesianPotential:
     if family == "pathwise":
         rows = torch.randn(20, 472, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         nothing = np.zeros(20)
-        potential.posterior.fit(SubspaceData(Rows(rows, nothing, np.arange(20) % 3, nothing == 0), 0.3))
+        potential.posterior.fit(ClosedFormData(Rows(rows, nothing, np.arange(20) % 3, nothing == 0), 0.3))
     potential.references = {8: -3.0, 14: 7.0}
     return potential
 

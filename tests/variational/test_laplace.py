@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from blip_ft.variational import Block, PretrainedPrior, Site
 from blip_ft.variational.posteriors.laplace import LaplacePosterior
-from blip_ft.variational.posteriors.subspace import Rows, SubspaceData
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7
@@ -39,7 +39,7 @@ def problem(m: int, seed: int = 0, context: int = 0, dtype: torch.dtype = DOUBLE
 
 def fitted(rows: Rows, s: float, t: float, dtype: torch.dtype = DOUBLE) -> LaplacePosterior:
     posterior = make(dtype)
-    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
+    posterior.fit(ClosedFormData(rows, prior_scale=s, temperature=t))
     return posterior
 
 
@@ -128,7 +128,7 @@ def test_kl_against_torch(m: int) -> None:
 
 def test_scale_by_the_left_out_rule() -> None:
     """The rule of the subspace posterior, with the same rows."""
-    from blip_ft.variational.posteriors.subspace import (
+    from blip_ft.variational.posteriors.linear import (
         PRIOR_SCALES,
         gram_matrix,
         left_out_nll,
@@ -137,7 +137,7 @@ def test_scale_by_the_left_out_rule() -> None:
 
     rows, _ = problem(30, context=4)
     posterior = make()
-    report = posterior.fit(SubspaceData(rows))
+    report = posterior.fit(ClosedFormData(rows))
     train = rows.is_train
     table = left_out_nll(
         gram_matrix(rows.gradients)[np.ix_(train, train)],

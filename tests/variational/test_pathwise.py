@@ -19,14 +19,14 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.one_pass import predict_one_pass
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.pathwise import PathwisePosterior
-from blip_ft.variational.posteriors.subspace import (
+from blip_ft.variational.posteriors.linear import (
     PRIOR_SCALES,
+    ClosedFormData,
     Rows,
-    SubspaceData,
     left_out_nll,
     widest_as_good,
 )
+from blip_ft.variational.posteriors.pathwise import PathwisePosterior
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7
@@ -77,7 +77,7 @@ def test_samples_of_the_exact_posterior_of_a_linear_model(
     r = 2000
     rows, x = problem(m, seed, context)
     posterior = make(r)
-    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
+    posterior.fit(ClosedFormData(rows, prior_scale=s, temperature=t))
     want = exact(x, s, t)
     error = np.sqrt((np.outer(want.diagonal(), want.diagonal()) + want**2) / r)
     assert (np.abs(covariance(posterior) - want) < 5.5 * error).all()
@@ -89,7 +89,7 @@ def test_outputs_that_the_labels_fix_survive_single_precision() -> None:
     x *= 1e3 / np.linalg.norm(x, axis=1, keepdims=True)
     rows.gradients = torch.from_numpy(x).float()
     posterior = make(4000, torch.float32)
-    posterior.fit(SubspaceData(rows, prior_scale=1.0))
+    posterior.fit(ClosedFormData(rows, prior_scale=1.0))
     g = torch.from_numpy(x).float() / RMS
     parts = {"a": g[:, :14].reshape(-1, 14), "b": g[:, 14:].reshape(-1, 2, 5)}
     want = np.einsum("ip,pq,iq->i", x / RMS, exact(x, 1.0, 1.0), x / RMS)
@@ -98,7 +98,7 @@ def test_outputs_that_the_labels_fix_survive_single_precision() -> None:
 
 def test_variance_and_std_are_those_of_the_samples() -> None:
     posterior = make(7)
-    posterior.fit(SubspaceData(problem(8)[0], prior_scale=0.4, temperature=2.0))
+    posterior.fit(ClosedFormData(problem(8)[0], prior_scale=0.4, temperature=2.0))
     g = torch.randn(5, P, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     parts = {"a": g[:, :14].reshape(-1, 14), "b": g[:, 14:].reshape(-1, 2, 5)}
     want = covariance(posterior)
@@ -116,7 +116,7 @@ def test_kl_against_torch(m: int) -> None:
     """Of the exact covariance, however few samples there are."""
     rows, x = problem(m)
     posterior = make(2)
-    posterior.fit(SubspaceData(rows, prior_scale=0.4))
+    posterior.fit(ClosedFormData(rows, prior_scale=0.4))
     q = MultivariateNormal(torch.zeros(P, dtype=DOUBLE), torch.from_numpy(exact(x, 0.4, 1.0)))
     p = MultivariateNormal(torch.zeros(P, dtype=DOUBLE), (0.4 * RMS) ** 2 * torch.eye(P, dtype=DOUBLE))
     torch.testing.assert_close(posterior.kl(), kl_divergence(q, p), rtol=1e-8, atol=1e-8)
@@ -125,7 +125,7 @@ def test_kl_against_torch(m: int) -> None:
 def test_scale_by_the_left_out_rule_and_a_seed_of_its_own() -> None:
     rows, x = problem(30, context=4)
     posterior = make(3)
-    report = posterior.fit(SubspaceData(rows))
+    report = posterior.fit(ClosedFormData(rows))
     known = rows.is_train
     table = left_out_nll(
         x @ x.T, rows.targets[known], rows.groups[known], rows.scored[known], scales=PRIOR_SCALES
@@ -134,8 +134,8 @@ def test_scale_by_the_left_out_rule_and_a_seed_of_its_own() -> None:
     mu = report["prior_scale"] ** 2 * np.linalg.eigvalsh(x @ x.T)[-P:]
     assert report["effective_parameters"] == pytest.approx(float((mu / (1 + mu)).sum()))
     again, other = make(3), make(3, seed=1)
-    again.fit(SubspaceData(rows))
-    other.fit(SubspaceData(rows))
+    again.fit(ClosedFormData(rows))
+    other.fit(ClosedFormData(rows))
     assert torch.equal(again.directions, posterior.directions)
     assert not torch.allclose(other.directions, posterior.directions)
 
@@ -151,7 +151,7 @@ def fitted_potential(width: float = 0.4, amplitude: float = 0.03) -> BayesianPot
     rows = torch.randn(12, 472, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     nothing = np.zeros(12)
     potential.posterior.fit(
-        SubspaceData(Rows(rows, nothing, np.arange(12) % 3, nothing == 0), prior_scale=width)
+        ClosedFormData(Rows(rows, nothing, np.arange(12) % 3, nothing == 0), prior_scale=width)
     )
     potential.amplitude = amplitude
     return potential

@@ -11,16 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.subspace import (
+from blip_ft.variational.posteriors.linear import (
+    ClosedFormData,
     Rows,
-    SubspaceData,
-    SubspacePosterior,
     gauss_newton_step,
-    geometric_mean,
     gram_matrix,
     left_out_nll,
     widest_as_good,
 )
+from blip_ft.variational.posteriors.subspace import SubspacePosterior, geometric_mean
 
 P, RMS = 24, 1.7  # weights and their common pretrained size
 
@@ -43,7 +42,7 @@ def problem(m: int, seed: int = 0, groups: int = 3, *, p: int = P) -> tuple[Rows
 
 
 def fitted(posterior: SubspacePosterior, rows: Rows, s: float, t: float) -> SubspacePosterior:
-    posterior.fit(SubspaceData(rows, prior_scale=s, temperature=t))
+    posterior.fit(ClosedFormData(rows, prior_scale=s, temperature=t))
     return posterior
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.subspace import SubspaceData, choose_scales, gram_matrix, labelled
+from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales, gram_matrix, labelled
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -65,13 +65,13 @@ class LaplacePosterior(Posterior):
         """Set V, s and T from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`~blip_ft.variational.posteriors.subspace.SubspaceData`; rows without a label are not used.
+            context: a :class:`~blip_ft.variational.posteriors.linear.ClosedFormData`; rows without a label are not used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores (the same rule as for ``subspace``), for the receipt.
         """
-        assert isinstance(context, SubspaceData)
+        assert isinstance(context, ClosedFormData)
         rows = context.rows
         train = rows.is_train
         gradients = labelled(rows.gradients, train)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.subspace import BLOCK, SubspaceData, choose_scales, gram_matrix, labelled
+from blip_ft.variational.posteriors.linear import BLOCK, ClosedFormData, choose_scales, gram_matrix, labelled
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -80,14 +80,14 @@ class PathwisePosterior(Posterior):
         """Set s and the samples from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`~blip_ft.variational.posteriors.subspace.SubspaceData`; rows without a label are not
+            context: a :class:`~blip_ft.variational.posteriors.linear.ClosedFormData`; rows without a label are not
                 used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        assert isinstance(context, SubspaceData)
+        assert isinstance(context, ClosedFormData)
         train = context.rows.is_train
         gradients = labelled(context.rows.gradients, train)
         gram = gram_matrix(gradients)

@@ -12,62 +12,33 @@ Closed form (Gauss-Newton; linearised, or averaged over draws of z):
     S = (I / s^2 + H / T)^-1,    H = (G_train V^T)^T (G_train V^T)                          (1)
 
 which is where the ELBO  E_q[log p(y | z)] - T KL(N(0, S) || N(0, s^2 I))  is stationary in S, with
-H averaged over q. The prior's scale s has a closed form too: leave one group of training frames
-out at a time in the linearised model and take the s with the best log likelihood of what was left
-out (:func:`left_out_nll`). Derivations: docs/theory.md.
+H averaged over q. Derivations: docs/theory.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cholesky, solve_triangular
 from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
+from blip_ft.variational.posteriors.linear import (
+    ClosedFormData,
+    choose_scales,
+    combine,
+    gram_matrix,
+    labelled,
+)
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
-#: s that are tried when the recipe says ``auto``
-PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
-#: columns of G that are multiplied at a time, in float64: the small eigenvalues of the Gram matrix are
-#: lost in float32
-BLOCK = 16384
 #: std of an output, in units of its label's noise, below which it asks for no direction
 LEAST_STD = 0.03
-
-
-@dataclass
-class Rows:
-    """Gradients of model outputs at the present mean, in units of their label's noise.
-
-    Attributes:
-        gradients: (m, P) d(output)/d(weight) * D / noise, all noisy sites side by side.
-        targets: (m,) label minus output of the model linearised at its mean, at the pretrained
-            weights, over the noise; NaN for context rows, which have no label.
-        groups: (m,) group of the frame (trajectory, phase, ...), for the left-out rule.
-        scored: (m,) rows whose likelihood counts in the left-out rule (forces).
-        errors: (m,) label minus output at the mean, over the noise; NaN for context rows. Only
-            :func:`gauss_newton_step` needs it.
-    """
-
-    gradients: Tensor
-    targets: np.ndarray
-    groups: np.ndarray
-    scored: np.ndarray
-    errors: np.ndarray | None = None
-
-    @property
-    def is_train(self) -> np.ndarray:
-        """(m,) rows that have a label."""
-        finite: np.ndarray = np.isfinite(self.targets)
-        return finite
 
 
 class SubspacePosterior(Posterior):
@@ -117,13 +88,13 @@ class SubspacePosterior(Posterior):
         """Set V, s and S from gradient rows.
 
         Args:
-            context: a :class:`SubspaceData`.
+            context: a :class:`ClosedFormData`.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        assert isinstance(context, SubspaceData)
+        assert isinstance(context, ClosedFormData)
         rows = context.rows
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
@@ -260,79 +231,6 @@ def _directions_as_stored(
     state[f"{prefix}directions"] = state[f"{prefix}directions"].to(module.storage)
 
 
-@dataclass
-class SubspaceData:
-    """What the fits of ``subspace`` and ``posthoc_laplace`` need from the model and the data.
-
-    Attributes:
-        rows: gradient rows at the present mean.
-        prior_scale: s; ``None`` to choose it by left-out groups.
-        temperature: T; 1 is the noise of the labels as the objective states it.
-    """
-
-    rows: Rows
-    prior_scale: float | None = None
-    temperature: float = 1.0
-
-
-def choose_scales(data: SubspaceData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
-    """Temperature T as given, prior scale s too or else by left-out groups (:func:`widest_as_good`).
-
-    T is not chosen along with s: a large T explains what a linear model leaves unexplained as label
-    noise, and a small s beside it is then as good as a wide one at T = 1, so that the smallest change of
-    the rows moves the minimum from one to the other.
-
-    Args:
-        data: rows, and what is given.
-        gram: (m, m) Gram matrix of the training rows.
-        report: gets ``left_out_nll``, pairs of s and score.
-    """
-    if data.prior_scale is not None:
-        return data.prior_scale, data.temperature
-    rows, train = data.rows, data.rows.is_train
-    table = left_out_nll(
-        gram,
-        rows.targets[train],
-        rows.groups[train],
-        rows.scored[train],
-        scales=PRIOR_SCALES,
-        temperature=data.temperature,
-    )
-    report["left_out_nll"] = [[s, float(scores.mean())] for s, scores in table.items()]
-    return widest_as_good(table), data.temperature
-
-
-def widest_as_good(scores: dict[float, np.ndarray]) -> float:
-    """The largest s whose score is within one standard error of the best one's.
-
-    Where the groups that are left out lie close to the others, s hardly matters to them, and the minimum of a
-    flat curve says nothing about frames farther away; of values that the groups cannot tell apart the widest
-    is the one that errs on the side of caution. The standard error is that of the groups' paired differences
-    (the rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
-
-    Args:
-        scores: {s: (G,) score of every group, less is better}.
-    """
-    best = min(scores, key=lambda s: scores[s].mean())
-    widest = best
-    for s, values in scores.items():
-        if s > widest and as_good(values, scores[best]):
-            widest = s
-    return widest
-
-
-def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
-    """Whether scores are within a standard error of the best ones, that of their paired differences.
-
-    Args:
-        scores: (F,) score of every frame or group, less is better.
-        best: (F,) those of the best option.
-    """
-    loss = scores - best
-    error = loss.std(ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
-    return bool(loss.mean() <= error)
-
-
 def geometric_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """A # B = A^1/2 (A^-1/2 B A^-1/2)^1/2 A^1/2 of positive definite matrices (Bhatia 2007, section 4.1).
 
@@ -343,101 +241,4 @@ def geometric_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(0.5 * (inner + inner.T))
     half = lower @ vectors * values.clip(min=0) ** 0.25
     out: np.ndarray = half @ half.T
-    return out
-
-
-def labelled(gradients: Tensor, train: np.ndarray) -> Tensor:
-    """The rows that have a label; without a copy where they come first, as large as all are."""
-    n = int(train.sum())
-    return gradients[:n] if train[:n].all() else gradients[torch.from_numpy(train).to(gradients.device)]
-
-
-def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
-    """Step of the weights, in units of rms(w0), towards the labels; (P,).
-
-    argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
-    linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
-    natural-gradient step of the ELBO's mean with a trust region in place of the pull to w0
-    (Levenberg-Marquardt). One solve in the space of outputs, whatever the number of weights.
-
-    Args:
-        gradients: (m, P) rows G of training outputs.
-        errors: (m,) e, label minus output, over the noise.
-        scale: s.
-    """
-    inner = gram_matrix(gradients) + np.eye(len(errors)) / scale**2
-    return combine(np.linalg.solve(inner, errors)[None], gradients)[0]
-
-
-def gram_matrix(rows: Tensor) -> np.ndarray:
-    """(m, P) -> (m, m) G G^T in float64, by blocks of columns."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], BLOCK):
-        block = rows[:, start : start + BLOCK].double()
-        total += block @ block.T
-    out: np.ndarray = total.cpu().numpy()
-    return out
-
-
-def combine(mix: np.ndarray, rows: Tensor) -> Tensor:
-    """(k, m) combinations of (m, P) rows, in their precision but summed in float64, where they cancel."""
-    coefficients = torch.from_numpy(np.ascontiguousarray(mix)).to(rows.device)
-    out = rows.new_empty(len(mix), rows.shape[1])
-    for start in range(0, rows.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        out[:, block] = (coefficients @ rows[:, block].double()).to(out)
-    return out
-
-
-def left_out_nll(
-    gram: np.ndarray,
-    targets: np.ndarray,
-    groups: np.ndarray,
-    scored: np.ndarray,
-    *,
-    scales: Sequence[float],
-    temperature: float = 1.0,
-) -> dict[float, np.ndarray]:
-    """Score s by groups of training rows predicted from the other groups.
-
-    The model is Bayesian linear regression on the rows, weights ~ N(0, s^2 I), noise variance T
-    (rows are in units of their noise): in function space a Gaussian process with kernel
-    s^2 G G^T, so a left-out group costs one solve (Rasmussen and Williams 2006, eq. 2.25, 2.26).
-
-    Args:
-        gram: (m, m) Gram matrix of the training rows.
-        targets: (m,) label minus linearised pretrained model, over the noise.
-        groups: (m,) group of each row; one group alone cannot be left out.
-        scored: (m,) rows that count.
-        scales: values of s.
-        temperature: T.
-
-    Returns:
-        {s: (G,) mean Gaussian NLL of the scored rows of every group that has some, when it is left out}.
-
-    Raises:
-        ValueError: fewer than two groups.
-    """
-    names = np.unique(groups)
-    if len(names) < 2:
-        raise ValueError("the left-out rule needs at least two groups")
-    out: dict[float, np.ndarray] = {}
-    for s in scales:
-        scores = []
-        for name in names:
-            inside, outside = groups == name, groups != name
-            wanted = inside & scored
-            if not wanted.any():
-                continue
-            k = s * s * gram[np.ix_(outside, outside)] + temperature * np.eye(int(outside.sum()))
-            factor = (cholesky(k, lower=True), True)
-            cross = s * s * gram[np.ix_(outside, wanted)]
-            mean = cross.T @ cho_solve(factor, targets[outside])
-            variance = (
-                s * s * gram.diagonal()[wanted] + temperature - (cross * cho_solve(factor, cross)).sum(axis=0)
-            )
-            variance = np.maximum(variance, 1e-12 * temperature)
-            error = targets[wanted] - mean
-            scores.append(float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance)))
-        out[s] = np.array(scores)
     return out
