@@ -231,17 +231,23 @@ def residuals(prediction: SetPrediction, name: str) -> tuple[FloatArray, FloatAr
 
 
 def calibrate(prediction: SetPrediction, *, scale_prior: float = SCALE_PRIOR) -> Calibration:
-    """Fit aleatoric noise and scale of every labelled property on calibration frames.
+    """Fit aleatoric noise of every labelled property, and one scale, on calibration frames.
+
+    The scale is the posterior's, hence that of every property: it is fitted on the forces, which have many residuals
+    per frame, and on a property's own where forces say nothing.
 
     Args:
         prediction: of the calibration frames; nothing else may have been chosen on them.
         scale_prior: std of the prior of ln(scale); ``math.inf`` for plain maximum likelihood.
     """
-    fitted = {}
-    for name in PROPERTIES:
+    fitted: dict[str, PropertyCalibration] = {}
+    scale: float | None = None
+    for name in ("forces", *(p for p in PROPERTIES if p != "forces")):
         error, std, frame = residuals(prediction, name)
         if error.size:
-            fitted[name] = fit(error, std, frame, scale_prior=scale_prior)
+            fitted[name] = fit(error, std, frame, scale_prior=scale_prior, scale=scale)
+            if name == "forces" and std is not None and error.size >= MIN_RESIDUALS and _rms(std) > 0:
+                scale = fitted[name].scale
     return Calibration(**fitted)
 
 
@@ -251,6 +257,7 @@ def fit(
     frame: ArrayLike | None = None,
     *,
     scale_prior: float = SCALE_PRIOR,
+    scale: float | None = None,
 ) -> PropertyCalibration:
     """Fit one property.
 
@@ -259,6 +266,7 @@ def fit(
         std: (N,) epistemic stds, or ``None`` for a model without (then a = rms of ``error``).
         frame: (N,) frame that each residual belongs to; by default each is its own.
         scale_prior: std of the prior of ln(scale); ``math.inf`` for plain maximum likelihood.
+        scale: c, where it is known; a alone is then fitted.
 
     Raises:
         ValueError: no residuals, lengths that differ, negative or non-finite values.
@@ -274,11 +282,12 @@ def fit(
     rms, spread = _rms(e), _rms(s)
     telling = (np.abs(e) > _ZERO * rms) | (s > _ZERO * spread)
     if rms == 0.0:
-        aleatoric, scale = 0.0, 1.0
+        aleatoric, scale = 0.0, 1.0 if scale is None else scale
     elif spread == 0.0:
         aleatoric, scale = rms, 0.0 if std is None else 1.0
-    elif e.size < MIN_RESIDUALS:
-        aleatoric, scale = _noise_only(e[telling], s[telling]), 1.0
+    elif scale is not None or e.size < MIN_RESIDUALS:
+        scale = 1.0 if scale is None else scale
+        aleatoric = _noise_only(e[telling], scale * s[telling])
     else:
         aleatoric, scale = _noise_and_scale(e[telling], s[telling], 1.0 / (n_frames * scale_prior**2))
     calibrated = PropertyCalibration(aleatoric, scale)
@@ -357,7 +366,7 @@ def _nll(e: FloatArray, variance: FloatArray) -> float:
 
 
 def _noise_only(e: FloatArray, s: FloatArray) -> float:
-    """Best a for c = 1. The optimum lies below max|e|: above it the NLL only grows."""
+    """Best a beside a spread s. The optimum lies below max|e|: above it the NLL only grows."""
     top = float(np.abs(e).max())
     return _refined_minimum(lambda a: _nll(e, a**2 + s**2), top * np.logspace(-5, 0, 51), [0.0])
 
