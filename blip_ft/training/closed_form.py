@@ -78,38 +78,49 @@ class ClosedFormFitter:
 
     # ---- fits ------------------------------------------------------------------------------
     def fit(self, *, final: bool = False) -> dict[str, Any]:
-        """Scales and covariance at the present mean, and Gauss-Newton steps of the mean.
+        """Gauss-Newton steps of the mean, then scales and covariance where they have led to.
 
         Args:
-            final: with all rows, and for ``subspace`` an average over more draws.
+            final: with all rows, steps until one is refused, and for ``subspace`` an average over more draws. Else one
+                step, after the covariance.
         """
         recipe, posterior = self.recipe, self.potential.posterior
-        scale = recipe.posterior.prior_scale
         # a covariance after plain fine-tuning leaves the mean where it is
-        mean_steps = 0 if isinstance(posterior, LaplacePosterior) else recipe.posterior.mean_steps
+        wanted = 0 if isinstance(posterior, LaplacePosterior) else recipe.posterior.mean_steps
+        if not final:
+            wanted = min(wanted, 1)
         steps: list[float] = []
-        rows: Rows | None
-        rounds = max(1, mean_steps) if final else 1
-        for number in range(rounds):
-            last = final and number == rounds - 1
+        rows: Rows | None = None
+        report: dict[str, Any] = {}
+        while True:
+            number = len(steps)
             rows = None  # as large as all that follows: free it before the next
-            rows = self.rows.rows(self.projections(last=last), number=number, context=self.with_context)
-            if isinstance(posterior, LaplacePosterior):
-                # its directions reach further down, where combinations of rows cancel
-                rows.gradients = rows.gradients.double()
-            report = posterior.fit(
-                ClosedFormData(
-                    rows=rows,
-                    prior_scale=None if scale == "auto" else float(scale),
-                    temperature=recipe.objective.kl_temperature,
-                )
-            )
-            if mean_steps:
-                steps.append(self.move_mean(rows, report["prior_scale"]))
-                if self.moved is not None:
-                    self.moved()
+            rows = self.rows.rows(self.projections(last=final), number=number, context=self.with_context)
+            report = self._fit_posterior(rows)
+            if number == wanted:
+                break
+            steps.append(self.move_mean(rows, report["prior_scale"]))
+            if self.moved is not None:
+                self.moved()
+            # gradients of another mean do not cancel where those of this one do: near the data a posterior from
+            # before the step is too wide. In training it only steers the noise.
+            if not final or not steps[-1]:
+                break
         report["mean_steps"] = steps
         return self.settle(report, final=final)
+
+    def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
+        scale, posterior = self.recipe.posterior.prior_scale, self.potential.posterior
+        if isinstance(posterior, LaplacePosterior):
+            # its directions reach further down, where combinations of rows cancel
+            rows.gradients = rows.gradients.double()
+        return posterior.fit(
+            ClosedFormData(
+                rows=rows,
+                prior_scale=None if scale == "auto" else float(scale),
+                temperature=self.recipe.objective.kl_temperature,
+            )
+        )
 
     def projections(self, *, last: bool) -> int | None:
         """R of a fit, ``None`` for every force component; fits that are not the last make do with fewer."""

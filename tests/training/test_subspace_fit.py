@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from ase.io import write
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from blip_ft.training.closed_form import ClosedFormFitter, Misfit
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import SubspacePosterior
+from blip_ft.variational.posteriors import PathwisePosterior, SubspacePosterior
 
 from .test_bad_input import frames
 
@@ -134,3 +135,31 @@ def test_a_step_may_not_pay_with_energies() -> None:
     rest = Misfit([[np.full(12, 1e-3), np.array([1e-5])] for _ in range(4)])
     step = Misfit([[np.full(12, 9e-4), np.array([1e-4])] for _ in range(4)])
     assert ClosedFormFitter._length(rest, {1.0: step}) == 0.0
+
+
+def test_the_covariance_is_that_of_the_mean_that_is_kept(prepared: tuple[Recipe, Prepared]) -> None:
+    """A step of the mean comes before the last gradients, not after them."""
+    recipe, ready = prepared
+    recipe.posterior = recipe.posterior.model_copy(update={"family": "pathwise", "projections": "all"})
+    ready.potential.posterior = PathwisePosterior(
+        ready.potential.posterior.sites, ready.potential.prior, 0.01, rank=4
+    )
+    assert fitter_of(recipe, ready).fit(final=True)["mean_steps"][0] > 0
+    found = ready.potential.posterior.directions.clone()
+    recipe.posterior.mean_steps = 0
+    assert fitter_of(recipe, ready).fit(final=True)["mean_steps"] == []
+    torch.testing.assert_close(ready.potential.posterior.directions, found, rtol=1e-9, atol=1e-12)
+
+
+def test_every_force_component_has_a_row(prepared: tuple[Recipe, Prepared]) -> None:
+    """H of all components is the expectation of H of random projections, and steering fits take few."""
+    recipe, ready = prepared
+    fitter = fitter_of(recipe, ready)
+    whole = fitter.rows.rows(None)
+    n_train = len(ready.sets["train"])
+    assert len(whole.gradients) == n_train * (1 + 3 * 3)
+    np.testing.assert_allclose(whole.gradients.norm(dim=1).numpy() > 0, True)
+    exact = (whole.gradients.T @ whole.gradients).numpy()
+    many = [fitter.rows.rows(8, number=i) for i in range(40)]
+    mean = np.mean([(r.gradients.T @ r.gradients).numpy() for r in many], axis=0)
+    assert np.abs(mean - exact).max() < 0.15 * np.abs(exact).max()
