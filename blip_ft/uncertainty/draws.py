@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blip_ft.backbone import Batch, Prediction
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.moments import to_double
+from blip_ft.uncertainty.moments import BatchMoments, to_double
 
 #: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device: on one CPU
 #: core 8 draws of NH3 (12 edges) take 2.6 to 3.2 calls instead of 10, of quartz (some 500 edges) 10 instead of 8
@@ -50,6 +50,45 @@ def evaluate_draws(
             prediction = to_double(potential(copies, mode="structure", latent=latent, stress=stress))
             out += _split(prediction, len(chosen))
         return out
+
+
+def moments_of_draws(
+    potential: BayesianPotential, batch: Batch, n_draws: int, *, stress: bool
+) -> BatchMoments:
+    """Mean and covariance over the draws alone, at full width; arguments as for :func:`evaluate_draws`.
+
+    Spreads are those around the mean, or of half the differences of pairs, which are free of second order.
+    """
+    draws = evaluate_draws(potential, batch, n_draws, stress=stress)
+
+    def deviations(values: Tensor) -> Tensor:
+        paired = potential.posterior.paired
+        off = (values[::2] - values[1::2]) / 2 if paired else values - values.mean(dim=0)
+        return off / potential.amplitude
+
+    def over(field: str) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and deviations (K, ...) of what the model predicts."""
+        values = [v for v in (getattr(d, field) for d in draws) if v is not None]
+        stacked = torch.stack(values) if values else None
+        return (None, None) if stacked is None else (stacked.mean(dim=0), deviations(stacked))
+
+    def std(off: Tensor | None) -> Tensor | None:
+        return None if off is None else off.square().mean(dim=0).sqrt()
+
+    energy, energy_off = over("energy")
+    forces, forces_off = over("forces")
+    stresses, stress_off = over("stress")
+    nodes, nodes_off = over("node_energy")
+    features, _ = over("node_features")
+    assert energy is not None
+    assert forces_off is not None
+    return BatchMoments(
+        mean=Prediction(energy, forces, stresses, nodes, features),
+        energy_std=std(energy_off),
+        forces_cov=torch.einsum("kni,knj->nij", forces_off, forces_off) / len(forces_off),
+        stress_std=std(stress_off),
+        node_energy_std=std(nodes_off),
+    )
 
 
 def _together(potential: BayesianPotential, batch: Batch, n_draws: int) -> int:

@@ -7,7 +7,7 @@ the posterior's width), an output that is linear in the weights has the spread a
 
 the spread of the linearised model over *the same draws*: a comparison with it has no sampling error.
 The exact std of the linearised model (``one_pass``) is the expectation of (1); a std from K centred
-draws scatters around it by 1/sqrt(2 (K - 1)), relative (:func:`sampling_error`).
+draws scatters around it by 1/sqrt(2 (K - 1)), relative, from K/2 pairs by 1/sqrt(K) (:func:`sampling_error`).
 
 The mean over centred draws leaves the mean model by curvature only. ``MAX_SHIFT`` of the full-width spread
 is a shift that does no harm; figures mark it.
@@ -28,6 +28,7 @@ from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
@@ -47,9 +48,9 @@ THOROUGH = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Outputs = tuple[Tensor, Tensor]
 
 
-def sampling_error(n_draws: int) -> float:
-    """Relative std of a std that is estimated from K centred draws, 1/sqrt(2 (K - 1))."""
-    return 1 / math.sqrt(2 * (n_draws - 1))
+def sampling_error(n_draws: int, *, paired: bool = False) -> float:
+    """Relative std of a std that is estimated from K centred draws, 1/sqrt(2 (K - 1)), or K/2 pairs, 1/sqrt(K)."""
+    return 1 / math.sqrt(n_draws if paired else 2 * (n_draws - 1))
 
 
 def study(
@@ -87,7 +88,7 @@ def study(
         "n_draws": n_draws,
         "amplitude": potential.amplitude,
         "max_shift": MAX_SHIFT,
-        "sampling_error": sampling_error(n_draws),
+        "sampling_error": sampling_error(n_draws, paired=potential.posterior.paired),
         "derivatives": "linear" if _has_derivatives(potential) else "differences",
         "sets": {},
     }
@@ -114,7 +115,7 @@ def _compare(
     drawn: list[FloatArray] = []
     for amplitude in sorted({*amplitudes, potential.amplitude}):
         with _drawing(potential, n_draws, amplitude):
-            moments = predict_batch(potential, batch, n_draws=n_draws, stress=False)
+            moments = moments_of_draws(potential, batch, n_draws, stress=False)
         assert moments.energy_std is not None
         assert moments.forces_std is not None
         assert moments.mean.forces is not None

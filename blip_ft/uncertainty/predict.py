@@ -19,11 +19,11 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbone import Batch
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
-from blip_ft.uncertainty.draws import evaluate_draws
+from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
@@ -71,44 +71,12 @@ def _moments(
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
             return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
-    draws = evaluate_draws(potential, batch, n, stress=stress)
-    paired = potential.posterior.paired
-
-    def deviations(values: Tensor) -> Tensor:
-        """(K, ...) at full width: from the mean, or half the difference of a pair, free of second order."""
-        off = (values[::2] - values[1::2]) / 2 if paired else values - values.mean(dim=0)
-        return off / potential.amplitude
-
-    def std(values: Tensor) -> Tensor:
-        return deviations(values).square().mean(dim=0).sqrt()
-
-    forces = torch.stack([d.forces for d in draws if d.forces is not None])
-    if paired:
+    moments = moments_of_draws(potential, batch, n, stress=stress)
+    if potential.posterior.paired:
         # the mean weights themselves, and the exact std of the energy from the same call
-        out = predict_one_pass(potential, batch, method="energy", stress=stress)
-    else:
-        energy = torch.stack([d.energy for d in draws])
-        out = BatchMoments(
-            mean=Prediction(energy=energy.mean(dim=0), forces=forces.mean(dim=0)), energy_std=std(energy)
-        )
-    off = deviations(forces)
-    out.forces_cov = torch.einsum("kni,knj->nij", off, off) / len(off)
-    stresses = [d.stress for d in draws if d.stress is not None]
-    if stresses:
-        stacked = torch.stack(stresses)
-        out.stress_std = std(stacked)
-        if not paired:
-            out.mean.stress = stacked.mean(dim=0)
-    nodes = [d.node_energy for d in draws if d.node_energy is not None]
-    if nodes:
-        stacked = torch.stack(nodes)
-        out.node_energy_std = std(stacked)
-        if not paired:
-            out.mean.node_energy = stacked.mean(dim=0)
-    features = [d.node_features for d in draws if d.node_features is not None]
-    if features and not paired:
-        out.mean.node_features = torch.stack(features).mean(dim=0)
-    return out
+        exact = predict_one_pass(potential, batch, method="energy", stress=stress)
+        moments.mean, moments.energy_std = exact.mean, exact.energy_std
+    return moments
 
 
 def predict_set(
