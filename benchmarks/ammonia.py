@@ -61,7 +61,7 @@ TEMPERATURES = {
 #: what each method changes in the recipe; ``linear`` shares the training of ``default``
 POSTERIORS: dict[str, dict[str, Any]] = {
     "default": {},
-    "subspace": {"posterior": {"amplitude": 1.0}},  # real draws at full width, in training too
+    "subspace": {"posterior": {"family": "subspace"}},
     **{f: {"posterior": {"family": f, "prior_scale": 0.1}} for f in TEMPERATURES},
 }
 LAPLACE = {"posterior": {"family": "posthoc_laplace"}}
