@@ -276,13 +276,14 @@ class Backbone(nn.Module, ABC):
 
     def batch(self, atoms: Sequence[Atoms]) -> Batch:
         """Graphs and batch of several structures in one call."""
-        return self.batch_of(atoms, [self.graph(a) for a in atoms])
-
-    def batch_of(self, atoms: Sequence[Atoms], graphs: Sequence[Any]) -> Batch:
-        """:meth:`collate`, and how to do it again for several copies."""
+        graphs = [self.graph(a) for a in atoms]
         batch = self.collate(atoms, graphs)
-        batch.copies = lambda m: self.collate([*atoms] * m, [*graphs] * m)
+        batch.copies = self.copies(atoms, graphs)
         return batch
+
+    def copies(self, atoms: Sequence[Atoms], graphs: Sequence[Any]) -> Callable[[int], Batch]:
+        """For ``Batch.copies``. Not for batches that a data loader's workers make: it cannot be pickled."""
+        return lambda m: self.collate([*atoms] * m, [*graphs] * m)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -150,7 +150,7 @@ def make_item(row: Mapping[str, Any], backbone: Backbone) -> Item:
 
 def collate(backbone: Backbone, items: Sequence[Item]) -> Batch:
     """A batch with labels and keys; leaves the items unchanged."""
-    batch = backbone.batch_of([item.atoms for item in items], [item.graph for item in items])
+    batch = backbone.collate([item.atoms for item in items], [item.graph for item in items])
     batch.keys = [item.key for item in items]
     batch.labels = {
         "energy": torch.stack([item.labels["energy"] for item in items]),

@@ -106,7 +106,10 @@ def predict_set(
     parts: list[SetPrediction] = []
     for start in range(0, len(dataset), batch_size):
         index = range(start, min(start + batch_size, len(dataset)))
-        batch = collate(potential.backbone, [dataset[i] for i in index]).to(potential.backbone.device)
+        items = [dataset[i] for i in index]
+        batch = collate(potential.backbone, items)
+        batch.copies = potential.backbone.copies([i.atoms for i in items], [i.graph for i in items])
+        batch = batch.to(potential.backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress, method=method)
         parts.append(_to_arrays(moments, batch, name, names[start : start + batch_size]))
         if progress is not None:
