@@ -73,9 +73,8 @@ class GradientRows:
             device=backbone.device,
         )
         done = 0
-        for index, batch, values, rows in self._gradients(frames, projections, number):
+        for index, batch, directions, values, rows in self._gradients(frames, projections, number):
             known, has = bool(batch.labels), batch.n_atoms
-            directions = self._directions(batch, projections, number)
             moved = self._change(batch, directions) if known else []
             outputs = zip(values, rows, self._labels(batch, directions), strict=True)
             for k, (value, gradient, (label, noise)) in enumerate(outputs):
@@ -110,11 +109,11 @@ class GradientRows:
         posterior = self.potential.posterior
         assert isinstance(posterior, SubspacePosterior)
         total: np.ndarray = np.zeros((posterior.rank, posterior.rank))
-        directions = posterior.directions.T
-        for _, batch, values, rows in self._gradients(self.labelled, projections, 0, draw=draw):
-            labels = self._labels(batch, self._directions(batch, projections, 0))
+        latent = posterior.directions.T
+        for _, batch, directions, values, rows in self._gradients(self.labelled, projections, 0, draw=draw):
+            labels = self._labels(batch, directions)
             for value, gradient, (label, noise) in zip(values, rows, labels, strict=True):
-                g = ((gradient @ directions).double() / noise[:, None])[torch.isfinite(label - value)]
+                g = ((gradient @ latent).double() / noise[:, None])[torch.isfinite(label - value)]
                 total += (g.T @ g).cpu().numpy()
         return total
 
@@ -173,8 +172,8 @@ class GradientRows:
         number: int,
         *,
         draw: int | None = None,
-    ) -> Iterator[tuple[range, Batch, list[Tensor], list[Tensor]]]:
-        """(frame indices, batch, outputs, gradients) of frames in batches of equal labels."""
+    ) -> Iterator[tuple[range, Batch, list[Tensor], list[Tensor], list[Tensor]]]:
+        """(frame indices, batch, directions of the forces, outputs, gradients) of frames in batches of equal labels."""
         backbone = self.potential.backbone
         labelled = sum(bool(item.labels) for item in items)
         parts = [range(i, min(i + BATCH, labelled)) for i in range(0, labelled, BATCH)]
@@ -191,7 +190,7 @@ class GradientRows:
             for value, gradient in output_gradients(self.potential, batch, directions, latent=latent):
                 values.append(value.double())
                 rows.append(gradient)
-            yield part, batch, values, rows
+            yield part, batch, directions, values, rows
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         """A batch of frames that all have labels, or none, on the model's device."""

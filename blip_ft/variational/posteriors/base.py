@@ -83,6 +83,18 @@ class Posterior(nn.Module, ABC):
     def sample(self, latent: Tensor) -> dict[str, Tensor]:
         """(B, latent_numel) -> {site name: (B, *site.shape)} perturbations; linear in ``latent``."""
 
+    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        """(B, n_weights) in units of rms, all sites side by side -> {site name: (B, *site.shape)} of weights."""
+        parts = flat.split([s.numel for s in self.sites], dim=1)
+        return {
+            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
+            for s, part in zip(self.sites, parts, strict=True)
+        }
+
+    def _side_by_side(self, gradients: dict[str, Tensor]) -> Tensor:
+        """{site name: (B, *site.shape)} d(output)/d(weight) -> (B, n_weights), weights in units of rms."""
+        return torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+
     def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
         """Variance of an output that is linear in the weights: g^T Sigma g, (B,).
 

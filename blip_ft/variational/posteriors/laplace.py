@@ -134,11 +134,7 @@ class LaplacePosterior(Posterior):
         v = self.directions.to(latent)
         drop = 1 - (1 + self.mu.to(latent)).rsqrt()
         flat = self.prior_std.to(latent) * (latent - ((latent @ v.T) * drop) @ v)
-        parts = flat.split([s.numel for s in self.sites], dim=1)
-        return {
-            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
-            for s, part in zip(self.sites, parts, strict=True)
-        }
+        return self._by_site(flat)
 
     def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
         """Exact variance g^T Sigma g of outputs that are linear in the weights, (B,).
@@ -148,7 +144,7 @@ class LaplacePosterior(Posterior):
         Args:
             gradients: {site name: (B, *site.shape)} d(output)/d(weight).
         """
-        flat = torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+        flat = self._side_by_side(gradients)
         v = self.directions.to(flat)
         along = flat @ v.T
         rest = (flat - along @ v).square().sum(dim=1)
@@ -162,8 +158,4 @@ class LaplacePosterior(Posterior):
     def std(self) -> dict[str, Tensor]:  # noqa: D102
         narrowed = (self.mu / (1 + self.mu))[:, None] * self.directions.square()
         marginal = self.prior_std * (1 - narrowed.sum(dim=0)).clamp_min(0).sqrt()
-        parts = marginal.split([s.numel for s in self.sites])
-        return {
-            s.name: part.reshape(s.shape) * self.prior.rms(s.name)
-            for s, part in zip(self.sites, parts, strict=True)
-        }
+        return {name: part[0] for name, part in self._by_site(marginal[None]).items()}

@@ -65,7 +65,7 @@ class PathwisePosterior(Posterior):
         like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
         # in the weights' own precision: outputs near the data are small differences of large contributions,
         # which half precision would drown
-        self.register_buffer("directions", like.new_zeros(rank, sum(s.numel for s in self.sites)))
+        self.register_buffer("directions", like.new_zeros(rank, self.n_weights))
         self.register_buffer("spread_kl", like.new_zeros((), dtype=torch.float64))
         self.register_buffer("determined", like.new_zeros((), dtype=torch.float64))
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
@@ -145,7 +145,7 @@ class PathwisePosterior(Posterior):
         Args:
             gradients: {site name: (B, *site.shape)} d(output)/d(weight).
         """
-        flat = torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+        flat = self._side_by_side(gradients)
         return (self.directions.to(flat) @ flat.T).square().sum(dim=0)
 
     def kl(self) -> Tensor:
@@ -156,10 +156,3 @@ class PathwisePosterior(Posterior):
         """{site name: (*site.shape)} marginal stds, from the r samples."""
         parts = self._by_site(self.directions.square().sum(dim=0).sqrt()[None])
         return {name: part[0] for name, part in parts.items()}
-
-    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([s.numel for s in self.sites], dim=1)
-        return {
-            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
-            for s, part in zip(self.sites, parts, strict=True)
-        }

@@ -190,15 +190,11 @@ class SubspacePosterior(Posterior):
     def sample(self, latent: Tensor) -> dict[str, Tensor]:  # noqa: D102
         z = latent @ self.scale.T.to(latent)
         flat = z @ self.directions.to(latent)
-        parts = flat.split([s.numel for s in self.sites], dim=1)
-        return {
-            s.name: part.reshape(-1, *s.shape) * self.prior.rms(s.name)
-            for s, part in zip(self.sites, parts, strict=True)
-        }
+        return self._by_site(flat)
 
     def linear_variance(self, gradients: dict[str, Tensor]) -> Tensor:
         """|S^(1/2) V D g|^2 of each row, (B,)."""
-        flat = torch.cat([(gradients[s.name] * self.prior.rms(s.name)).flatten(1) for s in self.sites], dim=1)
+        flat = self._side_by_side(gradients)
         # (r, P) times (P, B): the directions are read once, and never transposed in memory
         slope = self.scale.T.to(flat) @ (self.directions.to(flat) @ flat.T)
         return slope.square().sum(dim=0)
@@ -211,11 +207,7 @@ class SubspacePosterior(Posterior):
 
     def std(self) -> dict[str, Tensor]:  # noqa: D102
         marginal = (self.scale.T @ self.directions).square().sum(dim=0).sqrt()
-        parts = marginal.split([s.numel for s in self.sites])
-        return {
-            s.name: part.reshape(s.shape) * self.prior.rms(s.name)
-            for s, part in zip(self.sites, parts, strict=True)
-        }
+        return {name: part[0] for name, part in self._by_site(marginal[None]).items()}
 
     def relative_std(self) -> Tensor:
         """Geometric mean over the r latent directions of posterior over prior std."""
