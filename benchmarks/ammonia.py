@@ -34,6 +34,7 @@ from rich.table import Table
 from blip_ft.checkpoint import save_model
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.training.evaluate import draws_of
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import device_of, train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
@@ -114,7 +115,12 @@ def predictions(prepared: Prepared, draws: int | None, method: Method = "draws")
     names = {"near": "validation", "calibration": "calibration", "far": "far"}
     return {
         name: predict_set(
-            prepared.potential, prepared.sets[role], name, n_draws=draws, stress=False, method=method
+            prepared.potential,
+            prepared.sets[role],
+            name,
+            n_draws=draws and draws_of(prepared.recipe, role, draws),
+            stress=False,
+            method=method,
         )
         for name, role in names.items()
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_ft.config.data import DataConfig
-from blip_ft.config.posterior import CLOSED
+from blip_ft.config.posterior import CLOSED, PAIRED
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
 
@@ -56,6 +56,13 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
                 f"posterior.{key} is for {', '.join(families)}, not for '{options.family}'",
                 f"posterior.{key}",
                 "remove the key",
+            )
+    for key in ("n_draws", "calibration_draws", "linearity_draws"):
+        if options.family in PAIRED and (n := getattr(recipe.uncertainty, key)) % 2:
+            refuse(
+                f"draws of posterior.family={options.family} come in pairs, and {n} is odd",
+                f"uncertainty.{key}",
+                f"use {n - 1} or {n + 1}" if n > 3 else f"use {n + 1}",
             )
     if recipe.data.context is not None and options.family != "subspace" and objective.kind != "function_kl":
         refuse(

@@ -69,3 +69,5 @@ class PosteriorConfig(Strict):
 
 #: families whose covariance has a closed form
 CLOSED = ("pathwise", "subspace", "posthoc_laplace")
+#: of these, those whose draws come in pairs (``Posterior.paired``)
+PAIRED = ("pathwise", "posthoc_laplace")

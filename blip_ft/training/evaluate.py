@@ -47,8 +47,9 @@ def judge(
         recipe: options.
         potential: the model as it is now.
         sets: all sets of the run.
-        draws: posterior draws; with 0 the error bar is one constant, the model's RMSE on the
-            validation frames (what a user of plain fine-tuning would quote).
+        draws: posterior draws, at least ``uncertainty.calibration_draws`` on the calibration frames; with 0
+            the error bar is one constant, the model's RMSE on the validation frames (what a user of plain
+            fine-tuning would quote).
         console: for progress.
         what: name of the model, for progress.
     """
@@ -63,7 +64,7 @@ def judge(
                 potential,
                 dataset,
                 name,
-                n_draws=draws,
+                n_draws=draws_of(recipe, name, draws),
                 batch_size=recipe.uncertainty.batch_size,
                 progress=lambda n: bar.advance(task, n),
             )
@@ -74,6 +75,11 @@ def judge(
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
+
+
+def draws_of(recipe: Recipe, name: str, draws: int) -> int:
+    """Draws for one of a run's sets: more on the calibration frames (``uncertainty.calibration_draws``)."""
+    return max(draws, recipe.uncertainty.calibration_draws) if draws and name == "calibration" else draws
 
 
 def linearity_of(

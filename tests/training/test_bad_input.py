@@ -130,6 +130,14 @@ def test_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "prior_scale" in message
 
 
+@pytest.mark.parametrize("key", ["n_draws", "calibration_draws", "linearity_draws"])
+def test_half_a_pair_of_draws(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = call(tmp_path, capsys, f"uncertainty.{key}=5", "posterior.family=pathwise")
+    assert code == 2
+    assert f"uncertainty.{key}" in message
+    assert "4 or 6" in message
+
+
 def test_no_disk_space(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

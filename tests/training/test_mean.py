@@ -22,6 +22,7 @@ SMALL = [
     "posterior.projections=1",
     "posterior.context=0.1",
     "uncertainty.n_draws=2",
+    "uncertainty.calibration_draws=2",
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
     "trainer.limit_train_batches=2",

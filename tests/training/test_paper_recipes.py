@@ -23,6 +23,7 @@ SMALL = [
     "posterior.projections=1",
     "posterior.context=0.1",
     "uncertainty.n_draws=2",
+    "uncertainty.calibration_draws=2",
     "uncertainty.linearity_frames=1",
     "uncertainty.linearity_draws=2",
     "trainer.max_epochs=1",

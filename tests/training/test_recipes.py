@@ -38,6 +38,7 @@ SMALL = [
     "posterior.mean_steps=1",
     "posterior.start=0.5",
     "uncertainty.n_draws=2",
+    "uncertainty.calibration_draws=2",
     "uncertainty.linearity_frames=1",
     "uncertainty.linearity_draws=2",
     "trainer.max_epochs=2",
