@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from rich.console import Console
+from torch import Tensor
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
@@ -25,11 +26,12 @@ from blip_ft.training.budget import projections_of
 from blip_ft.training.rows import GradientRows
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows, as_good, gauss_newton_step, labelled
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows, as_good, gauss_newton_steps
 from blip_ft.variational.posteriors.subspace import geometric_mean
 
-#: lengths of a Gauss-Newton step that are tried; random projections overshoot, so short ones too
-STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
+#: scales of a Gauss-Newton step that are tried, shares of the prior's: smaller ones keep to the directions that the
+#: labels determine best
+STEP_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 #: rounds of the last covariance of ``subspace`` over draws, one draw per training structure each
 FINAL_ROUNDS = 2
 #: projections per frame, where the recipe wants every component, of fits that only steer the noise in training
@@ -180,39 +182,46 @@ class ClosedFormFitter:
 
     # ---- the mean --------------------------------------------------------------------------
     def move_mean(self, rows: Rows, scale: float) -> float:
-        """A damped Gauss-Newton step of the mean, of the length that validation frames prefer.
+        """A damped Gauss-Newton step of the mean, no wider than validation frames insist on.
+
+        Args:
+            rows: with errors at the present mean.
+            scale: s, the prior's.
 
         Returns:
-            Length in units of the full step, one of :data:`STEP_LENGTHS`; 0 where none helps.
+            The step's scale as a share of s, one of :data:`STEP_SCALES`; 0 for no step.
         """
-        known = rows.is_train
-        assert rows.errors is not None
-        step = gauss_newton_step(labelled(rows.gradients, known), rows.errors[known], scale)
         deltas, sites = self.potential.converted.deltas, self.potential.posterior.sites
-        parts = step.split([s.numel for s in sites])
-        moves = {
-            s.name: part.reshape(s.shape) * self.potential.prior.rms(s.name)
-            for s, part in zip(sites, parts, strict=True)
-        }
-        at_rest = self.validation_misfit()
-        scores: dict[float, Misfit] = {}
-        at = 0.0
-        with torch.no_grad():
-            for length in (*STEP_LENGTHS, None):  # the last round sets the best one
-                target = length or self._length(at_rest, scores)
-                for name, move in moves.items():
-                    deltas[name].add_((target - at) * move)
-                at = target
-                if length is not None:
-                    scores[length] = self.validation_misfit()
-        return at
+        steps = gauss_newton_steps(rows, [share * scale for share in STEP_SCALES])
+        before = {s.name: deltas[s.name].detach().clone() for s in sites}
+
+        def move(step: Tensor | None) -> None:
+            parts = [None] * len(sites) if step is None else step.split([s.numel for s in sites])
+            with torch.no_grad():
+                for site, part in zip(sites, parts, strict=True):
+                    deltas[site.name].copy_(before[site.name])
+                    if part is not None:
+                        unit = self.potential.prior.rms(site.name)
+                        deltas[site.name].add_(part.reshape(site.shape) * unit)
+
+        tried = {0.0: self.validation_misfit()}
+        for share, step in zip(STEP_SCALES, steps, strict=True):
+            move(step)
+            tried[share] = self.validation_misfit()
+        share = self._narrowest(tried)
+        move(steps[STEP_SCALES.index(share)] if share else None)
+        return share
 
     @staticmethod
-    def _length(at_rest: Misfit, scores: dict[float, Misfit]) -> float:
-        """The best length, or 0 where staying is within a standard error (paired differences) of it."""
-        best = min(scores, key=lambda length: scores[length].value)
-        rest = at_rest.by_frame(at_rest)
-        return 0.0 if as_good(rest, scores[best].by_frame(at_rest)) else best
+    def _narrowest(tried: dict[float, Misfit]) -> float:
+        """The narrowest step, none included, within a standard error (paired differences) of the best one.
+
+        What is left to gain near the validation frames costs accuracy away from them: the weights move on in
+        directions that the labels hardly determine.
+        """
+        rest = tried[0.0]
+        best = min(tried.values(), key=lambda found: found.value).by_frame(rest)
+        return min(share for share, found in tried.items() if as_good(found.by_frame(rest), best))
 
     def validation_misfit(self) -> Misfit:
         """Errors of the mean weights on the validation frames."""

@@ -115,26 +115,48 @@ def test_narrow_draws_do_not_move_the_mean(prepared: tuple[Recipe, Prepared]) ->
     assert shares[0] == pytest.approx(0.01 * shares[1], rel=0.3)  # curvature: as the square of the width
 
 
+def misfit(*forces: float) -> Misfit:
+    """One force error per frame, and an exact energy where there is one."""
+    return Misfit([[np.array([f, -f]), np.array([0.1, math.nan])] for f in forces])
+
+
 def test_a_step_of_the_mean_has_to_be_better_by_more_than_chance() -> None:
-    """Energies are exact and stay so; forces of four frames."""
+    rest, narrowest = misfit(1.0, 2.0, 3.0, 2.0), ClosedFormFitter._narrowest
+    better, worse = misfit(0.9, 1.9, 2.9, 1.9), misfit(1.1, 2.1, 3.1, 2.1)
+    assert narrowest({0.0: rest, 0.5: better, 1.0: worse}) == 0.5
+    by_chance = misfit(1.5, 1.4, 2.9, 1.9)  # better on average, not on all
+    assert narrowest({0.0: rest, 0.5: by_chance, 1.0: misfit(9, 9, 9, 9)}) == 0.0
+    assert narrowest({0.0: rest, 1.0: worse}) == 0.0
 
-    def misfit(*forces: float) -> Misfit:
-        return Misfit([[np.array([f, -f]), np.array([0.1, math.nan])] for f in forces])
 
-    rest = misfit(1.0, 2.0, 3.0, 2.0)
-    length = ClosedFormFitter._length
-    assert length(rest, {0.5: misfit(0.9, 1.9, 2.9, 1.9), 1.0: misfit(1.1, 2.0, 3.0, 2.0)}) == 0.5
-    assert (
-        length(rest, {0.5: misfit(1.5, 1.4, 2.9, 1.9), 1.0: misfit(9, 9, 9, 9)}) == 0.0
-    )  # on average, not on all
-    assert length(rest, {1.0: misfit(1.1, 2.1, 3.1, 2.1)}) == 0.0
+def test_a_step_is_no_wider_than_it_has_to_be() -> None:
+    """Of steps that four frames cannot tell apart the narrowest, however much better all are than none."""
+    rest, narrowest = misfit(1.0, 2.0, 3.0, 2.0), ClosedFormFitter._narrowest
+    narrow, wide = misfit(0.5, 1.0, 1.5, 1.0), misfit(0.6, 0.8, 1.4, 1.1)
+    assert wide.value < narrow.value
+    assert narrowest({0.0: rest, 0.5: narrow, 1.0: wide}) == 0.5
+    assert narrowest({0.0: rest, 0.5: narrow, 1.0: misfit(0.3, 0.8, 1.2, 0.8)}) == 1.0
 
 
 def test_a_step_may_not_pay_with_energies() -> None:
     """Forces better by a tenth in every frame, energies ten times worse, though both are tiny."""
     rest = Misfit([[np.full(12, 1e-3), np.array([1e-5])] for _ in range(4)])
     step = Misfit([[np.full(12, 9e-4), np.array([1e-4])] for _ in range(4)])
-    assert ClosedFormFitter._length(rest, {1.0: step}) == 0.0
+    assert ClosedFormFitter._narrowest({0.0: rest, 1.0: step}) == 0.0
+
+
+def test_a_refused_step_leaves_the_mean_as_it_was(
+    prepared: tuple[Recipe, Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: trying steps must not add up to rounding."""
+    recipe, ready = prepared
+    fitter, deltas = fitter_of(recipe, ready), ready.potential.converted.deltas
+    before = {name: d.detach().clone() for name, d in deltas.items()}
+    rows = fitter.rows.rows(2)
+    monkeypatch.setattr(ClosedFormFitter, "_narrowest", staticmethod(lambda tried: 0.0))
+    assert fitter.move_mean(rows, 0.5) == 0.0
+    for name, d in deltas.items():
+        assert torch.equal(d, before[name])
 
 
 def test_the_covariance_is_that_of_the_mean_that_is_kept(prepared: tuple[Recipe, Prepared]) -> None:

@@ -14,7 +14,7 @@ from blip_ft.variational import Block, PretrainedPrior, Site
 from blip_ft.variational.posteriors.linear import (
     ClosedFormData,
     Rows,
-    gauss_newton_step,
+    gauss_newton_steps,
     gram_matrix,
     left_out_nll,
     widest_as_good,
@@ -234,16 +234,24 @@ def test_gram_matrix_of_float32_rows_keeps_small_eigenvalues() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(m=st.integers(1, 6), p=st.integers(1, 8), scale=st.floats(0.05, 20), seed=st.integers(0, 1000))
-def test_gauss_newton_step_is_the_damped_least_squares_solution(m, p, scale, seed):
+def test_gauss_newton_steps_are_the_damped_least_squares_solutions(m, p, scale, seed):
     rng = np.random.default_rng(seed)
     g, e = rng.normal(size=(m, p)), rng.normal(size=m)
-    expected = np.linalg.solve(g.T @ g + np.eye(p) / scale**2, g.T @ e)
-    step = gauss_newton_step(torch.from_numpy(g), e, scale)
-    np.testing.assert_allclose(step.numpy(), expected, rtol=1e-7, atol=1e-10)
+    steps = gauss_newton_steps(rows_of(g, e), [scale, 2 * scale])
+    for step, s in zip(steps, [scale, 2 * scale], strict=True):
+        expected = np.linalg.solve(g.T @ g + np.eye(p) / s**2, g.T @ e)
+        np.testing.assert_allclose(step.numpy(), expected, rtol=1e-7, atol=1e-10)
 
 
 def test_gauss_newton_step_solves_a_linear_model_in_one_step():
     rng = np.random.default_rng(0)
     g, w = rng.normal(size=(5, 9)), rng.normal(size=9)
-    step = gauss_newton_step(torch.from_numpy(g), g @ w, 1e6)
+    (step,) = gauss_newton_steps(rows_of(g, g @ w), [1e6])
     np.testing.assert_allclose(g @ step.numpy(), g @ w, atol=1e-8)
+
+
+def rows_of(g, errors):
+    """Rows of labelled outputs, and one without a label in front, which counts nowhere."""
+    everything = torch.from_numpy(np.vstack([np.ones_like(g[:1]), g]))
+    known = np.concatenate([[np.nan], errors])
+    return Rows(everything, known, np.full(len(known), ""), np.ones(len(known), bool), known)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales, gram_matrix, labelled
+from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales, gram_matrix
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -73,9 +73,7 @@ class LaplacePosterior(Posterior):
         """
         assert isinstance(context, ClosedFormData)
         rows = context.rows
-        train = rows.is_train
-        gradients = labelled(rows.gradients, train)
-        gram = gram_matrix(gradients)
+        gradients, gram = rows.labelled, rows.gram
         report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gram)}
         s, temperature = choose_scales(context, gram, report)
         self._set_directions(gradients, gram)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Rows:
         groups: (m,) group of the frame (trajectory, phase, ...), for the left-out rule.
         scored: (m,) rows whose likelihood counts in the left-out rule (forces).
         errors: (m,) label minus output at the mean, over the noise; NaN for context rows. Only
-            :func:`gauss_newton_step` needs it.
+            :func:`gauss_newton_steps` needs it.
     """
 
     gradients: Tensor
@@ -50,6 +51,20 @@ class Rows:
         """(m,) rows that have a label."""
         finite: np.ndarray = np.isfinite(self.targets)
         return finite
+
+    @property
+    def labelled(self) -> Tensor:
+        """(m', P) rows that have a label; without a copy where they come first, as large as all are."""
+        train = self.is_train
+        n = int(train.sum())
+        if train[:n].all():
+            return self.gradients[:n]
+        return self.gradients[torch.from_numpy(train).to(self.gradients.device)]
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """(m', m') Gram matrix of the labelled rows: the covariance and a step of the mean both need it."""
+        return gram_matrix(self.labelled)
 
 
 @dataclass
@@ -125,14 +140,8 @@ def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
     return bool(loss.mean() <= error)
 
 
-def labelled(gradients: Tensor, train: np.ndarray) -> Tensor:
-    """The rows that have a label; without a copy where they come first, as large as all are."""
-    n = int(train.sum())
-    return gradients[:n] if train[:n].all() else gradients[torch.from_numpy(train).to(gradients.device)]
-
-
-def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Tensor:
-    """Step of the weights, in units of rms(w0), towards the labels; (P,).
+def gauss_newton_steps(rows: Rows, scales: Sequence[float]) -> Tensor:
+    """Steps of the weights, in units of rms(w0), towards the labels; (len(scales), P).
 
     argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
     linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
@@ -140,12 +149,13 @@ def gauss_newton_step(gradients: Tensor, errors: np.ndarray, scale: float) -> Te
     (Levenberg-Marquardt). One solve in the space of outputs, whatever the number of weights.
 
     Args:
-        gradients: (m, P) rows G of training outputs.
-        errors: (m,) e, label minus output, over the noise.
-        scale: s.
+        rows: gradients G of the labelled outputs, and e, label minus output, over the noise (``errors``).
+        scales: values of s.
     """
-    inner = gram_matrix(gradients) + np.eye(len(errors)) / scale**2
-    return combine(np.linalg.solve(inner, errors)[None], gradients)[0]
+    assert rows.errors is not None
+    errors, eye = rows.errors[rows.is_train], np.eye(len(rows.gram))
+    mix = [np.linalg.solve(rows.gram + eye / s**2, errors) for s in scales]
+    return combine(np.stack(mix), rows.labelled)
 
 
 def gram_matrix(rows: Tensor) -> np.ndarray:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.linear import BLOCK, ClosedFormData, choose_scales, gram_matrix, labelled
+from blip_ft.variational.posteriors.linear import BLOCK, ClosedFormData, choose_scales
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -88,9 +88,7 @@ class PathwisePosterior(Posterior):
             scores, for the receipt.
         """
         assert isinstance(context, ClosedFormData)
-        train = context.rows.is_train
-        gradients = labelled(context.rows.gradients, train)
-        gram = gram_matrix(gradients)
+        gradients, gram = context.rows.labelled, context.rows.gram
         report: dict[str, Any] = {"n_rows": len(context.rows.gradients), "n_train_rows": len(gram)}
         s, temperature = choose_scales(context, gram, report)
         self._set_samples(gradients, gram, s, temperature)

@@ -32,7 +32,6 @@ from blip_ft.variational.posteriors.linear import (
     choose_scales,
     combine,
     gram_matrix,
-    labelled,
 )
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
@@ -101,7 +100,7 @@ class SubspacePosterior(Posterior):
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
         s, temperature = choose_scales(context, gram[np.ix_(train, train)], report)
         report["captured"] = self._set_directions(rows.gradients, gram, train, s, temperature)
-        projected = self._project(labelled(rows.gradients, train))
+        projected = self._project(rows.labelled)
         self.set_covariance(projected.T @ projected, s, temperature)
         report |= {
             "prior_scale": s,
