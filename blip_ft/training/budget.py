@@ -10,7 +10,7 @@ fitted, (frames) (1 + R) P numbers of the model's precision. Each must fit. Give
 4. noise on all that the recipe says: ``scalar`` weights, then ``readout`` alone, with 1 to 3 anew.
 
 That is for ``subspace``. The families of the full covariance take every force component while these rows
-fit (:func:`fit_rows`), random projections else.
+fit (3 GB where no bound is given), random projections else.
 """
 
 from __future__ import annotations
@@ -57,21 +57,33 @@ class Fitted:
     rank: int
 
 
-def fit_to_budget(recipe: Recipe, backbone: Backbone, n_frames: int, say: Callable[[str], object]) -> Recipe:
-    """The recipe with what has to be smaller for ``posterior.max_bytes``; itself where there is no bound.
+def fit_to_budget(
+    recipe: Recipe, backbone: Backbone, n_atoms: Sequence[int], n_context: int, say: Callable[[str], object]
+) -> Recipe:
+    """The recipe with what has to be smaller for ``posterior.max_bytes``; itself where all fits.
 
     Args:
         recipe: validated.
         backbone: not yet converted.
-        n_frames: training and context frames whose gradients are held.
+        n_atoms: of every training frame.
+        n_context: frames without labels whose gradients ``subspace`` holds too.
         say: is told what was reduced, from what to what, with the bytes.
 
     Raises:
         RecipeError: nothing fits; the message has the smallest bound that would.
     """
+    family = recipe.posterior.family
+    if family == "subspace" and recipe.posterior.max_bytes is not None:
+        return _fit_subspace(recipe, backbone, len(n_atoms) + n_context, say)
+    if family in ("pathwise", "posthoc_laplace"):
+        return _fit_full(recipe, backbone, n_atoms, say)
+    return recipe
+
+
+def _fit_subspace(recipe: Recipe, backbone: Backbone, n_frames: int, say: Callable[[str], object]) -> Recipe:
+    """Storage, projections, rank and scope of ``subspace``."""
     options = recipe.posterior
-    if options.max_bytes is None or options.family != "subspace":
-        return recipe
+    assert options.max_bytes is not None
     limit, number = int(options.max_bytes), SIZES[recipe.model.dtype]
     scopes = _scopes(recipe, backbone)
     found = next((f for s in scopes if (f := _fit(s, options, n_frames, number, limit))), None)
@@ -90,23 +102,15 @@ def fit_to_budget(recipe: Recipe, backbone: Backbone, n_frames: int, say: Callab
     return out
 
 
-def fit_rows(
+def _fit_full(
     recipe: Recipe, backbone: Backbone, n_atoms: Sequence[int], say: Callable[[str], object]
 ) -> Recipe:
-    """The recipe with as many projections and samples as fit, for families of the full covariance.
-
-    Args:
-        recipe: validated.
-        backbone: not yet converted.
-        n_atoms: of every training frame.
-        say: is told what was reduced.
+    """As many projections and samples as fit, for families of the full covariance.
 
     Raises:
         RecipeError: too little room for :data:`MIN_PROJECTIONS` projections or :data:`MIN_RANK` samples.
     """
     options = recipe.posterior
-    if options.family not in ("pathwise", "posthoc_laplace"):
-        return recipe
     limit = int(options.max_bytes or ROW_BYTES)
     # the Laplace covariance takes its rows to float64
     number = SIZES["float64" if options.family == "posthoc_laplace" else recipe.model.dtype]

@@ -28,7 +28,7 @@ from blip_ft.data.stream import FrameStream, make_stream
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential import BayesianPotential
 from blip_ft.training import gates
-from blip_ft.training.budget import fit_rows, fit_to_budget
+from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.memory import Probe, load_memory, load_probe
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
@@ -99,9 +99,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     replay = replayed(recipe, splits.train, backbone, context)
     reduced: list[str] = []
-    n_frames = len(splits.train) + len(context) + math.ceil(recipe.posterior.context * len(splits.train))
-    recipe = fit_to_budget(recipe, backbone, n_frames, reduced.append)
-    recipe = fit_rows(recipe, backbone, [len(z) for z in splits.train["numbers"]], reduced.append)
+    n_context = len(context) + math.ceil(recipe.posterior.context * len(splits.train))
+    n_atoms = [len(z) for z in splits.train["numbers"]]
+    recipe = fit_to_budget(recipe, backbone, n_atoms, n_context, reduced.append)
     options = recipe.model
     for line in reduced:
         console.print(line, markup=False)

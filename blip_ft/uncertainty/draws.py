@@ -37,7 +37,7 @@ def evaluate_draws(
         stress: also predict stress.
     """
     together = _together(potential, batch, n_draws)
-    with torch.no_grad(), _numbered(potential, n_draws):
+    with torch.no_grad(), drawing(potential, n_draws):
         if together < 2 or batch.copies is None:
             return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n_draws)]
         out: list[Prediction] = []
@@ -112,10 +112,13 @@ def _split(prediction: Prediction, n: int) -> list[Prediction]:
 
 
 @contextmanager
-def _numbered(potential: BayesianPotential, n_draws: int) -> Iterator[None]:
-    """Draws depend on their number: it is part of the potential's state."""
-    before, potential.n_draws = potential.n_draws, n_draws
+def drawing(potential: BayesianPotential, n_draws: int, amplitude: float | None = None) -> Iterator[None]:
+    """With ``n_draws`` draws, on whose number each of them depends, and perhaps another width."""
+    before = potential.n_draws, potential.amplitude
+    potential.n_draws = n_draws
+    if amplitude is not None:
+        potential.amplitude = amplitude
     try:
         yield
     finally:
-        potential.n_draws = before
+        potential.n_draws, potential.amplitude = before

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.draws import moments_of_draws
+from blip_ft.uncertainty.draws import drawing, moments_of_draws
 from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
@@ -114,7 +113,7 @@ def _compare(
     curves: tuple[list[dict[str, float | None]], ...] = ([], [])
     drawn: list[FloatArray] = []
     for amplitude in sorted({*amplitudes, potential.amplitude}):
-        with _drawing(potential, n_draws, amplitude):
+        with drawing(potential, n_draws, amplitude):
             moments = moments_of_draws(potential, batch, n_draws, stress=False)
         assert moments.energy_std is not None
         assert moments.forces_std is not None
@@ -181,21 +180,11 @@ def _differences(potential: BayesianPotential, batch: Batch, n_draws: int) -> It
     for k in range(n_draws):
         ends = []
         for sign in (1.0, -1.0):
-            with _drawing(potential, n_draws, sign * STEP), torch.no_grad():
+            with drawing(potential, n_draws, sign * STEP), torch.no_grad():
                 out = potential(batch, mode="draw", draw=k, stress=False)
             ends.append((out.energy.double(), out.forces.double()))
         (e1, f1), (e0, f0) = ends
         yield (e1 - e0) / (2 * STEP), (f1 - f0) / (2 * STEP)
-
-
-@contextmanager
-def _drawing(potential: BayesianPotential, n_draws: int, amplitude: float) -> Iterator[None]:
-    before = potential.n_draws, potential.amplitude
-    potential.n_draws, potential.amplitude = n_draws, amplitude
-    try:
-        yield
-    finally:
-        potential.n_draws, potential.amplitude = before
 
 
 # ---- numbers out of it -------------------------------------------------------------------------

@@ -48,12 +48,12 @@ P = {name: weights(name) for name in ("all", "scalar", "readout")}
 
 def reduced(*args: Any, **kwargs: Any) -> tuple[Recipe, list[str]]:
     said: list[str] = []
-    return fit_to_budget(recipe(*args, **kwargs), FakeBackbone(), FRAMES, said.append), said
+    return fit_to_budget(recipe(*args, **kwargs), FakeBackbone(), [3] * FRAMES, 0, said.append), said
 
 
 def test_no_budget_changes_nothing() -> None:
     asked = recipe()
-    assert fit_to_budget(asked, FakeBackbone(), FRAMES, pytest.fail) is asked
+    assert fit_to_budget(asked, FakeBackbone(), [3] * FRAMES, 0, pytest.fail) is asked
 
 
 def test_room_for_all_stores_float32() -> None:
@@ -124,7 +124,7 @@ def test_what_comes_out_fits_and_an_error_names_the_least_that_would(
     assert out.posterior.projections <= projections
     assert storage in ("auto", out.posterior.storage)
     # what came out fits as it is: the recipe of a run can be run again
-    again = fit_to_budget(out, FakeBackbone(), FRAMES, lambda _: None)
+    again = fit_to_budget(out, FakeBackbone(), [3] * FRAMES, 0, lambda _: None)
     assert again == out
 
 
@@ -250,3 +250,49 @@ def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
         return float((v.double() @ v.double().T - torch.eye(5)).abs().max())
 
     assert defect(single) < 1e-6 < defect(half)
+
+
+class TestFullCovariance:
+    """Families that hold one row per force component: 1 + 3 * 3 of each of the ten frames."""
+
+    EVERY = FRAMES * 10
+
+    @pytest.mark.parametrize(("family", "number"), [("pathwise", 4), ("posthoc_laplace", 8)])
+    def test_every_component_while_the_rows_fit(self, family: str, number: int) -> None:
+        """To the byte; the Laplace covariance takes its rows to float64."""
+        room = self.EVERY * P["all"] * number
+        options = {"family": family, "projections": "all", "rank": 32}
+        out, said = reduced(room, **options)
+        assert (out.posterior.projections, said) == ("all", [])
+        out, (line,) = reduced(room - 1, **options)
+        assert out.posterior.projections == 8  # the energy's row and 8 of the forces are 9 of 10
+        assert "8 random projections" in line
+
+    def test_fewer_projections_than_asked_for(self) -> None:
+        room = FRAMES * 5 * P["all"] * 4 + 17
+        out, (line,) = reduced(room, family="pathwise", projections=6, rank=32)
+        assert out.posterior.projections == 4
+        assert "instead of 6" in line
+
+    def test_fewer_samples(self) -> None:
+        """Few frames of few atoms: the samples are what is large."""
+        room = 100 * P["all"] * 4
+        out, (line,) = reduced(room, family="pathwise", projections=2, rank=128)
+        assert out.posterior.rank == 100
+        assert "100 samples instead of 128" in line
+        assert fit_to_budget(out, FakeBackbone(), [3] * FRAMES, 0, pytest.fail) is out
+
+    @pytest.mark.parametrize("family", ["pathwise", "posthoc_laplace"])
+    def test_too_little_names_what_would_do(self, family: str) -> None:
+        number = 4 if family == "pathwise" else 8
+        least = row_bytes(P["all"], FRAMES, MIN_PROJECTIONS, number)
+        with pytest.raises(RecipeError) as caught:
+            reduced(least - 1, family=family, projections="all", rank=32)
+        assert caught.value.field == "posterior.max_bytes"
+        assert str(least) in str(caught.value)
+
+    def test_too_little_for_the_samples(self) -> None:
+        least = row_bytes(P["all"], FRAMES, MIN_PROJECTIONS, 4)
+        with pytest.raises(RecipeError, match=f"{MIN_RANK} samples") as caught:
+            reduced(least, family="pathwise", projections=2, rank=64)
+        assert str(MIN_RANK * P["all"] * 4) in str(caught.value)
