@@ -20,6 +20,7 @@ import torch
 from ase import Atoms
 from blip_ft.adapters import _sevennet as vendor
 from blip_ft.adapters._files import open_file
+from blip_ft.adapters._graphs import rearrange
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
 from torch import Tensor, nn
 
@@ -193,6 +194,10 @@ class SevenNetBackbone(ConservativeBackbone):
             raise RuntimeError("the stock calculator must be made before the model is converted")
         with quiet():
             return vendor.calculator(copy.deepcopy(self.model), self.modal, self.device)
+
+    def rearrange(self) -> None:
+        """e3nn's code with slices and ``cat`` that are cheap to differentiate (``_graphs``)."""
+        rearrange(self.model)
 
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:

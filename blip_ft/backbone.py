@@ -221,6 +221,13 @@ class Backbone(nn.Module, ABC):
         Call before conversion. Used by the step-0 gate only.
         """
 
+    def rearrange(self) -> None:
+        """Make the vendor's code cheaper to differentiate, without changing a bit of what it gives.
+
+        Called once, before conversion and after the stock calculator was made, whose code stays the vendor's. A
+        model whose native file holds code, not weights alone, must be left as it is.
+        """
+
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
         """Write the model as a file that the vendor's own programs open without this package.
