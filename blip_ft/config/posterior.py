@@ -61,7 +61,8 @@ class PosteriorConfig(Strict):
     per training frame; ``objective.kind: function_kl`` compares on as many"""
     mean_steps: Annotated[int, Field(ge=0)] = 1
     """``pathwise``, ``subspace``: most Gauss-Newton steps of the mean at the final fit, each no wider than
-    validation frames insist on, until they insist on none; with any, the first fit tries one too"""
+    validation frames insist on, until they insist on none; with any, the first fit tries one too. None where
+    a noisy weight's mean does not move by itself (``model.mean: frozen`` or ``lora``)"""
     start: Annotated[float, Field(ge=0, le=1)] = 0.6
     """``pathwise``, ``subspace``: share of the epochs after which the posterior is fitted for the first time and
     the noise comes in; it is fitted again at the end"""

@@ -78,6 +78,16 @@ class ClosedFormFitter:
         """Whether frames without labels matter: only ``subspace`` chooses among directions."""
         return isinstance(self.potential.posterior, SubspacePosterior)
 
+    @property
+    def mean_is_free(self) -> bool:
+        """Whether every noisy weight may move by itself: not where the mean is frozen, of low rank, or noisy
+        beyond what is trained.
+        """
+        deltas = self.potential.converted.deltas
+        return all(
+            d.is_leaf and d.requires_grad for d in (deltas[s.name] for s in self.potential.posterior.sites)
+        )
+
     # ---- fits ------------------------------------------------------------------------------
     def fit(self, *, final: bool = False) -> dict[str, Any]:
         """Gauss-Newton steps of the mean, then scales and covariance where they have led to.
@@ -88,7 +98,8 @@ class ClosedFormFitter:
         """
         recipe, posterior = self.recipe, self.potential.posterior
         # a covariance after plain fine-tuning leaves the mean where it is
-        wanted = 0 if isinstance(posterior, LaplacePosterior) else recipe.posterior.mean_steps
+        fixed = isinstance(posterior, LaplacePosterior) or not self.mean_is_free
+        wanted = 0 if fixed else recipe.posterior.mean_steps
         if not final:
             wanted = min(wanted, 1)
         steps: list[float] = []

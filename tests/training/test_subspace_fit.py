@@ -145,6 +145,17 @@ def test_a_step_may_not_pay_with_energies() -> None:
     assert ClosedFormFitter._narrowest({0.0: rest, 1.0: step}) == 0.0
 
 
+def test_weights_that_are_not_trained_take_no_step(prepared: tuple[Recipe, Prepared]) -> None:
+    recipe, ready = prepared
+    deltas = ready.potential.converted.deltas
+    noisy = ready.potential.posterior.sites[0].name
+    assert fitter_of(recipe, ready).mean_is_free
+    deltas[noisy].requires_grad_(False)
+    before = {name: d.detach().clone() for name, d in deltas.items()}
+    assert fitter_of(recipe, ready).fit(final=True)["mean_steps"] == []
+    assert all(torch.equal(d, before[name]) for name, d in deltas.items())
+
+
 def test_a_refused_step_leaves_the_mean_as_it_was(
     prepared: tuple[Recipe, Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
