@@ -33,7 +33,8 @@ class Cat(torch.autograd.Function):
         return torch.cat(parts, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         return (None, *torch.split(grad, ctx.sizes, ctx.dim))
 
 

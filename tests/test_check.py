@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "posterior": {"family": "weight", "prior_scale": 0.1},
         "objective": {"temperature": 1e-3},
         "plain": {"enabled": False},
-        "uncertainty": {"n_draws": 4},
+        "uncertainty": {"n_draws": 3},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
     }
     (folder / "fake.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

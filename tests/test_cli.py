@@ -567,7 +567,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
         "posterior": {"family": "weight", "prior_scale": 0.1},
         "objective": {"temperature": 1e-3},
-        "uncertainty": {"n_draws": 4},
+        "uncertainty": {"n_draws": 3},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
     }
     (folder / "fake.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

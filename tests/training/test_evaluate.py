@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from blip_ft.config import UncertaintyConfig
+from blip_ft.config import load_recipe
 from blip_ft.training.evaluate import draws_of
 
 
@@ -16,5 +14,4 @@ from blip_ft.training.evaluate import draws_of
 )
 def test_more_draws_on_calibration_frames(name: str, draws: int, expected: int) -> None:
     """Never fewer than elsewhere, and none for the mean model."""
-    recipe = SimpleNamespace(uncertainty=UncertaintyConfig())
-    assert draws_of(recipe, name, draws) == expected  # type: ignore[arg-type]
+    assert draws_of(load_recipe("sio2_sevennet"), name, draws) == expected
