@@ -1,0 +1,56 @@
+"""A finished run on the fake backbone, frames, and a way to run commands in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ase.io import write
+
+from blip_ft import cli
+from blip_ft.checkpoint import save_model
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
+from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+
+from .structures import structure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a finished run leaves it, with a calibrated model that was never trained."""
+    folder: Path = tmp_path_factory.mktemp("runs") / "fake"
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
+        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
+        n_draws=4,
+    )
+    potential.references = {8: -2.0, 14: -5.0}
+    potential.calibration = Calibration(
+        energy=PropertyCalibration(aleatoric=1e-3, scale=2.0),
+        forces=PropertyCalibration(aleatoric=2e-2, scale=3.0),
+    )
+    save_model(potential, folder / "model")
+    return folder
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """Five structures without labels, one of them a molecule."""
+    path = tmp_path / "in.extxyz"
+    write(path, [structure(seed=i, periodic=i != 3) for i in range(5)])
+    return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def run_main(*argv: str | Path) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+
+    return run_main

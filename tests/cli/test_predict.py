@@ -1,0 +1,240 @@
+"""``predict``: what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import molecule
+from ase.io import read, write
+
+from blip_ft.checkpoint import load_model, save_model
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
+from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
+from blip_ft.uncertainty.ood import FeatureDistance
+from blip_ft.uncertainty.predict import predict_atoms
+
+from .structures import labelled, leftovers, structure
+
+
+def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, tmp_path: Path):
+    out_file = tmp_path / "out.extxyz"
+    code, out, _ = call("predict", run, frames, "-o", out_file, "--batch-size", "2")
+    assert (code, out) == (0, f"{out_file}: 5 structures\n")
+    inputs, outputs = read(frames, ":"), read(out_file, ":")
+    expected = predict_atoms(load_model(run), inputs)
+    assert len(outputs) == len(inputs)
+    for before, after, want in zip(inputs, outputs, expected, strict=True):
+        assert np.array_equal(before.numbers, after.numbers)
+        np.testing.assert_allclose(after.positions, before.positions, atol=1e-7)
+        np.testing.assert_allclose(after.get_potential_energy(), want["energy"], atol=1e-7)
+        np.testing.assert_allclose(after.get_forces(), want["forces"], atol=1e-7)
+        assert ("stress" in after.calc.results) == before.pbc.all() == ("stress_std" in after.info)
+        if before.pbc.all():
+            np.testing.assert_allclose(after.get_stress(), want["stress"], atol=1e-7)
+        for key in PER_STRUCTURE:
+            if key in want:
+                np.testing.assert_allclose(after.info[key], want[key], atol=1e-7)
+        for key in PER_ATOM:
+            if key == "ood_score":  # this model has none
+                assert key not in after.arrays
+                continue
+            np.testing.assert_allclose(after.arrays[key], want[key], atol=1e-7)
+        assert after.arrays["forces_std"].shape == (len(before), 3)
+        assert after.arrays["forces_std_norm"].shape == (len(before),)
+        np.testing.assert_allclose(
+            after.arrays["forces_std_norm"], np.linalg.norm(after.arrays["forces_std"], axis=1), atol=1e-6
+        )
+        assert after.info["energy_std_total"] > after.info["energy_std"] > 0
+
+
+def test_predict_writes_the_out_of_distribution_score(call: Any, tmp_path: Path):
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
+        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
+        n_draws=4,
+    )
+    training = np.random.default_rng(0).normal(size=(40, 8)), np.repeat([8, 14], 20), ["a", "b"] * 20
+    potential.ood = FeatureDistance.fit(*training)
+    save_model(potential, tmp_path / "model")
+    alien = molecule("CO")
+    alien.set_array("ood_score", np.zeros(2))
+    write(tmp_path / "in.extxyz", [structure(), alien])
+    assert call("predict", tmp_path / "model", tmp_path / "in.extxyz", "-o", tmp_path / "out.extxyz")[0] == 0
+    known, unknown = read(tmp_path / "out.extxyz", ":")
+    want = predict_atoms(potential, [structure()])[0]
+    np.testing.assert_allclose(known.arrays["ood_score"], want["ood_score"], atol=1e-7)
+    assert known.info["ood_score_max"] == pytest.approx(want["ood_score_max"])
+    assert np.isinf(unknown.arrays["ood_score"]).tolist() == (unknown.numbers == 6).tolist()
+    assert unknown.info["ood_score_max"] == np.inf
+
+
+def test_predict_keeps_the_rest_of_a_frame_and_replaces_labels(call: Any, run: Path, tmp_path: Path):
+    atoms = labelled(structure())
+    atoms.info |= {"temperature_K": 300, "REF_energy": -1.0, "energy_std": 99.0}
+    atoms.set_array("mark", np.arange(len(atoms)))
+    atoms.set_array("forces_std", np.zeros((len(atoms), 3)))
+    write(tmp_path / "in.extxyz", atoms)
+    assert call("predict", run, tmp_path / "in.extxyz", "-o", tmp_path / "out.extxyz")[0] == 0
+    out = read(tmp_path / "out.extxyz")
+    want = predict_atoms(load_model(run), [atoms])[0]
+    assert (out.info["temperature_K"], out.info["REF_energy"]) == (300, -1.0)
+    assert np.array_equal(out.arrays["mark"], np.arange(len(atoms)))
+    np.testing.assert_allclose(out.get_potential_energy(), want["energy"], atol=1e-7)
+    np.testing.assert_allclose(out.info["energy_std"], want["energy_std"], atol=1e-7)
+    np.testing.assert_allclose(out.arrays["forces_std"], want["forces_std"], atol=1e-7)
+
+
+def test_predictions_rotate_with_the_structure(call: Any, run: Path, tmp_path: Path):
+    atoms = structure()
+    turned = atoms.copy()
+    turned.rotate(37, (1, 2, 3), rotate_cell=True)
+    write(tmp_path / "in.extxyz", [atoms, turned])
+    assert call("predict", run, tmp_path / "in.extxyz", "-o", tmp_path / "out.extxyz")[0] == 0
+    one, two = read(tmp_path / "out.extxyz", ":")
+    rotation = np.linalg.solve(atoms.cell.array, turned.cell.array)
+    np.testing.assert_allclose(one.get_forces() @ rotation, two.get_forces(), atol=1e-6)
+    np.testing.assert_allclose(one.info["energy_std"], two.info["energy_std"], rtol=1e-4)
+    np.testing.assert_allclose(one.arrays["forces_std_norm"], two.arrays["forces_std_norm"], rtol=1e-4)
+    assert not np.allclose(one.arrays["forces_std"], two.arrays["forces_std"], rtol=1e-2)
+
+
+def test_predict_reads_and_writes_packed_files(call: Any, run: Path, frames: Path, tmp_path: Path):
+    write(tmp_path / "in.extxyz.gz", read(frames, ":"), format="extxyz")
+    assert call("predict", run, tmp_path / "in.extxyz.gz", "-o", tmp_path / "out.extxyz.gz")[0] == 0
+    assert (tmp_path / "out.extxyz.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert len(read(tmp_path / "out.extxyz.gz", ":")) == 5
+
+
+def test_predict_reads_other_formats(call: Any, run: Path, tmp_path: Path):
+    write(tmp_path / "POSCAR", structure(), format="vasp")
+    assert call("predict", run, tmp_path / "POSCAR", "-o", tmp_path / "out.xyz")[0] == 0
+    assert len(read(tmp_path / "out.xyz", ":")) == 1
+
+
+def test_predict_refuses_an_existing_file_unless_told(call: Any, run: Path, frames: Path, tmp_path: Path):
+    out_file = tmp_path / "out.extxyz"
+    out_file.write_text("precious")
+    code, _, err = call("predict", run, frames, "-o", out_file)
+    assert code == 2
+    assert "--overwrite" in err
+    assert out_file.read_text() == "precious"
+    assert call("predict", run, frames, "-o", out_file, "--overwrite")[0] == 0
+    assert len(read(out_file, ":")) == 5
+
+
+def bad_element(frames: list[Atoms]) -> None:
+    frames[3].numbers[0] = 79
+
+
+def bad_position(frames: list[Atoms]) -> None:
+    frames[3].positions[0, 0] = np.nan
+
+
+def no_atoms(frames: list[Atoms]) -> None:
+    del frames[3][:]
+
+
+def flat_cell(frames: list[Atoms]) -> None:
+    frames[3].pbc = True
+    frames[3].cell[2] = 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (bad_element, "element Au is unknown"),
+        (bad_position, "is not a number"),
+        (no_atoms, "without atoms"),
+        (flat_cell, "no volume"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", ["1", "16"])
+def test_predict_names_the_frame_and_leaves_nothing(
+    call: Any, run: Path, frames: Path, tmp_path: Path, damage: Any, text: str, batch_size: str
+):
+    damaged = read(frames, ":")
+    damage(damaged)
+    write(frames.with_suffix(".traj"), damaged)
+    before = leftovers(tmp_path)
+    code, out, err = call(
+        "predict", run, frames.with_suffix(".traj"), "-o", tmp_path / "out.extxyz", "--batch-size", batch_size
+    )
+    assert (code, out) == (2, "")
+    assert "in.traj, frame 3" in err
+    assert text in err
+    assert leftovers(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", "6\nLattice", "not a structure\n", "2\n\nSi 0 0 0\nO x y z\n"])
+def test_predict_refuses_a_file_that_is_none(call: Any, run: Path, tmp_path: Path, content: str):
+    (tmp_path / "bad.xyz").write_text(content)
+    code, _, err = call("predict", run, tmp_path / "bad.xyz", "-o", tmp_path / "out.extxyz")
+    assert code == 2
+    assert "bad.xyz" in err
+    assert "What to do" in err
+    assert leftovers(tmp_path) == ["bad.xyz"]
+
+
+def test_a_file_cut_short_is_refused(call: Any, run: Path, frames: Path, tmp_path: Path):
+    frames.write_text(frames.read_text()[:-150])
+    code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz", "--batch-size", "1")
+    assert code == 2
+    assert "in.extxyz, frame" in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [("out.traj", "extended XYZ"), ("none/out.xyz", "mkdir -p"), ("out.xyz.zip", "extended XYZ")],
+)
+def test_predict_refuses_a_wrong_target(
+    call: Any, run: Path, frames: Path, tmp_path: Path, target: str, text: str
+):
+    code, _, err = call("predict", run, frames, "-o", tmp_path / target)
+    assert code == 2
+    assert text in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
+
+
+def test_predict_on_a_full_disk_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, call: Any, run: Path, frames: Path, tmp_path: Path
+):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz")
+    assert code == 2
+    assert "No space left on device" in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
+
+
+@pytest.mark.parametrize("model", ["nowhere", "in.extxyz"])
+def test_predict_without_a_model(call: Any, frames: Path, tmp_path: Path, model: str):
+    code, _, err = call("predict", tmp_path / model, frames, "-o", tmp_path / "out.extxyz")
+    assert code == 2
+    assert model in err
+
+
+@pytest.mark.parametrize("device", ["nonsense", "xpu:99"])
+def test_a_device_that_is_not_there(call: Any, run: Path, frames: Path, tmp_path: Path, device: str):
+    code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz", "--device", device)
+    assert code == 2
+    assert f"the device '{device}'" in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
+
+
+def test_precision_can_be_chosen(call: Any, run: Path, frames: Path, tmp_path: Path):
+    for dtype in ("float64", "float32"):
+        assert call("predict", run, frames, "-o", tmp_path / f"{dtype}.xyz", "--dtype", dtype)[0] == 0
+    double, single = (read(tmp_path / f"{dtype}.xyz") for dtype in ("float64", "float32"))
+    difference = np.abs(double.get_forces() - single.get_forces()).max()
+    assert 1e-9 < difference < 1e-4
