@@ -13,6 +13,7 @@ from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
+from blip_ft.uncertainty.shrinkage import shrunk
 
 DRAWS = 5
 
@@ -115,7 +116,9 @@ class TestResults:
         assert r["energy"] == pytest.approx(energy.mean(), rel=1e-14)
         assert r["energy_std"] == pytest.approx(energy.std(), rel=1e-9)
         np.testing.assert_allclose(r["forces"], forces.mean(0), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(r["forces_std"], forces.std(0), rtol=1e-9)
+        off = forces - forces.mean(0)
+        covariance = shrunk(torch.from_numpy(np.einsum("kni,knj->nij", off, off) / len(off)), len(off) - 1)
+        np.testing.assert_allclose(r["forces_cov"], covariance, rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(r["stress"], stress.mean(0), rtol=1e-12)
         np.testing.assert_allclose(r["stress_std"], stress.std(0), rtol=1e-9)
         np.testing.assert_allclose(

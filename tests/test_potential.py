@@ -17,6 +17,7 @@ from blip_ft.errors import BlipError, ConversionError
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.uncertainty.shrinkage import shrunk
 
 MODES = ["off", "local", "structure", "draw"]
 
@@ -495,11 +496,12 @@ class TestMoments:
         np.testing.assert_allclose(moments.energy_std, stack("energy").std(0), **close)
         np.testing.assert_allclose(moments.stress_std, stack("stress").std(0), **close)
         np.testing.assert_allclose(moments.node_energy_std, stack("node_energy").std(0), **close)
-        np.testing.assert_allclose(moments.forces_std, stack("forces").std(0), **close)
-        for i in range(len(batch.numbers)):
-            expected = np.cov(stack("forces")[:, i].T, ddof=0)
-            np.testing.assert_allclose(moments.forces_cov[i], expected, **close)
-            trace = math.sqrt(np.trace(expected))
+        covariances = [np.cov(stack("forces")[:, i].T, ddof=0) for i in range(len(batch.numbers))]
+        expected = shrunk(torch.from_numpy(np.stack(covariances)), 3)  # four draws about their mean
+        np.testing.assert_allclose(moments.forces_cov, expected, **close)
+        for i, covariance in enumerate(covariances):
+            np.testing.assert_allclose(moments.forces_std[i], np.sqrt(np.diag(expected[i])), **close)
+            trace = math.sqrt(np.trace(covariance))
             assert moments.forces_std_norm[i].item() == pytest.approx(trace, abs=1e-12)
 
     def test_mean_weights_only(self):

@@ -127,7 +127,7 @@ class UncertaintyConfig(Strict):
 
     n_draws: Annotated[int, Field(ge=2)] = 16
     """fixed posterior draws that the trained model predicts with"""
-    calibration_draws: Annotated[int, Field(ge=2)] = 64
+    calibration_draws: Annotated[int, Field(ge=2)] = 32
     """draws on the calibration frames, if more: the scatter of a few draws about the right width would be
     calibrated against by wider error bars, far from the data most of all"""
     batch_size: Annotated[int, Field(ge=1)] = 16

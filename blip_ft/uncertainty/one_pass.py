@@ -16,7 +16,8 @@ theta + A z, z standard normal and of r numbers,
 
 one backward call per direction u through the graph of dE/dz, which gives the derivatives of the
 stress too. Over all r unit vectors u, sum_u (dF/dz u)(dF/dz u)^T is the exact covariance. K random
-orthonormal directions times sqrt(r/K) estimate it without bias (:func:`relative_error`).
+orthonormal directions times sqrt(r/K) estimate it without bias (:func:`relative_error`), and the estimate is
+moved towards a round one (``shrinkage``).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from blip_ft.errors import BlipError
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.moments import BatchMoments, to_double
+from blip_ft.uncertainty.shrinkage import shrunk
 from blip_ft.variational import Rows
 from blip_ft.variational.noise import Tap, normal
 
@@ -203,7 +205,7 @@ def _add_forces(
     for _, forces, virial in latent_derivatives(potential, batch, directions):
         covariance += forces[:, :, None] * forces[:, None, :]
         variance += virial.square()
-    moments.forces_cov = covariance
+    moments.forces_cov = shrunk(covariance, len(directions)) if len(directions) < r else covariance
     if stress:
         moments.stress_std = variance.sqrt()
 

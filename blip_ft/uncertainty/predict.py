@@ -6,7 +6,8 @@ centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1.
 in pairs (``Posterior.paired``) report the mean weights, the exact std of the energy from the gradient of the
 same call, and for all else the spread of half the differences of pairs. Draws are taken at
 ``BayesianPotential.amplitude`` of the posterior's width, where the model is still close to linear
-in its weights, and their stds are divided by it.
+in its weights, and their stds are divided by it. Covariances of forces from few draws are moved towards
+round ones (``shrinkage``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
+from blip_ft.uncertainty.shrinkage import shrunk
 
 #: how error bars are made
 Method = Literal["draws"] | OnePass
@@ -72,6 +74,9 @@ def _moments(
         with torch.no_grad():  # the backbone switches autograd on for its own forces
             return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
     moments = moments_of_draws(potential, batch, n, stress=stress)
+    assert moments.forces_cov is not None
+    # draws are centred, or half the differences of pairs
+    moments.forces_cov = shrunk(moments.forces_cov, n // 2 if potential.posterior.paired else n - 1)
     if potential.posterior.paired:
         # the mean weights themselves, and the exact std of the energy from the same call
         exact = predict_one_pass(potential, batch, method="energy", stress=stress)
