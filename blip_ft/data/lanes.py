@@ -20,7 +20,8 @@ import numpy as np
 
 from blip_ft.data.problems import unreadable
 from blip_ft.data.readers import LMDB
-from blip_ft.data.sources import Reading, file_rows
+from blip_ft.data.readings import Reading
+from blip_ft.data.sources import file_rows
 
 Row = dict[str, Any]
 #: (groups, parts) that are tried, the largest first: 12 is divisible by 2, 3, 4 and 6 workers

@@ -18,84 +18,33 @@ labels. What was read is cached by the hash of the file's content and of all opt
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets
 import numpy as np
 
-from blip_ft.config import Source, SourceConfig
-from blip_ft.data import embedded, readers, tables, units
-from blip_ft.data.hub import cached_dataset, load_hub
-from blip_ft.data.schema import FEATURES, SCHEMA_VERSION, Mapper, RawFrame, canonical_split
+from blip_ft.config import Source
+from blip_ft.data import readers, tables, units
+from blip_ft.data.hub import cached_dataset
+from blip_ft.data.readings import LabelOptions, Reading, plan
+from blip_ft.data.schema import FEATURES, Mapper, RawFrame, canonical_split
 from blip_ft.errors import DataError, nearest
 
 _SLICE = re.compile(r"-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?\d+)?)?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-#: endings of a name that is certainly meant as a file, not as a hub id
-_FILE_ENDINGS = frozenset(
-    {".xyz", ".extxyz", ".gz", ".bz2", ".xz", ".traj", ".db", ".cif", ".vasp", ".xml", ".out", ".zip", ".npz"}
-    | set(tables.TABLES)
-    | readers.LMDB
-)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Everything that the rows of one source depend on; its hash is the key of the cache.
-
-    Attributes:
-        source: as the user wrote it, without the selector.
-        paths: (path, name for messages) of each file; empty for a hub id.
-        digest: SHA-256 of the contents.
-        selector: split name or slice, or ``""``.
-        fields: explicit names of labels.
-        units: units of the source.
-        labels: frames must have labels.
-        stress_order: of six stress components.
-        energy_offset: taken off every total energy.
-        hub: options of a hub set (``config``, ``revision``, ``stream``).
-        version: of the schema.
-    """
-
-    source: str
-    paths: tuple[tuple[str, str], ...]
-    digest: str
-    selector: str
-    fields: tuple[tuple[str, str], ...]
-    units: tuple[tuple[str, str], ...]
-    labels: bool
-    stress_order: str = "ase"
-    energy_offset: float = 0.0
-    hub: tuple[tuple[str, Any], ...] = ()
-    version: int = SCHEMA_VERSION
-
-
-def load_source(
-    spec: Source,
-    *,
-    fields: Mapping[str, str] | None = None,
-    units: Mapping[str, str] | None = None,
-    labels: bool = True,
-    stress_order: str = "ase",
-    energy_offset: float = 0.0,
-) -> datasets.Dataset:
+def load_source(spec: Source, *, labels: bool = True, **options: Unpack[LabelOptions]) -> datasets.Dataset:
     """Read one source, or several one after the other.
 
     Args:
         spec: see the module's description.
-        fields: names of labels where they are not found by themselves (``data.fields``).
-        units: units of the source (``data.units``).
         labels: refuse frames that have neither energy nor forces.
-        stress_order: ``ase`` or ``vasp`` (``data.stress_order``).
-        energy_offset: taken off every total energy, in its own unit (``data.energy_offset``).
+        options: of the labels: :class:`blip_ft.data.readings.LabelOptions`.
 
     Returns:
         A data set with the columns of :data:`blip_ft.data.schema.FEATURES`, memory-mapped where
@@ -104,49 +53,26 @@ def load_source(
     Raises:
         DataError: missing, empty, truncated or unreadable file, bad selector, bad labels.
     """
-    readings = plan(
-        spec,
-        fields=fields,
-        units=units,
-        labels=labels,
-        stress_order=stress_order,
-        energy_offset=energy_offset,
-    )
-    parts = [cached_dataset(_rows, FEATURES, reading=reading) for reading in readings]
+    parts = [
+        cached_dataset(_rows, FEATURES, reading=reading) for reading in plan(spec, labels=labels, **options)
+    ]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def iterate_source(
-    spec: Source,
-    *,
-    fields: Mapping[str, str] | None = None,
-    units: Mapping[str, str] | None = None,
-    labels: bool = True,
-    stress_order: str = "ase",
-    energy_offset: float = 0.0,
+    spec: Source, *, labels: bool = True, **options: Unpack[LabelOptions]
 ) -> Iterator[dict[str, Any]]:
     """The same rows one by one, without a cache: for sources larger than the disk.
 
     Args:
-        spec: as for :func:`load_source`, like all that follow.
-        fields: names of labels.
-        units: units of the source.
+        spec: as for :func:`load_source`.
         labels: refuse frames that have neither energy nor forces.
-        stress_order: ``ase`` or ``vasp``.
-        energy_offset: taken off every total energy.
+        options: of the labels.
 
     Raises:
         DataError: as for :func:`load_source`, when the row is reached.
     """
-    for reading in plan(
-        spec,
-        fields=fields,
-        units=units,
-        labels=labels,
-        stress_order=stress_order,
-        energy_offset=energy_offset,
-        digest=False,
-    ):
+    for reading in plan(spec, labels=labels, digest=False, **options):
         yield from _rows(reading)
 
 
@@ -181,54 +107,6 @@ def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
     ]
 
 
-def plan(
-    spec: Source,
-    *,
-    fields: Mapping[str, str] | None = None,
-    units: Mapping[str, str] | None = None,
-    labels: bool = True,
-    stress_order: str = "ase",
-    energy_offset: float = 0.0,
-    digest: bool = True,
-) -> list[Reading]:
-    """What has to be read for a source; opens no more than it needs to identify the files.
-
-    Args:
-        spec: as for :func:`load_source`, like all that follow.
-        fields: names of labels.
-        units: units of the source.
-        labels: refuse frames that have neither energy nor forces.
-        stress_order: ``ase`` or ``vasp``.
-        energy_offset: taken off every total energy.
-        digest: hash the contents of the files (for the cache).
-
-    Raises:
-        DataError: no source, no such file, bad unit.
-    """
-    specs = list(spec) if isinstance(spec, list) else [spec]
-    if not specs:
-        raise DataError("no source is given", field="data", remedy="name at least one file or set")
-    return [
-        _plan(
-            one if isinstance(one, SourceConfig) else SourceConfig(path=one),
-            fields or {},
-            units or {},
-            labels,
-            stress_order,
-            energy_offset,
-            digest,
-        )
-        for one in specs
-    ]
-
-
-def as_text(spec: Source) -> str:
-    """A source as the user wrote it, for messages."""
-    if isinstance(spec, list):
-        return ", ".join(as_text(one) for one in spec)
-    return spec if isinstance(spec, str) else spec.path
-
-
 def fingerprint(dataset: datasets.Dataset) -> str:
     """SHA-256 of structures and labels in their order, whatever file they came from.
 
@@ -251,121 +129,6 @@ def grid(values: Any, step: float) -> Any:
     """
     shifted = np.asarray(values, dtype=np.float64) / step + 0.3183098861837907
     return np.floor(shifted).astype("<i8")
-
-
-def _plan(
-    spec: SourceConfig,
-    fields: Mapping[str, str],
-    unit_names: Mapping[str, str],
-    labels: bool,
-    stress_order: str,
-    energy_offset: float,
-    digest: bool,
-) -> Reading:
-    own_fields = fields if spec.fields is None else spec.fields
-    own_units = unit_names if spec.units is None else {str(k): v for k, v in spec.units.items()}
-    units.factors(own_units)  # a bad unit is reported before a file is opened
-    source, selector = split_selector(spec.path)
-    if spec.split:
-        if selector:
-            raise DataError(
-                f"'{spec.path}' has a selector and the option split={spec.split}",
-                field="data",
-                remedy="give one of them",
-            )
-        selector = spec.split
-    paths = _paths(source)
-    options = {k: v for k in ("config", "revision", "stream") if (v := getattr(spec, k))}
-    if options and paths:
-        raise DataError(
-            f"{', '.join(options)}: only a set on the hub has that",
-            file=source,
-            remedy="remove the option, or give a hub id organisation/name",
-        )
-    if not digest:
-        content = ""
-    elif paths:
-        content = _digest([p for p, _ in paths])
-    else:
-        content = str(_hub_fingerprint(source, options))
-    return Reading(
-        source=source,
-        paths=tuple((str(p), name) for p, name in paths),
-        digest=content,
-        selector=selector,
-        fields=tuple(sorted(own_fields.items())),
-        units=tuple(sorted(own_units.items())),
-        labels=labels,
-        stress_order=spec.stress_order or stress_order,
-        energy_offset=energy_offset if spec.energy_offset is None else spec.energy_offset,
-        hub=tuple(sorted(options.items())),
-    )
-
-
-def split_selector(spec: str) -> tuple[str, str]:
-    """``("runs/a.xyz", "0:50")`` of ``runs/a.xyz@0:50``; a path that exists is not divided.
-
-    Raises:
-        DataError: nothing before or after the ``@``.
-    """
-    if "@" not in spec or Path(spec).exists():
-        source, selector, at = spec, "", ""
-    else:
-        source, at, selector = spec.rpartition("@")
-    if not source.strip() or (at and not selector):
-        raise DataError(
-            f"cannot read the source '{spec}'",
-            remedy="write path, path@split or path@start:stop:step",
-            field="data",
-        )
-    return source, selector
-
-
-def _paths(source: str) -> list[tuple[Path, str]]:
-    """Files of a source with their names for messages; none for a hub id."""
-    if source in embedded.SETS:
-        return [(embedded.path(source), source)]
-    path = Path(source).expanduser()
-    if path.exists():
-        return [(path, os.fsencode(source).decode("utf-8", "replace"))]
-    if glob.has_magic(source):
-        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path has no absolute patterns)
-        if not found:
-            raise DataError("no file matches this pattern", file=source, remedy="check the pattern")
-        # Arrow holds UTF-8 only; a name in another encoding is shown with replacement characters.
-        return [(Path(p), os.fsencode(p).decode("utf-8", "replace")) for p in found]
-    hub = _HUB_ID.fullmatch(source) is not None
-    if hub and path.suffix.lower() not in _FILE_ENDINGS and not path.parent.exists():
-        return []
-    raise DataError(
-        "there is no such file or folder",
-        file=source,
-        remedy=f"check the path; embedded sets: {', '.join(embedded.SETS)}",
-    )
-
-
-def _hub_fingerprint(source: str, options: Mapping[str, Any]) -> str:
-    table = load_hub(source, **options)
-    parts = table if isinstance(table, Mapping) else {"": table}
-    return ",".join(f"{split}={part._fingerprint}" for split, part in parts.items())
-
-
-def _digest(paths: list[Path]) -> str:
-    """SHA-256 over the contents of files and of everything in folders."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise DataError(
-                    f"cannot be opened: {error.strerror or error}",
-                    file=str(file),
-                    remedy="check that you may read it",
-                ) from error
-            digest.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:

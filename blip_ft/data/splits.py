@@ -37,7 +37,8 @@ from blip_ft.config import DataConfig, Source
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.division import by_block, by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
-from blip_ft.data.sources import as_text, load_source
+from blip_ft.data.readings import as_text, label_options
+from blip_ft.data.sources import load_source
 from blip_ft.data.splits_file import from_file
 from blip_ft.data.stream import sample_of
 from blip_ft.errors import DataError
@@ -172,14 +173,7 @@ def load_role(config: DataConfig, spec: Source, *, labels: bool = True) -> datas
     Raises:
         DataError: it cannot be read.
     """
-    return load_source(
-        spec,
-        fields=config.fields,
-        units={str(k): v for k, v in config.units.items()},
-        labels=labels,
-        stress_order=config.stress_order,
-        energy_offset=config.energy_offset,
-    )
+    return load_source(spec, labels=labels, **label_options(config))
 
 
 def _load_given(config: DataConfig) -> Parts:

@@ -21,8 +21,9 @@ from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.dataset import collate, content_key, make_item
 from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
+from blip_ft.data.readings import label_options, plan
 from blip_ft.data.schema import FEATURES
-from blip_ft.data.sources import iterate_source, plain_row, plan
+from blip_ft.data.sources import iterate_source, plain_row
 from blip_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
     """What opens the stream of ``data.train``."""
 
     def rows() -> Iterator[Row]:
-        yield from map(plain_row, iterate_source(config.train, **_reading_options(config)))
+        yield from map(plain_row, iterate_source(config.train, **label_options(config)))
 
     return rows
 
@@ -206,17 +207,8 @@ def grid_of(config: DataConfig, batch: int) -> Grid | None:
     options = config.stream
     if options is None or options.weight is not None:  # weights are summed over the whole stream
         return None
-    readings = plan(config.train, digest=False, **_reading_options(config))
+    readings = plan(config.train, digest=False, **label_options(config))
     return make_grid(readings, options.frames, batch)
-
-
-def _reading_options(config: DataConfig) -> dict[str, Any]:
-    return {
-        "fields": config.fields,
-        "units": {str(k): v for k, v in config.units.items()},
-        "stress_order": config.stress_order,
-        "energy_offset": config.energy_offset,
-    }
 
 
 def make_stream(

@@ -15,7 +15,8 @@ from ase import Atoms
 from ase.io import read, write
 
 from blip_ft.data import FEATURES, fingerprint, load_source, to_atoms
-from blip_ft.data.sources import grid, split_selector
+from blip_ft.data.readings import split_selector
+from blip_ft.data.sources import grid
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]
