@@ -3,10 +3,10 @@
     python benchmarks/convergence.py run DIR     # Gauss-Newton alone, a few minutes a set
     python benchmarks/convergence.py draw        # the figure and the table
 
-Adam's curves are those of the runs that ``polymorphs.py`` and ``ammonia.py`` keep in runs/ (every seed
-that is there). DIR holds NH3_BP86.extxyz.gz. Gauss-Newton alone starts at the pretrained weights: no
-epochs, then eight steps of the mean, each with new random projections. Writes
-benchmarks/results/convergence.json and docs/convergence.svg.
+Adam's curves are those of the runs that ``polymorphs.py``, ``ammonia.py`` and ``zeolites.py`` keep in runs/ (every
+seed that is there). DIR holds NH3_BP86.extxyz.gz. Gauss-Newton alone starts at the pretrained weights: no
+epochs, then steps of the mean, each from eight new random projections of every frame's forces, until one is
+refused or eight are done. Writes benchmarks/results/convergence.json and docs/convergence.svg.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ from blip_ft.training.loop import train
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "convergence.json"
 STEPS = 8
+PROJECTIONS = 8
 LABELS = {"plain": "Adam", "default": "ELBO, then Gauss-Newton", "gauss-newton": "Gauss-Newton alone"}
 COLOURS = {"plain": "tab:gray", "default": "tab:blue", "gauss-newton": "tab:orange"}
-SETS = {"polymorphs": "SiO2 polymorphs, 36 frames", "ammonia": "ammonia, 62 frames"}
+SETS = {
+    "polymorphs": "SiO2 polymorphs, 36 frames",
+    "ammonia": "ammonia, 62 frames",
+    "zeolites": "zeolite EDI, 36 frames",
+}
 
 
 def alone(recipe: Recipe, console: Console) -> list[dict[str, float]]:
     """History of Gauss-Newton steps from the pretrained weights."""
-    posterior = recipe.posterior.model_copy(update={"mean_steps": STEPS})
+    posterior = recipe.posterior.model_copy(update={"mean_steps": STEPS, "projections": PROJECTIONS})
     recipe = recipe.model_copy(
         update={"posterior": posterior, "trainer": recipe.trainer | {"max_epochs": 0}, "name": "gauss-newton"}
     )
@@ -47,23 +52,27 @@ def alone(recipe: Recipe, console: Console) -> list[dict[str, float]]:
 
 
 def run(folder: Path, console: Console) -> None:
-    curves = []
     for name, recipe in {
-        "polymorphs": load_recipe("sio2_sevennet", ["name=gauss-newton"]),
         "ammonia": recipe_for(folder, 0, "default", 1e-3, 0),
+        "polymorphs": load_recipe("sio2_sevennet", ["name=gauss-newton"]),
     }.items():
-        curves.append({"set": name, "method": "gauss-newton", "seed": 0, "history": alone(recipe, console)})
-        print(name, [round(r["val_force_mae"], 2) for r in curves[-1]["history"]], flush=True)
-    OUT.write_text(json.dumps(curves, indent=1) + "\n")
+        curve = {"set": name, "method": "gauss-newton", "seed": 0, "history": alone(recipe, console)}
+        print(name, [round(r["val_force_mae"], 2) for r in curve["history"]], flush=True)
+        before = json.loads(OUT.read_text()) if OUT.is_file() else []
+        key = ("set", "method", "seed")
+        curves = [c for c in before if any(c[k] != curve[k] for k in key)] + [curve]
+        OUT.write_text(json.dumps(curves, indent=1) + "\n")
 
 
 def kept_curves() -> list[dict[str, Any]]:
     out = []
-    for folder in sorted(Path("runs").glob("polymorphs-*")):
+    for folder in sorted(f for name in SETS for f in Path("runs").glob(f"{name}-[0-9]*")):
+        name, _, seed = folder.name.rpartition("-")
         history = json.loads((folder / "history.json").read_text())
-        seed = int(folder.name.rpartition("-")[2])
         for model, method in {"plain": "plain", "blip": "default"}.items():
-            out.append({"set": "polymorphs", "method": method, "seed": seed, "history": history[model]})
+            if model in history:
+                row = {"set": name, "method": method, "seed": int(seed), "history": history[model]}
+                out.append(row)
     for file in sorted(Path("runs/ammonia").glob("ammonia-*.json")):
         _, method, seed = file.stem.split("-")
         if method in LABELS:
@@ -75,7 +84,7 @@ def kept_curves() -> list[dict[str, Any]]:
 def draw() -> None:
     curves = [c for c in json.loads(OUT.read_text()) if c["method"] == "gauss-newton"] + kept_curves()
     OUT.write_text(json.dumps(curves, indent=1) + "\n")
-    fig, axes = plt.subplots(len(SETS), 2, figsize=(8.6, 6.2), sharey="row", layout="constrained")
+    fig, axes = plt.subplots(len(SETS), 2, figsize=(8.6, 3.1 * len(SETS)), sharey="row", layout="constrained")
     table = Table("set", "method", "seeds", "final validation force MAE, meV/Å", "seconds")
     for line, (name, title) in zip(axes, SETS.items(), strict=True):
         for method, label in LABELS.items():

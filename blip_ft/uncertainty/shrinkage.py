@@ -15,8 +15,8 @@ The eigenvalues l_i of S are drawn together by the share of D that may be chance
 
     l_i' = l_i (tr S / (3 l_i))^rho, scaled to tr S,      rho = min(1, D_n / (2 D)).             (3)
 
-Half of D_n, because D of a covariance that is not round has the scatter too: docs/decisions.md. What
-symmetry makes zero stays zero, the trace stays, and S' turns with S.
+Half of D_n is what helps crystals and molecules alike: docs/decisions.md. What symmetry makes zero stays zero,
+the trace stays, and S' turns with S.
 """
 
 from __future__ import annotations
