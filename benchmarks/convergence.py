@@ -20,6 +20,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from ammonia import recipe_for
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -56,12 +58,21 @@ def run(folder: Path, console: Console) -> None:
         "ammonia": recipe_for(folder, 0, "default", 1e-3, 0),
         "polymorphs": load_recipe("sio2_sevennet", ["name=gauss-newton"]),
     }.items():
-        curve = {"set": name, "method": "gauss-newton", "seed": 0, "history": alone(recipe, console)}
+        curve = {"set": name, "method": "gauss-newton", "seed": 0, "history": shown(alone(recipe, console))}
         print(name, [round(r["val_force_mae"], 2) for r in curve["history"]], flush=True)
         before = json.loads(OUT.read_text()) if OUT.is_file() else []
         key = ("set", "method", "seed")
         curves = [c for c in before if any(c[k] != curve[k] for k in key)] + [curve]
-        OUT.write_text(json.dumps(curves, indent=1) + "\n")
+        OUT.write_text(json.dumps(curves) + "\n")
+
+
+def shown(history: list[dict[str, float]]) -> list[dict[str, float | bool]]:
+    """What the figure shows of a history."""
+    return [
+        {"epoch": r["epoch"], "seconds": round(r["seconds"], 1), "val_force_mae": r["val_force_mae"]}
+        | {"step": "train_loss" not in r}
+        for r in history
+    ]
 
 
 def kept_curves() -> list[dict[str, Any]]:
@@ -71,22 +82,25 @@ def kept_curves() -> list[dict[str, Any]]:
         history = json.loads((folder / "history.json").read_text())
         for model, method in {"plain": "plain", "blip": "default"}.items():
             if model in history:
-                row = {"set": name, "method": method, "seed": int(seed), "history": history[model]}
+                row = {"set": name, "method": method, "seed": int(seed), "history": shown(history[model])}
                 out.append(row)
     for file in sorted(Path("runs/ammonia").glob("ammonia-*.json")):
         _, method, seed = file.stem.split("-")
         if method in LABELS:
             history = json.loads(file.read_text())["history"]
-            out.append({"set": "ammonia", "method": method, "seed": int(seed), "history": history})
+            out.append({"set": "ammonia", "method": method, "seed": int(seed), "history": shown(history)})
     return out
 
 
 def draw() -> None:
     curves = [c for c in json.loads(OUT.read_text()) if c["method"] == "gauss-newton"] + kept_curves()
-    OUT.write_text(json.dumps(curves, indent=1) + "\n")
-    fig, axes = plt.subplots(len(SETS), 2, figsize=(8.6, 3.1 * len(SETS)), sharey="row", layout="constrained")
+    OUT.write_text(json.dumps(curves) + "\n")
+    sets = {name: title for name, title in SETS.items() if any(c["set"] == name for c in curves)}
+    fig, axes = plt.subplots(
+        len(sets), 2, figsize=(8.6, 2.9 * len(sets)), sharey="row", layout="constrained", squeeze=False
+    )
     table = Table("set", "method", "seeds", "final validation force MAE, meV/Å", "seconds")
-    for line, (name, title) in zip(axes, SETS.items(), strict=True):
+    for line, (name, title) in zip(axes, sets.items(), strict=True):
         for method, label in LABELS.items():
             mine = [c for c in curves if (c["set"], c["method"]) == (name, method)]
             for curve in mine:
@@ -95,9 +109,8 @@ def draw() -> None:
                 best = np.minimum.accumulate(error)
                 for ax, key in zip(line, ("epoch", "seconds"), strict=True):
                     x = [r[key] + (key == "epoch") for r in rows]
-                    shown = label if curve is mine[0] else None
-                    ax.plot(x, best, color=COLOURS[method], linewidth=1, alpha=0.8, label=shown)
-                    steps = [i for i, r in enumerate(rows) if "train_loss" not in r]
+                    ax.plot(x, best, color=COLOURS[method], linewidth=1, alpha=0.8)
+                    steps = [i for i, r in enumerate(rows) if r["step"]]
                     ax.plot(
                         [x[i] for i in steps],
                         best[steps],
@@ -119,11 +132,13 @@ def draw() -> None:
         for ax, x_label in zip(line, ("epochs, then Gauss-Newton steps", "seconds"), strict=True):
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             ax.yaxis.set_minor_formatter("{x:g}")
             ax.set_xlabel(x_label)
             ax.set_title(title, fontsize=10)
-        line[0].set_ylabel("best validation force MAE so far, meV/Å")
-    axes[0][0].legend(frameon=False, fontsize=8)
+        line[0].set_ylabel("best force MAE so far,\nmeV/Å, validation")
+    handles = [Line2D([], [], color=COLOURS[m], label=label) for m, label in LABELS.items()]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(LABELS), frameon=False)
     fig.savefig(HERE.parent / "docs" / "convergence.svg")
     Console().print(table)
 
