@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
+from seeds import METHODS
 
 from blip_ft.config import Recipe, load_recipe
 from blip_ft.training.fit import prepare
@@ -80,10 +81,8 @@ def kept_curves() -> list[dict[str, Any]]:
     for folder in sorted(f for name in SETS for f in Path("runs").glob(f"{name}-[0-9]*")):
         name, _, seed = folder.name.rpartition("-")
         history = json.loads((folder / "history.json").read_text())
-        for model, method in {"plain": "plain", "blip": "default"}.items():
-            if model in history:
-                row = {"set": name, "method": method, "seed": int(seed), "history": shown(history[model])}
-                out.append(row)
+        for model, rows in history.items():
+            out.append({"set": name, "method": METHODS[model], "seed": int(seed), "history": shown(rows)})
     for file in sorted(Path("runs/ammonia").glob("ammonia-*.json")):
         _, method, seed = file.stem.split("-")
         if method in LABELS:

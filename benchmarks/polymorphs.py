@@ -1,6 +1,6 @@
 """The shipped SiO2 recipe over several seeds: accuracy and error bars, seen phases and unseen ones.
 
-    python benchmarks/polymorphs.py 0 1 2 3 4 [--accelerator gpu]     # some 20 minutes a seed on 2 cores
+    python benchmarks/polymorphs.py 0 1 2 3 4 [--accelerator gpu]     # half an hour or more a seed on a CPU
 
 A seed sets the order of the frames, all noise, the context frames and the draws; the frames and their
 roles are the embedded set's own. Each run is kept in runs/polymorphs-<seed>; a finished one is not run

@@ -1,6 +1,6 @@
 """The shipped SiO2 recipe on a zeolite: a set that decided nothing about the recipe.
 
-    python benchmarks/zeolites.py DIR 0 1 2 [--accelerator gpu]     # some 30 minutes a seed on 2 cores
+    python benchmarks/zeolites.py DIR 0 1 2 [--accelerator gpu]     # an hour a seed on a busy CPU
 
 DIR holds SiO2_zeo_EDI.extxyz.gz and SiO2_zeo_multi.extxyz.gz (origin and licence: docs/data.md). 36 frames
 of the framework EDI train, 12 others choose the epoch, 12 calibrate and 30 are judged on; unseen are the five

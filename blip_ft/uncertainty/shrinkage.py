@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.special import digamma
 from torch import Tensor
 
 #: eigenvalues below this share of the largest are rounding
@@ -57,6 +58,5 @@ def shrunk(covariance: Tensor, n_samples: int) -> Tensor:
 
 def by_chance(n_samples: int) -> float:
     """Equation (2): what a round covariance shows on average in ``n_samples`` draws, three or more."""
-    half = torch.tensor([3 * n_samples, n_samples, n_samples - 1, n_samples - 2], dtype=torch.float64) / 2
-    whole, *parts = torch.digamma(half).tolist()
-    return float(3 * (whole - math.log(3)) - sum(parts))
+    n = n_samples
+    return float(3 * (digamma(1.5 * n) - math.log(3)) - sum(digamma((n - i) / 2) for i in range(3)))

@@ -31,6 +31,3 @@ def labelled(atoms: Atoms, seed: int = 0) -> Atoms:
 def leftovers(folder: Path) -> list[str]:
     """Names in a folder, hidden ones too."""
     return sorted(p.name for p in folder.iterdir())
-
-
-# ---- the program as a whole ------------------------------------------------------------------
