@@ -29,11 +29,12 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.dataset import FrameDataset, collate, to_atoms
 from blip_ft.data.sources import load_source
 from blip_ft.export import export_native
-from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.moments import BatchMoments
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
+
+from .training.labelled import frames
 
 CPU, GPU = "cpu", "cuda"
 ACCELERATORS = {CPU: "cpu", GPU: "gpu"}
@@ -420,29 +421,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def labelled(n: int, seed: int) -> list[Atoms]:
-    """Small periodic structures with the fake potential's labels, a fifth larger."""
-    rng = np.random.default_rng(seed)
-    calculator = FakeBackbone.load("tiny").stock_calculator()
-    out = []
-    for i in range(n):
-        a = Atoms("SiO2", positions=[(0, 0, 0), (1.6, 0, 0), (0, 1.6, 0)], cell=[5, 5, 5], pbc=True)
-        a.positions += rng.normal(0, 0.1, (3, 3))
-        a.calc = calculator
-        energy, forces = a.get_potential_energy(), a.get_forces().copy()
-        a.calc = None
-        a.info |= {"REF_energy": 1.2 * energy, "trajectory": f"run{i % 4}"}
-        a.arrays["REF_forces"] = 1.2 * forces
-        out.append(a)
-    return out
-
-
 @pytest.mark.parametrize("case", FAMILIES)
 def test_families_and_objectives(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs in float64; the devices agree on every error and, less, on every error bar."""
     monkeypatch.chdir(tmp_path)
-    write("train.extxyz", labelled(24, 0))
-    write("other.extxyz", labelled(5, 1))
+    write("train.extxyz", frames(24, scale=1.2))
+    write("other.extxyz", frames(5, seed=1, scale=1.2))
     options = FAMILIES[case]
     found = {}
     for device, accelerator in ACCELERATORS.items():

@@ -14,27 +14,11 @@ from ase.io import write
 
 from blip_ft.cli import main
 from blip_ft.config.posterior import PAIRED
-from blip_ft.fake import FakeBackbone
 from blip_ft.variational.posteriors import FAMILIES
 
+from .labelled import frames
+
 Frames = list[Atoms]
-
-
-def frames(n: int = 12, *, seed: int = 0) -> Frames:
-    """Small periodic structures labelled by the fake potential itself: right units and signs."""
-    rng = np.random.default_rng(seed)
-    calculator = FakeBackbone.load("tiny").stock_calculator()
-    out = []
-    for i in range(n):
-        a = Atoms("SiO2", positions=[(0, 0, 0), (1.6, 0, 0), (0, 1.6, 0)], cell=[5, 5, 5], pbc=True)
-        a.positions += rng.normal(0, 0.1, (3, 3))
-        a.calc = calculator
-        energy, forces = a.get_potential_energy(), a.get_forces().copy()
-        a.calc = None
-        a.info |= {"REF_energy": energy, "trajectory": f"run{i % 4}"}
-        a.arrays["REF_forces"] = forces
-        out.append(a)
-    return out
 
 
 def call(

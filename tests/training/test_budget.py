@@ -23,7 +23,7 @@ from blip_ft.fake import FakeBackbone
 from blip_ft.training.budget import MIN_PROJECTIONS, MIN_RANK, fit_to_budget, megabytes, row_bytes
 from blip_ft.variational.convert import plan
 
-from .test_bad_input import frames
+from .labelled import frames
 
 FRAMES = 10
 

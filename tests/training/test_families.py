@@ -16,7 +16,7 @@ import blip_ft
 from blip_ft.cli import main
 from blip_ft.fake import FakeBackbone
 
-from .test_bad_input import frames
+from .labelled import frames
 
 RUNS: dict[str, dict[str, Any]] = {
     "adaptive": {"posterior": {"family": "adaptive"}},

@@ -20,7 +20,7 @@ from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import PathwisePosterior, SubspacePosterior
 
-from .test_bad_input import frames
+from .labelled import frames
 
 QUIET = Console(quiet=True)
 

@@ -1,0 +1,25 @@
+"""Frames with labels for trainings of the fake potential."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+
+from blip_ft.fake import FakeBackbone
+
+
+def frames(n: int = 12, *, seed: int = 0, scale: float = 1.0) -> list[Atoms]:
+    """Small periodic structures labelled by the fake potential itself, times ``scale``: right units and signs."""
+    rng = np.random.default_rng(seed)
+    calculator = FakeBackbone.load("tiny").stock_calculator()
+    out = []
+    for i in range(n):
+        a = Atoms("SiO2", positions=[(0, 0, 0), (1.6, 0, 0), (0, 1.6, 0)], cell=[5, 5, 5], pbc=True)
+        a.positions += rng.normal(0, 0.1, (3, 3))
+        a.calc = calculator
+        energy, forces = a.get_potential_energy(), a.get_forces().copy()
+        a.calc = None
+        a.info |= {"REF_energy": scale * energy, "trajectory": f"run{i % 4}"}
+        a.arrays["REF_forces"] = scale * forces
+        out.append(a)
+    return out
