@@ -23,6 +23,7 @@ from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, content_key
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.budget import projections_of
+from blip_ft.training.progress import progress
 from blip_ft.training.rows import GradientRows
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
@@ -108,7 +109,7 @@ class ClosedFormFitter:
         while True:
             number = len(steps)
             rows = None  # as large as all that follows: free it before the next
-            rows = self.rows.rows(self.projections(last=final), number=number, context=self.with_context)
+            rows = self._make_rows(number, final=final)
             report = self._fit_posterior(rows)
             if number == wanted:
                 break
@@ -121,6 +122,13 @@ class ClosedFormFitter:
                 break
         report["mean_steps"] = steps
         return self.settle(report, final=final)
+
+    def _make_rows(self, number: int, *, final: bool) -> Rows:
+        frames = len(self.rows.labelled) + len(self.rows.context) * self.with_context
+        with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
+            return self.rows.rows(
+                self.projections(last=final), number=number, context=self.with_context, progress=advance
+            )
 
     def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
         scale, posterior = self.recipe.posterior.prior_scale, self.potential.posterior

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.loop import device_of
+from blip_ft.training.progress import progress
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table
@@ -55,10 +55,8 @@ def judge(
     """
     potential.to(device_of(recipe))
     wanted = {n: d for n, d in sets.items() if n != "train" and len(d)}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     predictions: dict[str, SetPrediction] = {}
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"predicting ({what})", total=sum(len(d) for d in wanted.values()))
+    with progress(console, f"predicting ({what})", sum(len(d) for d in wanted.values())) as advance:
         for name, dataset in wanted.items():
             predictions[name] = predict_set(
                 potential,
@@ -66,7 +64,7 @@ def judge(
                 name,
                 n_draws=draws_of(recipe, name, draws),
                 batch_size=recipe.uncertainty.batch_size,
-                progress=lambda n: bar.advance(task, n),
+                progress=advance,
             )
     calibration = (
         calibrate(predictions["calibration"]).for_new_frames()

@@ -7,7 +7,7 @@ projections of them that stand for all (``uncertainty.jacobian.random_signs``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -52,13 +52,21 @@ class GradientRows:
         self.context = list(context)
         self.groups = groups_of(train)
 
-    def rows(self, projections: int | None, *, number: int = 0, context: bool = False) -> Rows:
+    def rows(
+        self,
+        projections: int | None,
+        *,
+        number: int = 0,
+        context: bool = False,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> Rows:
         """Rows of training frames, and of context frames behind them.
 
         Args:
             projections: R per frame; ``None`` for every force component.
             number: other numbers give other projections.
             context: also rows of the context frames.
+            progress: called with the number of frames done after each batch.
         """
         frames = [*self.labelled, *(self.context if context else ())]
         sizes = np.array([len(i.atoms) for i in frames])
@@ -92,6 +100,7 @@ class GradientRows:
                     self.groups[i] if known else "" for i, m in zip(index, mine.tolist(), strict=True) if m
                 ]
                 scored += [k > 0] * n
+            progress(len(index))
         labels, counted = np.concatenate(targets), np.array(scored)
         if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
             counted[:] = True

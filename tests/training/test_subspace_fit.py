@@ -188,8 +188,10 @@ def test_every_force_component_has_a_row(prepared: tuple[Recipe, Prepared]) -> N
     """H of all components is the expectation of H of random projections, and steering fits take few."""
     recipe, ready = prepared
     fitter = fitter_of(recipe, ready)
-    whole = fitter.rows.rows(None)
+    done: list[int] = []
+    whole = fitter.rows.rows(None, progress=done.append)
     n_train = len(ready.sets["train"])
+    assert sum(done) == n_train
     assert len(whole.gradients) == n_train * (1 + 3 * 3)
     np.testing.assert_allclose(whole.gradients.norm(dim=1).numpy() > 0, True)
     exact = (whole.gradients.T @ whole.gradients).numpy()
