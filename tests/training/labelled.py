@@ -8,10 +8,13 @@ from ase import Atoms
 from blip_ft.fake import FakeBackbone
 
 
-def frames(n: int = 12, *, seed: int = 0, scale: float = 1.0) -> list[Atoms]:
-    """Small periodic structures labelled by the fake potential itself, times ``scale``: right units and signs."""
+def frames(n: int = 12, *, seed: int = 0, scale: float = 1.0, other: bool = False) -> list[Atoms]:
+    """Small periodic structures with right units and signs.
+
+    They are labelled by the fake potential itself, times ``scale``, or by one of ``other`` weights.
+    """
     rng = np.random.default_rng(seed)
-    calculator = FakeBackbone.load("tiny").stock_calculator()
+    calculator = FakeBackbone.load("tiny", seed=int(other)).stock_calculator()
     out = []
     for i in range(n):
         a = Atoms("SiO2", positions=[(0, 0, 0), (1.6, 0, 0), (0, 1.6, 0)], cell=[5, 5, 5], pbc=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,11 @@ from blip_ft.data.dataset import collate
 from blip_ft.fake import FakeBackbone
 from blip_ft.objectives import Likelihood
 
+from .labelled import frames as make_frames
+
 Frames = list[Atoms]
-
-
-def frames(n: int = 24, *, seed: int = 0) -> Frames:
-    """Small periodic structures, labelled by a fake potential of other weights."""
-    rng = np.random.default_rng(seed)
-    calculator = FakeBackbone.load("tiny", seed=1).stock_calculator()
-    out = []
-    for i in range(n):
-        a = Atoms("SiO2", positions=[(0, 0, 0), (1.6, 0, 0), (0, 1.6, 0)], cell=[5, 5, 5], pbc=True)
-        a.positions += rng.normal(0, 0.1, (3, 3))
-        a.calc = calculator
-        energy, forces = a.get_potential_energy(), a.get_forces().copy()
-        a.calc = None
-        a.info |= {"REF_energy": energy, "run": f"run{i % 4}"}
-        a.arrays["REF_forces"] = forces
-        out.append(a)
-    return out
+#: labels that the pretrained model has to learn
+frames = partial(make_frames, n=24, other=True)
 
 
 def fit(folder: Path, labelled: Frames, *overrides: str, **sections: Any) -> dict[str, Any]:
@@ -97,7 +85,7 @@ def test_some_of_both_and_weights(tmp_path: Path) -> None:
 
 
 def test_context_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bare = frames(5, seed=3)
+    bare = frames(n=5, seed=3)
     for a in bare:
         a.info.clear()
         del a.arrays["REF_forces"]
@@ -126,7 +114,7 @@ def test_batches_by_edges(tmp_path: Path) -> None:
 
 
 def test_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "held.extxyz", frames(9, seed=5))
+    write(tmp_path / "held.extxyz", frames(n=9, seed=5))
     held = {
         role: f"{tmp_path}/held.extxyz@{part}"
         for role, part in (("validation", "0:3"), ("calibration", "3:6"), ("test", "6:"))
@@ -162,7 +150,7 @@ def batch(tmp_path: Path) -> Callable[..., tuple[Prediction, Batch]]:
 @pytest.mark.parametrize("law", ["gaussian", "student_t"])
 def test_a_frame_of_weight_two_counts_as_two(law: str, batch: Any) -> None:
     likelihood = Likelihood(ObjectiveConfig(likelihood=law))  # type: ignore[arg-type]
-    a, b = frames(2)
+    a, b = frames(n=2)
     twice = likelihood(*batch([a, a, b])).total.sum()
     a.info["config_weight"] = 2.0
     assert float(likelihood(*batch([a, b])).total.sum()) == pytest.approx(float(twice), rel=1e-12)
@@ -170,7 +158,7 @@ def test_a_frame_of_weight_two_counts_as_two(law: str, batch: Any) -> None:
 
 def test_weights_of_atoms_are_exponents_of_their_force_terms(batch: Any) -> None:
     likelihood = Likelihood(ObjectiveConfig())
-    (a,) = frames(1)
+    (a,) = frames(n=1)
     plain = likelihood(*batch([a]))
     a.arrays["atom_weight"] = np.array([2.0, 0.0, 1.0])
     prediction, made = batch([a])
@@ -206,7 +194,7 @@ def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
         g = rows.gradients[torch.as_tensor(known)].double()
         return (g.T @ g).numpy()
 
-    a, b = frames(2)
+    a, b = frames(n=2)
     copies = information([a, a, b])
     a.info["config_weight"] = 2.0
     np.testing.assert_allclose(information([a, b]), copies, rtol=1e-9, atol=1e-9 * np.abs(copies).max())
