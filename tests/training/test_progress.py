@@ -35,7 +35,8 @@ def test_lines_in_a_log(clock: list[float]) -> None:
 def test_bar_on_a_terminal(clock: list[float], *, bar: bool) -> None:
     """A bar, or lines where another bar is drawn already."""
     out = io.StringIO()
-    with progress(Console(file=out, width=100, force_terminal=True), "predicting", 4, bar=bar) as advance:
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    with progress(console, "predicting", 4, bar=bar) as advance:
         clock[0] = 31.0
         advance(2)
     assert "predicting" in out.getvalue()
