@@ -124,7 +124,7 @@ class ClosedFormFitter:
         return self.settle(report, final=final)
 
     def _make_rows(self, number: int, *, final: bool) -> Rows:
-        frames = len(self.rows.labelled) + len(self.rows.context) * self.with_context
+        frames = len(self.rows.labelled) + len(self.rows.context)  # made only where they are used
         with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
             return self.rows.rows(
                 self.projections(last=final), number=number, context=self.with_context, progress=advance
