@@ -20,33 +20,41 @@ UNCERTAIN = [
     "forces_cov",
     "stress_std",
     "energies_std",
+    "energy_std_aleatoric",
+    "forces_std_aleatoric",
+    "stress_std_aleatoric",
     "energy_std_total",
     "forces_std_total",
     "stress_std_total",
+    "std_sampling_error",
     "ood_score",
     "ood_score_max",
 ]
 
 
 class BlipCalculator(Calculator):
-    """Energy, forces and stress as the mean over posterior draws, with standard deviations.
+    """Energy, forces and stress of the mean weights (``pathwise``) or as the mean over draws, with stds.
 
-    Mean forces are the gradient of the mean energy: every draw is conservative. ``*_std`` are
-    epistemic (from the posterior, times the calibrated scale), ``*_std_total`` include the
-    aleatoric noise fitted on the calibration frames.
+    Either way forces are the gradient of the energy: every draw is conservative. ``*_std`` are
+    epistemic (from the posterior, times the calibrated scale), ``*_std_aleatoric`` the scatter of the labels
+    found on the calibration frames, ``*_std_total`` both.
 
-    =====================  =========  ==================================================
-    ``results`` key        shape      unit
-    =====================  =========  ==================================================
-    ``energy_std``         scalar     eV, of the total energy
-    ``forces_std``         (n, 3)     eV/Å, each component in the lab frame
-    ``forces_std_norm``    (n,)       eV/Å, root of the trace of the covariance; invariant
-    ``forces_cov``         (n, 3, 3)  (eV/Å)^2
-    ``stress_std``         (6,)       eV/Å^3
-    ``energies_std``       (n,)       eV, of each atom's energy
-    ``ood_score``          (n,)       1, distance from the training atoms, ``uncertainty.ood``
-    ``ood_score_max``      scalar     1, largest of the structure's atoms
-    =====================  =========  ==================================================
+    ========================  =========  ==================================================
+    ``results`` key           shape      unit
+    ========================  =========  ==================================================
+    ``energy_std``            scalar     eV, of the total energy
+    ``energy_std_aleatoric``  scalar     eV, of the total energy
+    ``forces_std``            (n, 3)     eV/Å, each component in the lab frame
+    ``forces_std_aleatoric``  scalar     eV/Å, of every component
+    ``forces_std_norm``       (n,)       eV/Å, root of the trace of the covariance; invariant
+    ``forces_cov``            (n, 3, 3)  (eV/Å)^2
+    ``stress_std``            (6,)       eV/Å^3
+    ``stress_std_aleatoric``  scalar     eV/Å^3, of every component
+    ``energies_std``          (n,)       eV, of each atom's energy
+    ``std_sampling_error``    scalar     1, relative, of stds of forces and stress from few draws or directions
+    ``ood_score``             (n,)       1, distance from the training atoms, ``uncertainty.ood``
+    ``ood_score_max``         scalar     1, largest of the structure's atoms
+    ========================  =========  ==================================================
 
     Args:
         potential: from ``blip_ft.load``.

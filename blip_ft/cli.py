@@ -200,6 +200,20 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="structures per call (16)")
+    parser.add_argument(
+        "--method",
+        choices=("draws", "energy", "linear"),
+        default="draws",
+        help="error bars from posterior draws; from the gradient that gives the forces, of energies alone; or exact "
+        "ones of the linearised model (draws)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=_draws,
+        metavar="K",
+        help="posterior draws, 0 for none and no error bars; with --method linear random directions (draws: those "
+        "of the recipe; linear: all)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     # Error bars are small differences of large numbers: in float32 they lose their invariance.
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")

@@ -82,7 +82,14 @@ def evaluate(args: argparse.Namespace) -> None:
     output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
     potential = _load(args)
     frames = FrameDataset(load_source(args.source), potential.backbone)
-    prediction = predict_set(potential, frames, args.source, batch_size=args.batch_size)
+    prediction = predict_set(
+        potential,
+        frames,
+        args.source,
+        batch_size=args.batch_size,
+        n_draws=args.draws,
+        method=args.method,
+    )
     metrics = set_metrics(prediction, potential.calibration)
     if output is not None:
         with whole_file(output) as file:
@@ -107,6 +114,8 @@ def predict(args: argparse.Namespace) -> None:
             args.source,
             args.output,
             batch_size=args.batch_size,
+            n_draws=args.draws,
+            method=args.method,
             overwrite=args.overwrite,
             progress=lambda n: bar.update(task, completed=n),
         )

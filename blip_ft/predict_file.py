@@ -3,16 +3,17 @@
 Input is anything that ASE reads, with or without labels. Output is extended XYZ with
 
 ==========================  ==============================================================
-ASE results                 ``energy`` eV, ``forces`` (n, 3) eV/Å, ``stress`` (6,) eV/Å^3
-                            (ASE sign and Voigt order; only for periodic structures): means
-                            over the posterior draws
-``info``                    ``energy_std`` eV, ``stress_std`` (6,) eV/Å^3, ``ood_score_max``
-``arrays``                  ``forces_std`` (n, 3) eV/Å, in the lab frame;
+ASE results                 ``energy`` eV, ``energies`` (n,) eV, ``forces`` (n, 3) eV/Å, ``stress``
+                            (6,) eV/Å^3 (ASE sign and Voigt order; only for periodic structures)
+``info``                    ``energy_std`` eV, ``stress_std`` (6,) eV/Å^3; ``std_sampling_error``
+                            of the stds of forces and stress, relative; ``ood_score_max``
+``arrays``                  ``energies_std`` (n,) eV; ``forces_std`` (n, 3) eV/Å, in the lab frame;
                             ``forces_std_norm`` (n,) eV/Å, invariant under rotation;
                             ``ood_score`` (n,), see ``uncertainty.ood``
 ==========================  ==============================================================
 
-The stds are epistemic; the same names with ``_total`` include the aleatoric noise. Other info and
+The stds are epistemic; the same names with ``_aleatoric`` are the scatter of the labels, in ``info`` as it is one number
+for all components, with ``_total`` both. Other info and
 arrays of the input are kept; its own energies, forces and stress are replaced. ASE writes values per
 atom with eight decimals.
 """
@@ -32,11 +33,21 @@ from ase.io import iread, write
 from blip_ft.errors import DataError
 from blip_ft.files import check_target, whole_file
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.predict import predict_atoms
+from blip_ft.uncertainty.predict import Method, predict_atoms
 
-RESULTS = ("energy", "forces", "stress")
-PER_STRUCTURE = ("energy_std", "stress_std", "energy_std_total", "stress_std_total", "ood_score_max")
-PER_ATOM = ("forces_std", "forces_std_norm", "forces_std_total", "ood_score")
+RESULTS = ("energy", "energies", "forces", "stress")
+PER_STRUCTURE = (
+    "energy_std",
+    "energy_std_aleatoric",
+    "energy_std_total",
+    "forces_std_aleatoric",
+    "stress_std",
+    "stress_std_aleatoric",
+    "stress_std_total",
+    "std_sampling_error",
+    "ood_score_max",
+)
+PER_ATOM = ("energies_std", "forces_std", "forces_std_norm", "forces_std_total", "ood_score")
 
 
 def predict_file(
@@ -45,6 +56,8 @@ def predict_file(
     target: str | Path,
     *,
     batch_size: int = 16,
+    n_draws: int | None = None,
+    method: Method = "draws",
     overwrite: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> int:
@@ -56,6 +69,8 @@ def predict_file(
         target: the extended XYZ file to write (``.xyz`` or ``.extxyz``, optionally ``.gz``). It
             appears under this name only when it is complete.
         batch_size: structures per call of the model.
+        n_draws: draws, or with ``method='linear'`` random directions; see ``uncertainty.predict.predict_batch``.
+        method: how error bars are made, likewise.
         overwrite: replace an existing ``target``.
         progress: called with the number of structures done after each batch.
 
@@ -80,7 +95,9 @@ def predict_file(
             for frame, atoms in enumerate(chunk, start=done):
                 _check_geometry(atoms, source, frame)
                 potential.backbone.check(atoms, file=str(source), frame=frame)
-            predictions = predict_atoms(potential, chunk, batch_size=batch_size)
+            predictions = predict_atoms(
+                potential, chunk, batch_size=batch_size, n_draws=n_draws, method=method
+            )
             for atoms, prediction in zip(chunk, predictions, strict=True):
                 write(file, annotate(atoms, prediction), format="extxyz")
             done += len(chunk)

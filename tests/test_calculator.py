@@ -81,9 +81,13 @@ class TestResults:
             "forces_std_norm": (2,),
             "forces_cov": (2, 3, 3),
             "stress_std": (6,),
+            "energy_std_aleatoric": (),
+            "forces_std_aleatoric": (),
+            "stress_std_aleatoric": (),
             "energy_std_total": (),
             "forces_std_total": (2, 3),
             "stress_std_total": (6,),
+            "std_sampling_error": (),
         }
         assert found.keys() <= set(potential.calculator().implemented_properties)
 
@@ -301,9 +305,11 @@ class TestCalibration:
         raw = results(calibrated, crystal())
         n = 2  # atoms: the energy's aleatoric noise is per atom
         assert r["energy_std"] == pytest.approx(1.5 * raw["energy_std"])
+        assert r["energy_std_aleatoric"] == pytest.approx(n * 0.002)
         assert r["energy_std_total"] == pytest.approx(np.hypot(n * 0.002, r["energy_std"]))
         for key, scale, noise in (("forces", 2.0, 0.03), ("stress", 0.5, 0.004)):
             np.testing.assert_allclose(r[f"{key}_std"], scale * raw[f"{key}_std"])
+            assert r[f"{key}_std_aleatoric"] == noise
             np.testing.assert_allclose(r[f"{key}_std_total"], np.hypot(noise, r[f"{key}_std"]))
         np.testing.assert_allclose(r["forces_std_norm"], 2 * raw["forces_std_norm"])
         np.testing.assert_allclose(r["forces_cov"], 4 * raw["forces_cov"])
@@ -313,6 +319,7 @@ class TestCalibration:
     def test_without_one_total_is_epistemic(self, potential):
         r = results(potential, crystal())
         for key in ("energy", "forces", "stress"):
+            assert r[f"{key}_std_aleatoric"] == 0
             np.testing.assert_allclose(r[f"{key}_std_total"], r[f"{key}_std"])
 
 

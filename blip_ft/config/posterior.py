@@ -45,10 +45,11 @@ class PosteriorConfig(Strict):
     """families with a closed form: random projections of each structure's forces that stand for all of
     them; ``all``: every force component, as far as their gradients fit into ``max_bytes`` (``subspace``: 8)"""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
-    """``subspace``: bound on the directions in the model file, and on the gradients held in memory while
-    they are fitted: a number of bytes or ``200 MB``. Where the recipe needs more, the run
-    stores half precision, takes fewer projections, then a lower rank (not below 32), then puts noise on fewer weights
-    (``scalar``, ``readout``), and says so; docs/uncertainty.md"""
+    """families with a closed form: bound on the directions or samples in the model file, and on the gradients held
+    in memory while they are fitted: a number of bytes or ``200 MB``. Where the recipe needs more, the run takes
+    fewer projections, then a lower rank (not below 32); ``subspace`` stores half precision before that, and
+    after it puts noise on fewer weights (``scalar``, ``readout``). The run says so. Without a bound all but ``subspace`` take
+    3 GB of gradients; docs/uncertainty.md"""
     storage: Literal["auto", "float32", "float16"] = "auto"
     """``subspace``: how directions are stored; ``auto``: ``float16``, or ``float32`` where
     ``max_bytes`` is given and leaves room"""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning
 import scoringrules
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip_ft.backbone import Batch
 from blip_ft.config import CLOSED, Recipe
@@ -128,13 +130,20 @@ class FineTuneModule(lightning.LightningModule):
 
     # ---- optimiser -----------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
-        """AdamW on delta (so decay points at the pretrained weights); cosine after a warm-up."""
+        """AdamW, with decay towards the pretrained weights; cosine after a warm-up.
+
+        Linear blocks are trained as differences, which decay to zero as AdamW has it. Parameters beside
+        them are trained as they are: their decay, as decoupled, follows each step.
+        """
         options = self.recipe.optimizer
         rate = options.learning_rate
         if self.plain and self.recipe.plain.learning_rate is not None:
             rate = self.recipe.plain.learning_rate
+        decay = options.weight_decay
+        rest = self.potential.prior.rest
         groups: list[dict[str, Any]] = [
-            {"params": self.potential.mean_parameters, "lr": rate, "weight_decay": options.weight_decay}
+            {"params": self.potential.converted.mean_parameters, "lr": rate, "weight_decay": decay},
+            {"params": [parameter for parameter, _ in rest], "lr": rate, "weight_decay": 0.0, "rest": True},
         ]
         spread = [p for p in self.potential.posterior.parameters() if p.requires_grad]
         if spread and not self.plain:
@@ -143,6 +152,8 @@ class FineTuneModule(lightning.LightningModule):
         if noise:
             groups.append({"params": noise, "lr": options.std_learning_rate, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
+        if rest and decay:
+            optimizer.register_step_post_hook(partial(_decay_to_start, rest, decay))
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         warm = options.warmup_fraction * steps
 
@@ -153,3 +164,13 @@ class FineTuneModule(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def _decay_to_start(
+    rest: Sequence[tuple[nn.Parameter, Tensor]], decay: float, optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    """After a step of AdamW: each parameter p goes by lr * decay of p - start towards its start."""
+    (rate,) = (group["lr"] for group in optimizer.param_groups if group.get("rest"))
+    for parameter, start in rest:
+        parameter.lerp_(start, rate * decay)

@@ -8,6 +8,7 @@ draw's weights are then the same for all structures, one matrix product instead 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,11 @@ def evaluate_draws(
         return out
 
 
+def sampling_error(n_draws: int, *, paired: bool = False) -> float:
+    """Relative std of a std that is estimated from K centred draws, 1/sqrt(2 (K - 1)), or K/2 pairs, 1/sqrt(K)."""
+    return 1 / math.sqrt(n_draws if paired else 2 * (n_draws - 1))
+
+
 def moments_of_draws(
     potential: BayesianPotential, batch: Batch, n_draws: int, *, stress: bool
 ) -> BatchMoments:
@@ -88,6 +94,7 @@ def moments_of_draws(
         forces_cov=torch.einsum("kni,knj->nij", forces_off, forces_off) / len(forces_off),
         stress_std=std(stress_off),
         node_energy_std=std(nodes_off),
+        sampling_error=sampling_error(n_draws, paired=potential.posterior.paired),
     )
 
 

@@ -7,7 +7,7 @@ the posterior's width), an output that is linear in the weights has the spread a
 
 the spread of the linearised model over *the same draws*: a comparison with it has no sampling error.
 The exact std of the linearised model (``one_pass``) is the expectation of (1); a std from K centred
-draws scatters around it by 1/sqrt(2 (K - 1)), relative, from K/2 pairs by 1/sqrt(K) (:func:`sampling_error`).
+draws scatters around it by 1/sqrt(2 (K - 1)), relative, from K/2 pairs by 1/sqrt(K) (``draws.sampling_error``).
 
 The mean over centred draws leaves the mean model by curvature only. ``MAX_SHIFT`` of the full-width spread
 is a shift that does no harm; figures mark it.
@@ -15,7 +15,6 @@ is a shift that does no harm; figures mark it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.draws import drawing, moments_of_draws
+from blip_ft.uncertainty.draws import drawing, moments_of_draws, sampling_error
 from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
@@ -45,11 +44,6 @@ THOROUGH = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 #: outputs of one draw or one derivative: energy (B,) eV, forces (n, 3) eV/Å
 Outputs = tuple[Tensor, Tensor]
-
-
-def sampling_error(n_draws: int, *, paired: bool = False) -> float:
-    """Relative std of a std that is estimated from K centred draws, 1/sqrt(2 (K - 1)), or K/2 pairs, 1/sqrt(K)."""
-    return 1 / math.sqrt(n_draws if paired else 2 * (n_draws - 1))
 
 
 def study(

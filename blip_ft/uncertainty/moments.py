@@ -19,6 +19,8 @@ class BatchMoments:
         forces_cov: (n, 3, 3) (eV/Å)^2 covariance of each atom's force.
         stress_std: (B, 6) eV/Å^3.
         node_energy_std: (n,) eV.
+        sampling_error: relative std of ``forces_std`` and ``stress_std`` that were estimated from a few draws or
+            directions (for directions the worst case, ``one_pass.relative_error``); 0 where they are exact.
         ood_score: (n,) distance from the training atoms, see ``uncertainty.ood``; needs no draws, ``None``
             for a model without it.
     """
@@ -28,6 +30,7 @@ class BatchMoments:
     forces_cov: Tensor | None = None
     stress_std: Tensor | None = None
     node_energy_std: Tensor | None = None
+    sampling_error: float = 0.0
     ood_score: Tensor | None = None
 
     @property

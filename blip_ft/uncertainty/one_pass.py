@@ -206,6 +206,7 @@ def _add_forces(
         covariance += forces[:, :, None] * forces[:, None, :]
         variance += virial.square()
     moments.forces_cov = shrunk(covariance, len(directions)) if len(directions) < r else covariance
+    moments.sampling_error = relative_error(len(directions), r)
     if stress:
         moments.stress_std = variance.sqrt()
 

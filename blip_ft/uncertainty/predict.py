@@ -1,7 +1,7 @@
 """Means and standard deviations from the fixed posterior draws.
 
-Every draw is an ordinary potential; energy, forces and stress of one draw belong together. The
-mean over draws is reported, so mean forces are the gradient of the mean energy. Draws are
+Every draw is an ordinary potential; energy, forces and stress of one draw belong together. Where draws are
+single, their mean is reported, so mean forces are the gradient of the mean energy. They are then
 centred (``BayesianPotential.draw_latents``), hence the divisor K and not K - 1. Families whose draws come
 in pairs (``Posterior.paired``) report the mean weights, the exact std of the energy from the gradient of the
 same call, and for all else the spread of half the differences of pairs. Draws are taken at
@@ -171,8 +171,11 @@ def predict_atoms(
     Keys: ``energy`` (eV), ``forces`` (n, 3) eV/Å, ``stress`` (6,) eV/Å^3 or None where the
     structure is not periodic; epistemic stds, multiplied by the calibration's scale if there is
     one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
-    total stds, which add the aleatoric noise of the calibration: ``energy_std_total``,
-    ``forces_std_total``, ``stress_std_total``; ``energies`` (n,) eV per atom and their epistemic
+    aleatoric stds, the scatter of the labels that the calibration found: ``energy_std_aleatoric``,
+    ``forces_std_aleatoric`` and ``stress_std_aleatoric``, each one number for all components; total stds, the
+    roots of the sums of both squares: ``energy_std_total``, ``forces_std_total``, ``stress_std_total``;
+    ``std_sampling_error``, the relative std of ``forces_std`` and ``stress_std`` that comes from few draws or
+    directions, 0 where they are exact; ``energies`` (n,) eV per atom and their epistemic
     ``energies_std``; ``ood_score`` (n,), the distance of every atom from the training atoms in the model's
     features (``uncertainty.ood``), and ``ood_score_max``, the largest in the structure. What ``method``
     (:func:`predict_batch`) or the model does not give is absent.
@@ -220,7 +223,8 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
             e, f, s = calibration.energy, calibration.forces, calibration.stress
             item["energy_std"] = e.scale * float(moments.energy_std[i])
             # the energy's calibration is per atom, as its labels are compared per atom
-            item["energy_std_total"] = float(np.hypot(e.aleatoric * n, item["energy_std"]))
+            item["energy_std_aleatoric"] = e.aleatoric * n
+            item["energy_std_total"] = float(np.hypot(item["energy_std_aleatoric"], item["energy_std"]))
             if moments.node_energy_std is not None:
                 item["energies_std"] = e.scale * _numpy(moments.node_energy_std[atoms])
             if moments.forces_cov is not None:
@@ -228,9 +232,12 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
                 variance = np.diagonal(covariance, axis1=1, axis2=2).clip(min=0)
                 item["forces_cov"], item["forces_std"] = covariance, np.sqrt(variance)
                 item["forces_std_norm"] = np.sqrt(variance.sum(axis=1))
+                item["forces_std_aleatoric"] = f.aleatoric
                 item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
+                item["std_sampling_error"] = moments.sampling_error
             if periodic and moments.stress_std is not None:
                 item["stress_std"] = s.scale * _numpy(moments.stress_std[i])
+                item["stress_std_aleatoric"] = s.aleatoric
                 item["stress_std_total"] = np.hypot(s.aleatoric, item["stress_std"])
         out.append(item)
     return out

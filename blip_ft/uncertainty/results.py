@@ -108,11 +108,6 @@ class SetPrediction:
         return np.repeat(np.arange(self.n_structures), self.n_atoms)
 
     @property
-    def has_std(self) -> bool:
-        """True if the model states an epistemic std of the forces."""
-        return self.forces_std is not None
-
-    @property
     def energy_error(self) -> FloatArray:
         """(F,) label minus prediction per atom, eV/atom; NaN without a label."""
         return (self.energy_label - self.energy) / self.n_atoms

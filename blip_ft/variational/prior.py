@@ -89,11 +89,16 @@ class PretrainedPrior(nn.Module):
         for name, i in self._number.items():
             setattr(self, f"_rms{i}", block_rms(pretrained[name], self.sites[name]))
 
+    @property
+    def rest(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The trained parameters outside linear blocks, each with its pretrained value."""
+        return [(parameter, getattr(self, f"_rest{i}")) for i, parameter in enumerate(self._rest.values())]
+
     def restore_rest(self) -> None:
         """Put the parameters outside linear blocks back to their pretrained values."""
         with torch.no_grad():
-            for i, parameter in enumerate(self._rest.values()):
-                parameter.copy_(getattr(self, f"_rest{i}"))
+            for parameter, start in self.rest:
+                parameter.copy_(start)
 
     # ---- scales --------------------------------------------------------------------------
     def rms(self, site: str) -> Tensor:
@@ -181,8 +186,7 @@ class PretrainedPrior(nn.Module):
         terms = [
             (delta / self.std(name)).square().sum() for name, delta in deltas.items() if delta.requires_grad
         ]
-        for i, parameter in enumerate(self._rest.values()):
-            start = getattr(self, f"_rest{i}")
+        for parameter, start in self.rest:
             terms.append(((parameter - start) / self._rest_std(start)).square().sum())
         if not terms:
             return torch.zeros(())

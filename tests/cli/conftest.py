@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ase.io import write
 
 from blip_ft import cli
@@ -33,6 +34,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         energy=PropertyCalibration(aleatoric=1e-3, scale=2.0),
         forces=PropertyCalibration(aleatoric=2e-2, scale=3.0),
     )
+    save_model(potential, folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pathwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the default family, with made-up samples of its posterior."""
+    folder: Path = tmp_path_factory.mktemp("runs") / "pathwise"
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
+        PosteriorConfig(rank=16),
+        n_draws=4,
+    )
+    samples = potential.posterior.directions
+    samples.copy_(0.01 * torch.randn(samples.shape, generator=torch.Generator().manual_seed(0)))
+    potential.amplitude = 0.03
     save_model(potential, folder / "model")
     return folder
 

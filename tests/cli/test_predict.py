@@ -17,6 +17,8 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
+from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
@@ -38,6 +40,8 @@ def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, 
         assert ("stress" in after.calc.results) == before.pbc.all() == ("stress_std" in after.info)
         if before.pbc.all():
             np.testing.assert_allclose(after.get_stress(), want["stress"], atol=1e-7)
+        assert want["std_sampling_error"] == pytest.approx(sampling_error(4))
+        np.testing.assert_allclose(after.calc.results["energies"], want["energies"], atol=1e-7)
         for key in PER_STRUCTURE:
             if key in want:
                 np.testing.assert_allclose(after.info[key], want[key], atol=1e-7)
@@ -52,6 +56,47 @@ def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, 
             after.arrays["forces_std_norm"], np.linalg.norm(after.arrays["forces_std"], axis=1), atol=1e-6
         )
         assert after.info["energy_std_total"] > after.info["energy_std"] > 0
+        for total in ("energy_std_total", "stress_std_total") if before.pbc.all() else ("energy_std_total",):
+            parts = (
+                after.info[total.replace("total", "aleatoric")],
+                after.info[total.removesuffix("_total")],
+            )
+            np.testing.assert_allclose(after.info[total], np.hypot(*parts), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "has"),
+    [
+        (("--method", "energy"), None, {"energy_std"}),
+        (("--method", "linear"), 0.0, {"energy_std", "forces_std", "forces_std_norm", "stress_std"}),
+        (("--method", "linear", "--draws", "4"), "directions", {"energy_std", "forces_std", "stress_std"}),
+        (("--draws", "6"), sampling_error(6, paired=True), {"energy_std", "forces_std", "energies_std"}),
+        (("--draws", "0"), None, set()),
+    ],
+)
+def test_error_bars_can_be_chosen(
+    call: Any, pathwise: Path, tmp_path: Path, options: tuple[str, ...], error: Any, has: set[str]
+):
+    write(tmp_path / "in.extxyz", structure())
+    assert call("predict", pathwise, tmp_path / "in.extxyz", "-o", tmp_path / "out.extxyz", *options)[0] == 0
+    out = read(tmp_path / "out.extxyz")
+    assert has <= out.info.keys() | out.arrays.keys()
+    assert ("forces_std" in out.arrays) == ("forces_std" in has)
+    assert ("energy_std" in out.info) == ("energy_std" in has)
+    if error == "directions":
+        error = one_pass.relative_error(4, load_model(pathwise).posterior.latent_numel)
+        assert error > 0
+    assert out.info.get("std_sampling_error") == (None if error is None else pytest.approx(error, abs=1e-12))
+
+
+def test_exact_error_bars_of_too_many_numbers(
+    monkeypatch: pytest.MonkeyPatch, call: Any, run: Path, frames: Path, tmp_path: Path
+):
+    monkeypatch.setattr(one_pass, "MAX_DIRECTIONS", 100)
+    code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz", "--method", "linear")
+    assert code == 2
+    assert "latent numbers" in err
+    assert leftovers(tmp_path) == ["in.extxyz"]
 
 
 def test_predict_writes_the_out_of_distribution_score(call: Any, tmp_path: Path):

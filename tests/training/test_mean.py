@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from blip_ft.checkpoint import load_model
 from blip_ft.cli import main
@@ -55,3 +56,26 @@ def test_a_mean_of_low_rank_is_trained(tmp_path: Path) -> None:
     potential = load_model(tmp_path / "run")
     assert any(d.any() for d in potential.converted.deltas.values())
     assert potential.converted.layers["readout.0"].lora.r == {"default": 2}
+
+
+def test_weight_decay_pulls_every_trained_parameter_to_where_it_started(tmp_path: Path) -> None:
+    """Also those beside linear blocks, which are not trained as differences; here far from zero."""
+    distances = []
+    for decay in (0, 50):
+        options = [
+            "model.train=rest",
+            "posterior.family=weight",
+            "posterior.prior_scale=0.1",
+            "objective.temperature=1e-9",
+        ]
+        options += [f"optimizer.weight_decay={decay}", "optimizer.learning_rate=0.01", "plain.enabled=false"]
+        fit(tmp_path / str(decay), *options, "trainer.max_epochs=4")
+        potential = load_model(tmp_path / str(decay) / "run")
+        rest = [(p - start).norm() for p, start in potential.prior.rest]
+        deltas = [d.norm() for d in potential.converted.deltas.values()]
+        assert min(start.norm() for _, start in potential.prior.rest) > 0
+        distances.append((torch.stack(rest), torch.stack(deltas)))
+    (free, free_deltas), (held, held_deltas) = distances
+    assert (held < free).all()
+    assert held.sum() < 0.7 * free.sum()
+    assert held_deltas.sum() < 0.7 * free_deltas.sum()

@@ -12,7 +12,8 @@ from blip_ft.data import FrameDataset, load_source
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import linearity
-from blip_ft.uncertainty.linearity import agreement, quartiles, sampling_error, study
+from blip_ft.uncertainty.draws import sampling_error
+from blip_ft.uncertainty.linearity import agreement, quartiles, study
 
 from .test_one_pass import RANK, make
 
