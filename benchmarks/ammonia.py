@@ -31,13 +31,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.checkpoint import save_model
+from blip_ft.checkpoint import load_model, save_model
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import draws_of
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import device_of, train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.draws import drawing
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_set
 from blip_ft.uncertainty.results import SetPrediction
@@ -55,18 +56,18 @@ SETS = ("near", "calibration", "far")
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3), (60, 120)
 #: of ``adaptive``, which counts its KL once per structure, far lower ones
 TEMPERATURES = {
-    "channel": (3e-5, 3e-4, 3e-3),
-    "weight": (3e-5, 3e-4, 3e-3),
-    "adaptive": (3e-7, 3e-6, 3e-5),
+    "channel": (3e-6, 3e-5, 3e-4, 3e-3),
+    "weight": (3e-6, 3e-5, 3e-4, 3e-3),
+    "adaptive": (3e-8, 3e-7, 3e-6, 3e-5),
 }
-#: what each method changes in the recipe; ``linear`` shares the training of ``default``
+#: what each method changes in the recipe; the variants share the training of ``default``
 POSTERIORS: dict[str, dict[str, Any]] = {
     "default": {},
     "subspace": {"posterior": {"family": "subspace"}},
     **{f: {"posterior": {"family": f, "prior_scale": 0.1}} for f in TEMPERATURES},
 }
 LAPLACE = {"posterior": {"family": "posthoc_laplace"}}
-VARIANTS = ("linear",)
+VARIANTS = ("linear", "full_width")
 METHODS = ("null", "plain", "ensemble", "posthoc_laplace", *POSTERIORS, *VARIANTS)
 
 Predictions = dict[str, SetPrediction]
@@ -157,7 +158,7 @@ def run_plain(
 def run_posterior(
     folder: Path, seed: int, method: str, rate: float, epochs: int, console: Console
 ) -> dict[str, Predictions]:
-    """One training; ``default`` also gives its linearised error bars."""
+    """One training; ``default`` also gives its variants."""
     recipe = recipe_for(folder, seed, method, rate, epochs)
     prepared = trained(recipe, console, plain=False)
     out = {method: predictions(prepared, recipe.uncertainty.n_draws)}
@@ -166,8 +167,27 @@ def run_posterior(
         save_model(prepared.potential, kept_run / "model")
         (kept_run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         (kept_run / "receipt.json").write_text(json.dumps({"posterior": prepared.potential.fit_reports}))
-        out["linear"] = predictions(prepared, None, "linear")
+        out |= variants(prepared)
     return out
+
+
+def variants(prepared: Prepared) -> dict[str, Predictions]:
+    """Error bars of the default's model without draws, and of draws at the posterior's own width."""
+    out = {"linear": predictions(prepared, None, "linear")}
+    with drawing(prepared.potential, prepared.potential.n_draws, 1.0):
+        out["full_width"] = predictions(prepared, prepared.recipe.uncertainty.n_draws)
+    return out
+
+
+def variants_of_saved(folder: Path, seed: int, console: Console) -> dict[str, Predictions]:
+    """Those of the model that an earlier run has left."""
+    model = KEPT / f"run-{seed}" / "model"
+    if not model.is_dir():
+        raise SystemExit(f"{model} does not exist: run default first")
+    best = best_plain()
+    recipe = recipe_for(folder, seed, "default", best["learning_rate"], best["epochs"])
+    saved = load_model(model, device=str(device_of(recipe)))
+    return variants(dataclasses.replace(prepare(recipe, console), potential=saved))
 
 
 def ensemble(members: list[Predictions]) -> Predictions:
@@ -262,7 +282,7 @@ def collect(
             )
     for method in VARIANTS:
         if method in methods:
-            out[method] = kept(method, seed)
+            out[method] = kept(method, seed, lambda: variants_of_saved(folder, seed, console))
     return out
 
 

@@ -5,7 +5,8 @@
 
 For a few frames of every set: std of energies and force components over 256 real draws against the exact
 one of the linearised model (methods ``energy`` and ``linear``); and, over 24 draws, the shift of their mean and
-their spread for amplitudes from 0.1 to 1. About 5 minutes on a core for the shipped recipe.
+their spread for amplitudes from 0.1 to 1; and force stds from K random directions, or K draws, over the exact ones.
+Some 10 minutes on a core for the shipped recipe.
 Prints the rows of the tables in docs/benchmarks.md; writes benchmarks/results/one_pass.json and, with
 --pictures DIR, the two figures of the report.
 """
@@ -18,19 +19,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from blip_ft.checkpoint import load_model
 from blip_ft.config import load_recipe
 from blip_ft.data import FrameDataset, load_source, load_splits
+from blip_ft.data.dataset import collate
 from blip_ft.errors import BlipError
+from blip_ft.potential import BayesianPotential
 from blip_ft.report import theme
 from blip_ft.report.linear_plots import agreement_figure, amplitude_figure
 from blip_ft.training.evaluate import ROLES
 from blip_ft.uncertainty.linearity import THOROUGH, agreement, study
+from blip_ft.uncertainty.predict import Method, predict_batch
 
 OUT = Path(__file__).parent / "results" / "one_pass.json"
+#: random directions, or draws
+FEW = (4, 8, 16, 32, 64)
 
 
 def main() -> None:
@@ -59,11 +66,13 @@ def main() -> None:
     # many draws at the model's own amplitude, fewer at all: the comparison over the same draws needs few
     agree = study(potential, sets, n_frames=given.n_frames, n_draws=given.draws, amplitudes=())
     curve = study(potential, sets, n_frames=given.n_frames, n_draws=given.curve_draws, amplitudes=THOROUGH)
+    rough = few(potential, sets)
     seconds = time.process_time() - started
     rows = agreement(agree)
     result: dict[str, Any] = {
         "seconds": round(seconds, 1),
         "agreement": rows,
+        "few": rough,
         "amplitude": agree["amplitude"],
     }
     result["draws"], result["curve_draws"] = given.draws, given.curve_draws
@@ -90,11 +99,39 @@ def main() -> None:
         for quantity, points in entry.items():
             table.add_row(name, quantity, *(f"{p['shift']:.2f}; {p['median']:.2f}" for p in points))
     console.print(table)
+    table = Table("forces_std from", "K", "off by, rms", "mean", "stated at most")
+    for r in rough:
+        numbers = (f"{100 * r[key]:.1f} %" for key in ("rms", "bias", "stated"))
+        table.add_row("directions" if r["method"] == "linear" else "draws", str(r["k"]), *numbers)
+    console.print(table)
     console.print(f"{seconds:.0f} s of CPU time")
     if given.pictures is not None:
         given.pictures.mkdir(parents=True, exist_ok=True)
         (given.pictures / "one_pass.png").write_bytes(theme.to_png(agreement_figure(agree)))
         (given.pictures / "amplitude.png").write_bytes(theme.to_png(amplitude_figure(curve)))
+
+
+def few(potential: BayesianPotential, sets: dict[str, FrameDataset]) -> list[dict[str, Any]]:
+    """Force stds from K random directions and from K draws over the exact ones, one frame of each set."""
+    batches = []
+    for frames in sets.values():
+        batch = collate(potential.backbone, [frames[len(frames) // 2]])
+        batches.append(batch.to(potential.backbone.device))
+
+    def stds(method: Method, n: int | None) -> tuple[np.ndarray, float]:
+        found = [predict_batch(potential, b, n_draws=n, method=method, stress=False) for b in batches]
+        parts = [m.forces_std.cpu().numpy().ravel() for m in found if m.forces_std is not None]
+        return np.concatenate(parts), found[0].sampling_error
+
+    exact, _ = stds("linear", None)
+    rows = []
+    for method in ("linear", "draws"):
+        for k in FEW:
+            values, stated = stds(method, k)
+            off = values / exact - 1
+            rows.append({"method": method, "k": k, "rms": float(np.sqrt((off**2).mean())), "stated": stated})
+            rows[-1]["bias"] = float(off.mean())
+    return rows
 
 
 def _amplitudes(result: dict[str, Any]) -> list[float]:
