@@ -310,11 +310,6 @@ class Backbone(nn.Module, ABC):
 # ---- registry --------------------------------------------------------------------------------
 
 
-def adapter_names() -> list[str]:
-    """Names of all installed adapters; imports none of them."""
-    return sorted(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
-
-
 def get_adapter(name: str) -> type[Backbone]:
     """The backbone class of an adapter.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.backbone import adapter_names
+from blip_ft.backbone import ENTRY_POINT_GROUP
 from blip_ft.config import Recipe, load_recipe, parse_recipe, shipped
 from blip_ft.errors import RecipeError
 
@@ -251,7 +252,7 @@ def test_every_file_of_the_recipes_folder_is_shipped():
 def test_shipped_recipe_is_valid(name: str):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.model.adapter in adapter_names()
+    assert recipe.model.adapter in {e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def test_the_page_of_all_keys_is_current():
