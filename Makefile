@@ -17,6 +17,10 @@ BACKENDS_b := sevennet,chgnet,fairchem,lora$(shell $(PYTHON) -c 'import sys; sys
 EXTRAS_a := $(BACKENDS_a),test
 EXTRAS_b := $(BACKENDS_b),test,lint
 
+# what touches no vendor's code is tested once, in b
+SELECT_a := not outside_data and not common
+SELECT_b := not outside_data
+
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n $(JOBS) --dist loadscope
 
 .DEFAULT_GOAL := help
@@ -26,7 +30,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 
 
 help:
 	@echo "make demo            fine-tune SevenNet-0 on SiO2, print the comparison, write runs/demo/"
-	@echo "make test            every test that needs only shipped data, in both environments"
+	@echo "make test            every test that needs only shipped data; in b all, in a those of its backends"
 	@echo "make test-gpu        the tests that compare a GPU with the CPU; needs a CUDA build of torch"
 	@echo "make test-data DATA=DIR   the tests on outside data sets in DIR"
 	@echo "make lint            ruff and mypy"
@@ -40,7 +44,7 @@ test: test-b test-a
 
 # A backend that BLIP_FT_BACKENDS names and that cannot be imported is a failure, never a skip.
 test-a test-b: test-%: venv-%
-	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "not outside_data" $(ARGS)
+	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "$(SELECT_$*)" $(ARGS)
 
 # one process: several would share the device, and its peak memory is reported
 test-gpu: venv-b

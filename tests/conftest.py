@@ -4,13 +4,19 @@ A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that ad
 is named ``lora``. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
 ones this environment must have: a marked test of a listed backend fails if the package is absent, others are skipped. Without the
 variable, tests run on the packages that are installed.
+
+What touches no vendor's code is the same in both families of environments. Tests of the folders in ``COMMON`` that
+need no backend get the mark ``common``, and `make test-a` leaves them to `make test-b`.
 """
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
+#: folders whose tests use the fake backend or none, unless a mark names one
+COMMON = ("cli", "data", "report", "training", "uncertainty")
 #: import name of every adapter's package
 PACKAGES = {
     "sevennet": "sevenn",
@@ -31,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = (_listed() or set()) - PACKAGES.keys()
     if unknown:
         raise pytest.UsageError(f"BLIP_FT_BACKENDS: unknown {sorted(unknown)}, known {sorted(PACKAGES)}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0]
+        if folder in COMMON and not any(item.iter_markers("backend")):
+            item.add_marker("common")
 
 
 @pytest.hookimpl(tryfirst=True)
