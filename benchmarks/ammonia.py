@@ -167,27 +167,27 @@ def run_posterior(
         save_model(prepared.potential, kept_run / "model")
         (kept_run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         (kept_run / "receipt.json").write_text(json.dumps({"posterior": prepared.potential.fit_reports}))
-        out |= variants(prepared)
+        out |= {name: variant(prepared, name) for name in VARIANTS}
     return out
 
 
-def variants(prepared: Prepared) -> dict[str, Predictions]:
-    """Error bars of the default's model without draws, and of draws at the posterior's own width."""
-    out = {"linear": predictions(prepared, None, "linear")}
+def variant(prepared: Prepared, name: str) -> Predictions:
+    """Error bars of the default's model without draws, or of draws at the posterior's own width."""
+    if name == "linear":
+        return predictions(prepared, None, "linear")
     with drawing(prepared.potential, prepared.potential.n_draws, 1.0):
-        out["full_width"] = predictions(prepared, prepared.recipe.uncertainty.n_draws)
-    return out
+        return predictions(prepared, prepared.recipe.uncertainty.n_draws)
 
 
-def variants_of_saved(folder: Path, seed: int, console: Console) -> dict[str, Predictions]:
-    """Those of the model that an earlier run has left."""
+def variant_of_saved(folder: Path, seed: int, name: str, console: Console) -> dict[str, Predictions]:
+    """That of the model which an earlier run has left."""
     model = KEPT / f"run-{seed}" / "model"
     if not model.is_dir():
         raise SystemExit(f"{model} does not exist: run default first")
     best = best_plain()
     recipe = recipe_for(folder, seed, "default", best["learning_rate"], best["epochs"])
     saved = load_model(model, device=str(device_of(recipe)))
-    return variants(dataclasses.replace(prepare(recipe, console), potential=saved))
+    return {name: variant(dataclasses.replace(prepare(recipe, console), potential=saved), name)}
 
 
 def ensemble(members: list[Predictions]) -> Predictions:
@@ -282,7 +282,7 @@ def collect(
             )
     for method in VARIANTS:
         if method in methods:
-            out[method] = kept(method, seed, lambda: variants_of_saved(folder, seed, console))
+            out[method] = kept(method, seed, lambda m=method: variant_of_saved(folder, seed, m, console))
     return out
 
 
