@@ -291,12 +291,13 @@ def test_a_draw_conserves_energy_like_the_base_model(
 
 
 class TestFlipout:
-    def test_refused_for_correlated_weights(self) -> None:
+    @pytest.mark.parametrize("family", ["pathwise", "subspace"])
+    def test_refused_for_correlated_weights(self, family: str) -> None:
         with pytest.raises(ConversionError, match="independent weights"):
             BayesianPotential(
                 FakeBackbone(),
                 ModelConfig(adapter="fake", checkpoint="tiny"),
-                PosteriorConfig(family="subspace", mode="flipout"),
+                PosteriorConfig(family=family, mode="flipout"),
             )
 
     def test_refused_for_layers_without_channels(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,14 +326,19 @@ def test_moments_are_those_of_the_draws() -> None:
 
 
 REFUSED = {
-    "flipout of subspace": (["posterior.mode=flipout"], "posterior.mode"),
-    "dropout prior of subspace": (["posterior.prior=dropout"], "posterior.prior"),
-    "empirical Bayes of subspace": (["posterior.empirical_bayes=true"], "posterior.empirical_bayes"),
+    f"{option} with {family}": ([f"posterior.family={family}", option], option.partition("=")[0])
+    for family in ("pathwise", "subspace")
+    for option in (
+        "posterior.mode=flipout",
+        "posterior.prior=dropout",
+        "posterior.empirical_bayes=true",
+        "objective.kind=crps",
+    )
+} | {
     "empirical Bayes of adaptive": (
         ["posterior.family=adaptive", "posterior.prior_scale=0.1", "posterior.empirical_bayes=true"],
         "posterior.empirical_bayes",
     ),
-    "CRPS of subspace": (["objective.kind=crps"], "objective.kind"),
     "one draw for the CRPS": (
         ["posterior.family=weight", "objective.kind=crps", "objective.draws=1"],
         "objective.draws",

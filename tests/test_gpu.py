@@ -45,6 +45,7 @@ pytestmark = [
 sevennet = pytest.mark.backend("sevennet")
 
 RANK = 16
+MODELS = ("pathwise", "subspace", "channel")
 #: relative, then eV/atom, eV/Å, eV/Å^3, by precision
 TOLERANCE = {"float32": (1e-5, 1e-5, 2e-4, 1e-5), "float64": (1e-9, 1e-10, 1e-8, 1e-9)}
 #: of stds, relative and absolute (eV, eV/Å or eV/Å^3): small differences of large numbers
@@ -56,7 +57,7 @@ DTYPES = ["float32", "float64"]
 
 
 def with_spread(potential: BayesianPotential) -> BayesianPotential:
-    """As if fitted: a mean that has left the pretrained weights; of ``subspace`` directions and a covariance."""
+    """As if fitted: a mean that has left the pretrained weights; directions, of ``subspace`` with a covariance."""
     generator = torch.Generator().manual_seed(1)
     if potential.posterior.family == "subspace":
         shape = potential.posterior.directions.shape
@@ -64,6 +65,9 @@ def with_spread(potential: BayesianPotential) -> BayesianPotential:
         potential.posterior.directions.copy_(rows.half())
         square = np.random.default_rng(0).normal(size=(RANK, RANK))
         potential.posterior.set_covariance(square @ square.T, 0.3, 1.0)
+    if potential.posterior.family == "pathwise":
+        samples = torch.randn(potential.posterior.directions.shape, generator=generator)
+        potential.posterior.directions.copy_(0.003 * samples / RANK**0.5)
     with torch.no_grad():
         for parameter, rms in zip(potential.mean_parameters, potential.prior.sites, strict=True):
             move = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
@@ -78,7 +82,7 @@ def models() -> dict[tuple[str, str], BayesianPotential]:
     from blip_ft.backbone import get_adapter
 
     out = {}
-    for family in ("subspace", "channel"):
+    for family in MODELS:
         potential = BayesianPotential(
             get_adapter("sevennet").load("7net-0"),
             ModelConfig(adapter="sevennet", checkpoint="7net-0", noise="scalar"),
@@ -151,7 +155,7 @@ def same_moments(one: BatchMoments, other: BatchMoments, dtype: str, n_atoms: to
 
 @sevennet
 def test_everything_is_on_the_device(models: dict[tuple[str, str], BayesianPotential]) -> None:
-    for family in ("subspace", "channel"):
+    for family in MODELS:
         tensors = [*models[GPU, family].parameters(), *models[GPU, family].buffers()]
         assert {t.device.type for t in tensors} == {GPU}
 
@@ -171,6 +175,8 @@ def test_energies_forces_stress(
 @pytest.mark.parametrize(
     ("family", "mode"),
     [
+        ("pathwise", "structure"),
+        ("pathwise", "draw"),
         ("subspace", "structure"),
         ("subspace", "draw"),
         ("channel", "structure"),
@@ -217,7 +223,7 @@ def test_noise_is_the_same_numbers(
 def test_eight_draws(
     models: dict[tuple[str, str], BayesianPotential], batches: dict[str, Batch], dtype: str
 ) -> None:
-    for family in ("subspace", "channel"):
+    for family in MODELS:
         latent = [models[d, family].draw_latents(8) for d in (GPU, CPU)]
         assert torch.equal(*latent)
         ours, reference = (predict_batch(models[d, family], batches[d], n_draws=8) for d in (GPU, CPU))
@@ -229,7 +235,7 @@ def test_eight_draws(
 def test_one_pass(
     models: dict[tuple[str, str], BayesianPotential], batches: dict[str, Batch], dtype: str, method: Any
 ) -> None:
-    for family, n_directions in (("subspace", None), ("channel", 4)):
+    for family, n_directions in (("pathwise", None), ("subspace", None), ("channel", 4)):
         ours, reference = (
             predict_batch(models[d, family], batches[d], method=method, n_draws=n_directions)
             for d in (GPU, CPU)
@@ -300,11 +306,11 @@ def test_training(runs: dict[str, Path]) -> None:
     )
     for model in ("pretrained", "plain", "blip"):
         ours, reference = (metrics[d][model]["all"] for d in (GPU, CPU))
-        rel = 1e-3 if model == "pretrained" else 0.25
+        rel, loose = (1e-3, 0.01) if model == "pretrained" else (0.25, 1.0)
         for key, absolute in (
-            ("force_mae_mev_per_ang", 0.02),
-            ("energy_mae_mev_per_atom", 2.0),
-            ("force_crps_mev_per_ang", 0.02),
+            ("force_mae_mev_per_ang", 0.02 * loose),
+            ("energy_mae_mev_per_atom", 2.0 * loose),
+            ("force_crps_mev_per_ang", 0.02 * loose),
         ):
             assert ours[key] == pytest.approx(reference[key], rel=rel, abs=absolute), (model, key)
     for model in ("plain", "blip"):
@@ -397,6 +403,7 @@ def test_the_linearised_model_beside_draws(runs: dict[str, Path]) -> None:
 # ---- the other families and objectives, on the small test backbone ------------------------------
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "pathwise": {"posterior": {"family": "pathwise", "projections": "all", "start": 0.5}},
     "adaptive": {"posterior": {"family": "adaptive"}},
     "adaptive, local, dropout prior": {
         "posterior": {"family": "adaptive", "mode": "local", "prior": "dropout"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
@@ -18,6 +19,8 @@ from blip_ft.objectives import ElboScale, Likelihood, fair_crps
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.objective import Objective
 from blip_ft.training.replay import Replay
+from blip_ft.variational.posteriors import PathwisePosterior
+from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 DOUBLE = torch.float64
 N = 7
@@ -47,6 +50,11 @@ class Problem:
         with torch.no_grad():
             for p in self.parameters:
                 p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=DOUBLE))
+        if isinstance(self.potential.posterior, PathwisePosterior):
+            nothing = np.zeros(20)
+            rows = torch.randn(20, self.potential.posterior.n_weights, generator=generator, dtype=DOUBLE)
+            data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
+            self.potential.posterior.fit(ClosedFormData(data, prior_scale=0.2))
         self.likelihood = Likelihood(options.objective)
         self.items = self.make_items(generator)
 
@@ -97,6 +105,7 @@ KINDS = {
     "joint Student": recipe(objective={"likelihood": "joint_student_t"}),
     "dropout": recipe(posterior={"prior": "dropout"}),
     "empirical Bayes": recipe(posterior={"empirical_bayes": True}),
+    "pathwise": recipe(posterior={"family": "pathwise", "rank": 6}),
     "adaptive": recipe(posterior={"family": "adaptive"}),
     "adaptive, local": recipe(posterior={"family": "adaptive", "mode": "local"}),
     "crps": recipe(objective={"kind": "crps"}),

@@ -67,6 +67,7 @@ def read(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("posterior", "kind"),
     [
+        ({"family": "pathwise", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0}, "elbo"),
         ({"family": "weight", "prior_scale": 0.1, "init_std": 0.05}, "elbo"),
         ({"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0}, "elbo"),
         ({"family": "adaptive", "prior_scale": 0.1, "init_std": 0.05}, "elbo+crps"),
@@ -75,7 +76,7 @@ def read(run: Path) -> list[float]:
             "function_kl",
         ),
     ],
-    ids=["weight", "subspace", "adaptive", "function_kl"],
+    ids=["pathwise", "weight", "subspace", "adaptive", "function_kl"],
 )
 def test_two_processes_give_the_loss_of_one(tmp_path: Path, posterior: dict[str, object], kind: str) -> None:
     one = train(tmp_path, devices=1, batch_size=8, posterior=posterior, kind=kind)

@@ -14,6 +14,7 @@ from blip_ft.errors import BlipError
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.one_pass import energy_gradients, predict_one_pass, relative_error
 from blip_ft.uncertainty.predict import predict_batch
@@ -36,6 +37,11 @@ def make(family="subspace", std=1e-4):
         # correlated latent numbers of very different widths
         square = np.random.default_rng(0).normal(size=(RANK, RANK))
         potential.posterior.set_covariance(square @ square.T * 10, std, 1.0)
+    if family == "pathwise":  # samples of nothing in particular
+        shape = potential.posterior.directions.shape
+        potential.posterior.directions.copy_(
+            std * torch.randn(shape, generator=generator, dtype=torch.float64)
+        )
     with torch.no_grad():
         for p in potential.mean_parameters:
             p.add_(0.02 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
@@ -69,7 +75,7 @@ def derivative(potential, batch, latent):
 
 
 @pytest.mark.parametrize("atoms", [structures(), structures()[:1]], ids=["batch", "one"])
-@pytest.mark.parametrize("family", ["subspace", "channel", "weight"])
+@pytest.mark.parametrize("family", ["pathwise", "subspace", "channel", "weight"])
 def test_energy_std_is_that_of_the_gradient(family, atoms):
     potential = make(family)
     batch = batch_of(potential, atoms)
@@ -79,6 +85,8 @@ def test_energy_std_is_that_of_the_gradient(family, atoms):
     if family == "subspace":
         posterior = potential.posterior
         expected = (rows @ posterior.directions.T @ posterior.scale).norm(dim=1)
+    elif family == "pathwise":
+        expected = (rows @ potential.posterior.directions.T).norm(dim=1)
     else:
         expected = (rows * std).norm(dim=1)
     torch.testing.assert_close(moments.energy_std, expected, rtol=1e-9, atol=1e-15)
@@ -98,7 +106,7 @@ def test_mean_is_the_mean_model():
         )
 
 
-@pytest.mark.parametrize("family", ["channel", "weight"])
+@pytest.mark.parametrize("family", ["pathwise", "channel", "weight"])
 def test_the_gradient_from_leaves_is_the_same(family):
     potential = make(family)
     batch = batch_of(potential, structures())
@@ -109,8 +117,9 @@ def test_the_gradient_from_leaves_is_the_same(family):
         torch.testing.assert_close(taps[name], leaves[name], rtol=1e-9, atol=1e-12)
 
 
-def test_covariance_is_the_sum_over_latent_directions():
-    potential = make()
+@pytest.mark.parametrize("family", ["pathwise", "subspace"])
+def test_covariance_is_the_sum_over_latent_directions(family):
+    potential = make(family)
     batch = batch_of(potential, structures())
     moments = predict_one_pass(potential, batch, method="linear")
     columns = [derivative(potential, batch, e) for e in torch.eye(RANK, dtype=torch.float64)]
@@ -122,20 +131,22 @@ def test_covariance_is_the_sum_over_latent_directions():
     torch.testing.assert_close(moments.stress_std, stress, rtol=1e-4, atol=1e-12, equal_nan=True)
 
 
-def test_draws_agree_where_the_model_is_linear():
-    potential = make(std=1e-5)
+@pytest.mark.parametrize("family", ["pathwise", "subspace"])
+def test_draws_agree_where_the_model_is_linear(family):
+    potential = make(family, std=1e-5)
     batch = batch_of(potential, structures()[:3])
     exact = predict_one_pass(potential, batch, method="linear")
-    drawn = predict_batch(potential, batch, n_draws=256)
-    # 256 draws know a std to 1/sqrt(2 * 256) = 4.4 %
+    # 256 draws, or pairs, know a std to 1/sqrt(2 * 256) = 4.4 %
+    drawn = moments_of_draws(potential, batch, 512 if family == "pathwise" else 256, stress=True)
     torch.testing.assert_close(drawn.energy_std, exact.energy_std, rtol=0.2, atol=0)
     ratio = drawn.forces_std_norm / exact.forces_std_norm
     assert abs(float(ratio.mean()) - 1) < 0.05
     assert float((ratio - 1).abs().max()) < 0.25
 
 
-def test_covariance_rotates_with_the_structure():
-    potential = make()
+@pytest.mark.parametrize("family", ["pathwise", "subspace"])
+def test_covariance_rotates_with_the_structure(family):
+    potential = make(family)
     rotation = Rotation.random(random_state=3).as_matrix()
     crystal = structures()[0]
     turned = crystal.copy()
@@ -180,8 +191,9 @@ def test_too_many_latent_numbers_are_refused(monkeypatch):
     assert bool((moments.forces_std_norm > 0).all())
 
 
-def test_no_posterior_no_std():
-    potential = make()
+@pytest.mark.parametrize("family", ["pathwise", "subspace"])
+def test_no_posterior_no_std(family):
+    potential = make(family)
     potential.posterior.directions.zero_()
     moments = predict_one_pass(potential, batch_of(potential, structures()), method="linear")
     assert moments.energy_std is None
