@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import lightning
 import scoringrules
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.config import CLOSED, Recipe
@@ -18,6 +17,7 @@ from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.objective import Objective
 from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.variational.prior import PretrainedPrior
 
 #: draws per validation pass; few, as they only rank epochs against each other
 VALIDATION_DRAWS = 4
@@ -140,10 +140,10 @@ class FineTuneModule(lightning.LightningModule):
         if self.plain and self.recipe.plain.learning_rate is not None:
             rate = self.recipe.plain.learning_rate
         decay = options.weight_decay
-        rest = self.potential.prior.rest
+        rest = [parameter for parameter, _ in self.potential.prior.rest]
         groups: list[dict[str, Any]] = [
             {"params": self.potential.converted.mean_parameters, "lr": rate, "weight_decay": decay},
-            {"params": [parameter for parameter, _ in rest], "lr": rate, "weight_decay": 0.0, "rest": True},
+            {"params": rest, "lr": rate, "weight_decay": 0.0, "rest": True},
         ]
         spread = [p for p in self.potential.posterior.parameters() if p.requires_grad]
         if spread and not self.plain:
@@ -153,7 +153,7 @@ class FineTuneModule(lightning.LightningModule):
             groups.append({"params": noise, "lr": options.std_learning_rate, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
         if rest and decay:
-            optimizer.register_step_post_hook(partial(_decay_to_start, rest, decay))
+            optimizer.register_step_post_hook(partial(_decay_to_start, self.potential.prior, decay))
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         warm = options.warmup_fraction * steps
 
@@ -167,10 +167,8 @@ class FineTuneModule(lightning.LightningModule):
 
 
 @torch.no_grad()
-def _decay_to_start(
-    rest: Sequence[tuple[nn.Parameter, Tensor]], decay: float, optimizer: torch.optim.Optimizer, *_: Any
-) -> None:
+def _decay_to_start(prior: PretrainedPrior, decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After a step of AdamW: each parameter p goes by lr * decay of p - start towards its start."""
     (rate,) = (group["lr"] for group in optimizer.param_groups if group.get("rest"))
-    for parameter, start in rest:
+    for parameter, start in prior.rest:
         parameter.lerp_(start, rate * decay)

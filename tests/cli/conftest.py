@@ -19,16 +19,17 @@ from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from .structures import structure
 
 
+def potential_of(posterior: PosteriorConfig) -> BayesianPotential:
+    """The fake backbone in float64, with four draws."""
+    model = ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64")
+    return BayesianPotential(FakeBackbone.load("tiny"), model, posterior, n_draws=4)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a finished run leaves it, with a calibrated model that was never trained."""
     folder: Path = tmp_path_factory.mktemp("runs") / "fake"
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
-        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
-        n_draws=4,
-    )
+    potential = potential_of(PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05))
     potential.references = {8: -2.0, 14: -5.0}
     potential.calibration = Calibration(
         energy=PropertyCalibration(aleatoric=1e-3, scale=2.0),
@@ -42,12 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pathwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default family, with made-up samples of its posterior."""
     folder: Path = tmp_path_factory.mktemp("runs") / "pathwise"
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
-        PosteriorConfig(rank=16),
-        n_draws=4,
-    )
+    potential = potential_of(PosteriorConfig(rank=16))
     samples = potential.posterior.directions
     samples.copy_(0.01 * torch.randn(samples.shape, generator=torch.Generator().manual_seed(0)))
     potential.amplitude = 0.03

@@ -39,6 +39,27 @@ def test_evaluate_writes_metrics(call: Any, run: Path, tmp_path: Path):
     assert [key for key in metrics if key not in out] == []
 
 
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        (("--method", "energy"), {"coverage90_energy"}),
+        (("--method", "linear"), {"coverage90_energy", "coverage90"}),
+        (("--method", "linear", "--draws", "4"), {"coverage90_energy", "coverage90"}),
+        (("--draws", "0"), set()),
+    ],
+)
+def test_evaluate_with_other_error_bars(
+    call: Any, pathwise: Path, tmp_path: Path, options: tuple[str, ...], has: set[str]
+):
+    write(tmp_path / "in.extxyz", [labelled(structure(seed=i), i) for i in range(5)])
+    arguments = ("evaluate", pathwise, tmp_path / "in.extxyz", "-o", tmp_path / "metrics.json", *options)
+    code, _, err = call(*arguments)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {k for k in ("coverage90", "coverage90_energy") if metrics.get(k) is not None} == has
+    assert metrics["force_mae_mev_per_ang"] > 0
+
+
 def test_evaluate_refuses_an_existing_file_first(call: Any, run: Path, tmp_path: Path):
     (tmp_path / "metrics.json").write_text("precious")
     code, _, err = call("evaluate", run, tmp_path / "none.xyz", "-o", tmp_path / "metrics.json")
