@@ -15,6 +15,7 @@ import yaml
 import blip_ft
 from blip_ft.cli import main
 from blip_ft.fake import FakeBackbone
+from blip_ft.uncertainty.predict import predict_atoms
 
 from .labelled import frames
 
@@ -90,7 +91,7 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert 'id="draws"' in Path("runs/run/report.html").read_text()
     potential = blip_ft.load("runs/run")
     assert potential.posterior.family == options["posterior"]["family"]
-    (item,) = blip_ft.uncertainty.predict.predict_atoms(potential, frames(1))
+    (item,) = predict_atoms(potential, frames(1))
     assert item["energy_std"] > 0
     assert potential.ood.numbers.tolist() == [8, 14]
     assert 0 < item["ood_score"].max() == item["ood_score_max"] < math.inf
@@ -250,6 +251,77 @@ class TestFromScratch:
         for (name, a), b in zip(fresh.named_parameters(), pretrained.parameters(), strict=True):
             assert not (a == b).all(), name
         assert "initial weights, seed 3" in fresh.origin["checkpoint"]
+
+    def test_the_default_family_learns(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The command of docs/families.md: labels of another potential, around the initial weights."""
+        from ase.io import write
+
+        monkeypatch.chdir(tmp_path)
+        sets = {
+            role: frames(n, seed=seed, other=True)
+            for seed, (role, n) in enumerate(
+                {"train": 32, "validation": 8, "calibration": 8, "test": 8}.items()
+            )
+        }
+        for role, atoms in sets.items():
+            write(f"{role}.extxyz", atoms)
+        load = FakeBackbone.load
+
+        def pretrained(*args: Any, **options: Any) -> FakeBackbone:
+            """As if trained: the fake backbone's weights are its initial ones otherwise."""
+            backbone = load(*args, **options)
+            for p in backbone.parameters():
+                p.data.mul_(1.5)
+            return backbone
+
+        monkeypatch.setattr(FakeBackbone, "load", pretrained)
+        tree = {
+            "name": "run",
+            "output": "runs",
+            "data": {role: f"{role}.extxyz" for role in sets} | {"batch_size": 4},
+            "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
+            "optimizer": {"learning_rate": 0.003},
+            "uncertainty": {"n_draws": 4, "linearity_draws": 2},
+            "plain": {"enabled": False},
+            "trainer": {"max_epochs": 12, "accelerator": "cpu"},
+        }
+        Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+        command = ("model.from_scratch=true", "model.train=rest", "posterior.prior_scale=1")
+        assert main(["fit", "recipe.yaml", *command]) == 0
+
+        fresh = FakeBackbone()
+        calculator = fresh.stock_calculator()
+        untrained = {
+            role: 1e3 * np.mean([np.abs(calculator.get_forces(a) - a.arrays["REF_forces"]) for a in atoms])
+            for role, atoms in sets.items()
+        }
+        metrics = json.loads(Path("runs/run/metrics.json").read_text())
+        assert metrics["pretrained"]["seen"]["force_mae_mev_per_ang"] == pytest.approx(untrained["test"])
+        assert metrics["blip"]["seen"]["force_mae_mev_per_ang"] < 0.2 * untrained["test"]
+        history = [
+            row["val_force_mae"] for row in json.loads(Path("runs/run/history.json").read_text())["blip"]
+        ]
+        # before the first closed form, whose Gauss-Newton step helps along, and at the end
+        assert max(history[6], history[-1]) < 0.2 * untrained["validation"]
+
+        potential = blip_ft.load("runs/run")
+        assert potential.posterior.family == "pathwise"
+        initial = dict(fresh.model.named_parameters())
+        for name, layer in potential.converted.layers.items():
+            weight = initial[f"{name}.weight"]
+            assert torch.equal(layer.pretrained, weight)
+            assert layer.delta.abs().max() > 0.01
+            rms = weight.square().mean().sqrt()
+            torch.testing.assert_close(potential.prior.std(name), rms.expand_as(weight))
+        starts = [start for _, start in potential.prior.rest]
+        biases = [p for name, p in initial.items() if name.endswith("bias") and "again" not in name]
+        assert len(starts) == len(biases) == 5
+        for start, bias in zip(starts, biases, strict=True):
+            assert torch.equal(start, bias)
+        for item in predict_atoms(potential, sets["test"]):
+            for key in ("energy_std", "forces_std", "stress_std"):
+                assert np.isfinite(item[key]).all()
+                assert (np.asarray(item[key]) > 0).all()
 
     @pytest.mark.backend("sevennet")
     def test_sevennet(self) -> None:
