@@ -23,7 +23,7 @@ MOST, AT_LEAST = 1.0, 32
 
 #: linear strain, uniform in this range
 STRAIN = (-0.12, 0.08)
-#: std of the components of a random symmetric strain
+#: std of the diagonal components of a random symmetric strain; the others have 1/sqrt(2) of it
 SHEAR = 0.06
 #: std of the displacements, uniform in this range, Å
 RATTLE = (0.05, 0.3)

@@ -49,7 +49,7 @@ def train(
         [sys.executable, "-m", "blip_ft.cli", "fit", str(path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=environment | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
