@@ -99,7 +99,7 @@ def main() -> None:
         for quantity, points in entry.items():
             table.add_row(name, quantity, *(f"{p['shift']:.2f}; {p['median']:.2f}" for p in points))
     console.print(table)
-    table = Table("forces_std from", "K", "off by, rms", "mean", "stated at most")
+    table = Table("forces_std from", "K", "off by, rms", "mean", "stated")
     for r in rough:
         numbers = (f"{100 * r[key]:.1f} %" for key in ("rms", "bias", "stated"))
         table.add_row("directions" if r["method"] == "linear" else "draws", str(r["k"]), *numbers)
