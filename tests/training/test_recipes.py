@@ -14,8 +14,6 @@ from blip_ft.config import load_recipe, shipped
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.sources import load_source
 
-#: small trained models in vendors' formats (benchmarks/distil)
-STAND_INS = Path(__file__).parents[1] / "models"
 MODELS = ("pretrained", "plain", "blip")
 KEYS = (
     "energy_mae_mev_per_atom",
@@ -26,12 +24,10 @@ KEYS = (
 )
 #: small trained models in vendors' formats (benchmarks/distil)
 STAND_INS = Path(__file__).parents[1] / "models"
+#: parts of the embedded set that are test sets, by the name they get
+TESTS = {"seen": "test", "tridymite": "tridymite"}
 #: as small as a run can be and still take every step of a real one
 SMALL = [
-    "data.train=sio2_polymorphs@train",
-    "data.validation=sio2_polymorphs@validation",
-    "data.calibration=sio2_polymorphs@calibration",
-    "data.test={seen: sio2_polymorphs@test, tridymite: sio2_polymorphs@tridymite}",
     "posterior.rank=6",
     "posterior.projections=1",
     "posterior.context=0.1",
@@ -47,15 +43,27 @@ SMALL = [
 ]
 
 
+def few(folder: Path, **frames: int) -> list[str]:
+    """Overrides for some frames of each part of the embedded set, taken evenly."""
+    files = {}
+    for role, n in frames.items():
+        rows = load_source(f"sio2_polymorphs@{role}")
+        files[role] = folder / f"{role}.extxyz"
+        write(files[role], [to_atoms(rows[i * len(rows) // n]) for i in range(n)])
+    tests = ", ".join(f"{name}: {files.pop(role)}" for name, role in TESTS.items() if role in files)
+    return [f"data.{role}={file}" for role, file in files.items()] + [f"data.test={{{tests}}}"]
+
+
 def run(recipe: str, folder: Path, *more: str) -> None:
-    overrides = [f"output={folder}", "name=small", *SMALL, *more]
+    sets = few(folder, train=16, validation=4, calibration=4, test=4, tridymite=4)
+    overrides = [f"output={folder}", "name=small", *SMALL, *sets, *more]
     assert main(["fit", recipe, *overrides]) == 0
     metrics = json.loads((folder / "small/metrics.json").read_text())
     for model in MODELS:
         for group in ("seen", "unseen", "all", "tridymite"):
             for key in KEYS:
                 assert math.isfinite(metrics[model][group][key]), (model, group, key)
-    # two epochs of two batches are enough to learn something
+    # a few steps are enough to learn something
     assert (
         metrics["blip"]["seen"]["force_mae_mev_per_ang"]
         < metrics["pretrained"]["seen"]["force_mae_mev_per_ang"]
@@ -64,7 +72,7 @@ def run(recipe: str, folder: Path, *more: str) -> None:
     assert receipt["base"]["sha256"]
     assert receipt["references"]["rank"] == 1
     assert [r["final"] for r in receipt["posterior"]][-1:] == [True]
-    assert receipt["step_zero"]["n_frames"] > 20
+    assert receipt["step_zero"]["n_frames"] > 10
     assert "converted" in {r["action"] for r in receipt["conversion"]["modules"]}
     assert all(r["reason"] for r in receipt["conversion"]["modules"] if r["action"] == "left")
 
@@ -112,13 +120,9 @@ FAMILIES = {
 @pytest.mark.backend("sevennet")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_on_sevennet(family: str, tmp_path: Path) -> None:
-    few = ["model.noise=[readout, '0_convolution.weight_nn.layer.*']"]
-    for role, n in {"train": 10, "validation": 3, "calibration": 3, "test": 3}.items():
-        rows = load_source(f"sio2_polymorphs@{role}")
-        step = len(rows) // n
-        write(tmp_path / f"{role}.extxyz", [to_atoms(rows[i * step]) for i in range(n)])
-        few.append(f"data.{role}={tmp_path / role}.extxyz")
-    overrides = [f"output={tmp_path}", "name=small", *SMALL, *few, *FAMILIES[family], "trainer.max_epochs=1"]
+    sets = few(tmp_path, train=10, validation=3, calibration=3, test=3)
+    options = ["model.noise=[readout, '0_convolution.weight_nn.layer.*']", "trainer.max_epochs=1"]
+    overrides = [f"output={tmp_path}", "name=small", *SMALL, *sets, *FAMILIES[family], *options]
     assert main(["fit", "sio2_sevennet", *overrides]) == 0
     metrics = json.loads((tmp_path / "small/metrics.json").read_text())
     for model in ("pretrained", "blip"):
@@ -161,7 +165,13 @@ def test_sio2_mace_mp(tmp_path: Path) -> None:
 
 @pytest.mark.backend("fairchem")
 def test_sio2_uma(tmp_path: Path) -> None:
-    run("sio2_uma", tmp_path, f"model.checkpoint={STAND_INS / 'sio2_uma.pt'}")
+    run(
+        "sio2_uma",
+        tmp_path,
+        f"model.checkpoint={STAND_INS / 'sio2_uma.pt'}",
+        "trainer.max_epochs=4",
+        "trainer.limit_train_batches=4",
+    )
     predict(tmp_path)
 
 
