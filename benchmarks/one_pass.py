@@ -129,8 +129,8 @@ def few(potential: BayesianPotential, sets: dict[str, FrameDataset]) -> list[dic
         for k in FEW:
             values, stated = stds(method, k)
             off = values / exact - 1
-            rows.append({"method": method, "k": k, "rms": float(np.sqrt((off**2).mean())), "stated": stated})
-            rows[-1]["bias"] = float(off.mean())
+            rms, bias = float(np.sqrt((off**2).mean())), float(off.mean())
+            rows.append({"method": method, "k": k, "rms": rms, "stated": stated, "bias": bias})
     return rows
 
 

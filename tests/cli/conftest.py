@@ -11,18 +11,10 @@ from ase.io import write
 
 from blip_ft import cli
 from blip_ft.checkpoint import save_model
-from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.config import PosteriorConfig
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 
-from .structures import structure
-
-
-def potential_of(posterior: PosteriorConfig) -> BayesianPotential:
-    """The fake backbone in float64, with four draws."""
-    model = ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64")
-    return BayesianPotential(FakeBackbone.load("tiny"), model, posterior, n_draws=4)
+from .structures import potential_of, structure
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Structures of the fake backbone's elements, and what a command leaves behind."""
+"""A model on the fake backbone, structures of its elements, and what a command leaves behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+
+from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.fake import FakeBackbone
+from blip_ft.potential import BayesianPotential
+
+
+def potential_of(posterior: PosteriorConfig) -> BayesianPotential:
+    """The fake backbone in float64, with four draws."""
+    model = ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64")
+    return BayesianPotential(FakeBackbone.load("tiny"), model, posterior, n_draws=4)
 
 
 def structure(n: int = 6, seed: int = 0, *, symbols: str = "SiO2SiO2", periodic: bool = True) -> Atoms:

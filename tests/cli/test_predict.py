@@ -13,16 +13,14 @@ from ase.build import molecule
 from ase.io import read, write
 
 from blip_ft.checkpoint import load_model, save_model
-from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.config import PosteriorConfig
 from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
-from .structures import labelled, leftovers, structure
+from .structures import labelled, leftovers, potential_of, structure
 
 
 def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, tmp_path: Path):
@@ -100,12 +98,7 @@ def test_exact_error_bars_of_too_many_numbers(
 
 
 def test_predict_writes_the_out_of_distribution_score(call: Any, tmp_path: Path):
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
-        PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05),
-        n_draws=4,
-    )
+    potential = potential_of(PosteriorConfig(family="weight", prior_scale=0.1, init_std=0.05))
     training = np.random.default_rng(0).normal(size=(40, 8)), np.repeat([8, 14], 20), ["a", "b"] * 20
     potential.ood = FeatureDistance.fit(*training)
     save_model(potential, tmp_path / "model")
