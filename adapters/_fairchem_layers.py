@@ -39,14 +39,6 @@ class VariationalChannels(VariationalLinear):
         """Channels of the output."""
         return int(self.base.out_features)  # type: ignore[arg-type]
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-        if weight.shape[0] == 1:
-            return x @ weight[0].T
-        padded = rows.pad(x)
-        n, width, *inner, size = padded.shape
-        out = torch.bmm(padded.reshape(n, -1, size), weight.transpose(1, 2))
-        return rows.unpad(out.reshape(n, width, *inner, weight.shape[1]))
-
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         return x.square() @ variance.T
 
@@ -94,6 +86,11 @@ class VariationalSO3Linear(VariationalLayer):
             out = torch.bmm(part, weight[:, l].transpose(1, 2))
             parts.append(out.reshape(n, width, 2 * l + 1, -1))
         return rows.unpad(torch.cat(parts, dim=2))
+
+    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """The bias stands on l = 0 alone."""
+        out = self.sampled(x, weight, rows)
+        return out if self.bias is None else torch.cat((out[:, :1] + self.bias, out[:, 1:]), dim=1)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalars only: noise per component of l > 0 would not rotate with the structure."""
@@ -153,6 +150,11 @@ class VariationalMixture(VariationalChannels):
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = self.base(x) + linear(x, weight)
+        return out
+
+    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """The experts' part is the same for all structures of a composition: the vendor's."""
+        out: Tensor = self.base(x) + self.sampled(x, weight, rows)
         return out
 
     def merge(self, perturbation: Tensor | None = None) -> None:

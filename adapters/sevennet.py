@@ -1,11 +1,12 @@
 """SevenNet (package ``sevenn``): NequIP-style equivariant potentials.
 
-The vendor's modules are run one after the other on a plain dictionary of tensors; only its last
-module, which differentiates the energy, is replaced, because it ties ``create_graph`` to the
-module's train mode. :meth:`SevenNetBackbone._assemble` does the same arithmetic
-(``sevenn.nn.force_output.ForceStressOutputFromEdge``).
+The vendor's modules are run one after the other on a plain dictionary of tensors, those on irreps by
+``_sevennet_network``; only its last module, which differentiates the energy, is replaced, because it
+ties ``create_graph`` to the module's train mode. :meth:`SevenNetBackbone._assemble` does the same
+arithmetic (``sevenn.nn.force_output.ForceStressOutputFromEdge``).
 
-Edges follow the convention of :mod:`blip_ft.edges`.
+Edges follow the convention of :mod:`blip_ft.edges`, but each pair of neighbours has one only: the
+network uses it in both directions.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from typing import Any, ClassVar
 import torch
 from ase import Atoms
 from blip_ft.adapters import _sevennet as vendor
+from blip_ft.adapters._activations import smooth
+from blip_ft.adapters._convolution import Pairs
 from blip_ft.adapters._files import open_file
 from blip_ft.adapters._graphs import rearrange
+from blip_ft.adapters._sevennet_network import Network
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
 from torch import Tensor, nn
 
 from blip_ft import edges
 from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
+from blip_ft.variational.e3nn_layers import VariationalInnerLinear, VariationalIrrepsLinear
+from blip_ft.variational.layers import VariationalLayer
 
 _RADIAL = r"\d+_convolution\.weight_nn\.layer\d+"
 _READOUT = r"reduce_\w+\.linear|readout_FCN\.fcn\.layer\d+"
@@ -76,6 +82,7 @@ class SevenNetBackbone(ConservativeBackbone):
         self.origin = dict(origin or {})
         self.model = vendor.build(architecture) if model is None else model
         vendor.register_coefficients(self.model)
+        self._network = Network(self.model)
         self.cutoff = float(architecture["cutoff"])
         self.elements = frozenset(architecture["_type_map"])
         modal_map = architecture.get("_modal_map") or {}
@@ -128,15 +135,18 @@ class SevenNetBackbone(ConservativeBackbone):
 
     # ---- graphs --------------------------------------------------------------------------
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """The vendor's edges of one structure in float64; keys as in :func:`edges.collate`."""
+        """The vendor's edges of one structure, one for each pair, in float64; keys as in :func:`edges.collate`."""
         from sevenn.train.dataload import unlabeled_atoms_to_graph
 
         self.check(atoms)
         # In a box, since the vendor's own extension of open directions can make a cell singular.
-        data = unlabeled_atoms_to_graph(edges.boxed(atoms, 2 * self.cutoff), self.cutoff)
+        boxed = edges.boxed(atoms, 2 * self.cutoff)
+        data = unlabeled_atoms_to_graph(boxed, self.cutoff, with_shift=True)
+        index = torch.as_tensor(data["edge_index"], dtype=torch.int64).reshape(2, -1)
+        once = edges.one_direction(index, torch.as_tensor(data["pbc_shift"]).reshape(-1, 3))
         return {
-            "edge_index": torch.as_tensor(data["edge_index"], dtype=torch.int64),
-            "edge_vec": torch.as_tensor(data["edge_vec"], dtype=torch.float64).reshape(-1, 3),
+            "edge_index": index[:, once],
+            "edge_vec": torch.as_tensor(data["edge_vec"], dtype=torch.float64).reshape(-1, 3)[once],
             **edges.scalars(atoms),
         }
 
@@ -158,6 +168,8 @@ class SevenNetBackbone(ConservativeBackbone):
             "atomic_numbers": batch.numbers,
             "x": model._atomic_numbers_to_onehot(batch.numbers),
         }
+        receiver, sender = batch.graph["edge_index"]
+        pairs = Pairs.of(sender, receiver, torch.bincount(batch.rows["edge"]).tolist())
         if self._modal_index is not None:
             data["modal_type"] = torch.full_like(batch.n_atoms, self._modal_index)
         features = None
@@ -167,7 +179,7 @@ class SevenNetBackbone(ConservativeBackbone):
             elif key == "rescale_atomic_energy":
                 node_energy = module(data)["atomic_energy"].squeeze(1)
                 break
-            data = module(data)
+            data = self._network(key, module, data, pairs)
             if key == "onehot_idx_to_onehot":
                 # The vendor makes this embedding float32 whatever the type of the weights.
                 data["x"], data["node_attr"] = data["x"].to(dtype), data["node_attr"].to(dtype)
@@ -181,8 +193,13 @@ class SevenNetBackbone(ConservativeBackbone):
         return edges.forces(batch, pull), edges.stress(batch, pull)[:, rows, columns]
 
     def row_kind(self, module_name: str) -> str:
-        """``edge`` inside the radial networks, ``atom`` everywhere else."""
+        """``edge``, a pair of neighbours, inside the radial networks, ``atom`` everywhere else."""
         return "edge" if re.search(r"_convolution\.weight_nn(\.|$)", module_name) else "atom"
+
+    def layer_type(self, name: str, module: nn.Module) -> type[VariationalLayer] | str:
+        """As for all e3nn models, with features in inner order."""
+        kind = super().layer_type(name, module)
+        return VariationalInnerLinear if kind is VariationalIrrepsLinear else kind
 
     def stock_calculator(self) -> Any:
         """The vendor's calculator around a copy of the model; in float64 the same on float64 graphs.
@@ -196,8 +213,9 @@ class SevenNetBackbone(ConservativeBackbone):
             return vendor.calculator(copy.deepcopy(self.model), self.modal, self.device)
 
     def rearrange(self) -> None:
-        """e3nn's code with slices and ``cat`` that are cheap to differentiate (``_graphs``)."""
+        """Activations, and what e3nn's own code still does, in forms that are cheap to differentiate."""
         rearrange(self.model)
+        smooth(self.model)
 
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:

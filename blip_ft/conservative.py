@@ -16,7 +16,8 @@ The two steps are separate methods so that gradients with respect to weights can
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,29 @@ def gradients(
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+_GEOMETRY = [True]
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Within it gradients of forces are wanted with respect to weights alone.
+
+    torch leaves out what leads to no wanted input, but cannot look into functions with derivatives of their own:
+    they ask :func:`geometry_is_wanted`. Graphs may be made inside or outside; only calls of the engine that make no
+    graph themselves are meant.
+    """
+    _GEOMETRY.append(False)
+    try:
+        yield
+    finally:
+        _GEOMETRY.pop()
+
+
+def geometry_is_wanted() -> bool:
+    """Whether a last derivative with respect to positions may be of use; see :func:`weights_only`."""
+    return _GEOMETRY[-1]
 
 
 def sum_rows(values: Tensor, owner: Tensor, size: int) -> Tensor:

@@ -74,6 +74,21 @@ def scalars(atoms: Atoms) -> dict[str, Tensor]:
     }
 
 
+def one_direction(index: Tensor, shift: Tensor) -> Tensor:
+    """(e,) which edges to keep so that one of the two directions of every pair of neighbours is left.
+
+    An atom's edges to its own images come in pairs of opposite shifts.
+
+    Args:
+        index: (2, e) atoms of all edges, in both directions.
+        shift: (e, 3) lattice vectors from the one's cell to the other's.
+    """
+    first = torch.where(
+        shift[:, 0] != 0, shift[:, 0], torch.where(shift[:, 1] != 0, shift[:, 1], shift[:, 2])
+    )
+    return (index[0] < index[1]) | ((index[0] == index[1]) & (first > 0))
+
+
 def starts(counts: Tensor) -> list[int]:
     """Offset of every structure's first row, from the number of rows per structure."""
     return (torch.cumsum(counts, 0) - counts).tolist()

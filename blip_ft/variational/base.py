@@ -5,9 +5,9 @@ Each layer wraps the vendor's module as ``base`` and computes with
     w = w0 + delta + perturbation,
 
 ``w0`` the frozen pretrained weight inside ``base``, ``delta`` the trained mean's difference from
-it, and a perturbation that a :class:`~blip_ft.variational.noise.NoiseState` supplies. The mean
-part goes through the vendor's own arithmetic, so that delta = 0 without noise is the original
-bit for bit, and noise is added as a separate term, so that a zero perturbation changes nothing.
+it, and a perturbation that a :class:`~blip_ft.variational.noise.NoiseState` supplies. Without noise
+the mean goes through the vendor's own arithmetic, so that delta = 0 is the original bit for bit. Where
+every structure has a weight of its own, mean and perturbation make one product.
 """
 
 from __future__ import annotations
@@ -144,10 +144,14 @@ class VariationalLayer(nn.Module, ABC):
     def forward(self, *inputs: Tensor) -> Tensor:
         """(rows, ..., in) -> (rows, ..., out)."""
         x = self.pack(*inputs)
-        out = self.mean(x, self.weight)
-        noise = self._perturbation(x)
-        if noise is not None:
-            out = out + noise
+        state, name = self.noise, self.site.name
+        if state.mode == "structure" and name in state.weights and state.row_amplitude is None:
+            out = self.combined(x, self.weight + state.weights[name], self._layout(x))
+        else:
+            out = self.mean(x, self.weight)
+            noise = self._perturbation(x)
+            if noise is not None:
+                out = out + noise
         if self.noise.taps is not None:
             if not out.requires_grad:  # nothing before this layer depends on a leaf
                 out = out.detach().requires_grad_(True)
@@ -211,6 +215,11 @@ class VariationalLayer(nn.Module, ABC):
     @abstractmethod
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """The linear part of the map with one weight per structure, ``weight`` (B, *shape)."""
+
+    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """:meth:`mean` of each structure with its whole weight, mean and noise, (B, *shape): one product for both."""
+        out = self.sampled(x, weight, rows)
+        return out if self.bias is None else out + self.bias
 
     @abstractmethod
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ e3nn itself is not imported: what its modules say of their irreps and instructio
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,61 +31,71 @@ class VariationalIrrepsLinear(VariationalLayer):
             start += out[-1].numel
         return tuple(out)
 
-    def _paths(self) -> list[tuple[Block, Any, slice, slice, float]]:
-        """(block, instruction, input slice, output slice, path weight) of every path."""
+    #: whether features are (component, channel) within each irrep, and not e3nn's (channel, component)
+    inner: ClassVar[bool] = False
+
+    def _paths(self) -> list[tuple[Block, Any, float]]:
+        """(block, instruction, path weight) of every path."""
         base: Any = self.base
-        into, outof = base.irreps_in.slices(), base.irreps_out.slices()
         live = [i for i in base.instructions if i.i_in != -1 and 0 not in i.path_shape]
-        return [
-            (block, ins, into[ins.i_in], outof[ins.i_out], float(ins.path_weight))
-            for block, ins in zip(self.site.blocks, live, strict=True)
-        ]
+        return [(block, i, float(i.path_weight)) for block, i in zip(self.site.blocks, live, strict=True)]
+
+    def _split(self, irreps: Any, x: Tensor) -> list[Tensor]:
+        """(rows, dim) -> for every irrep (rows, 2l + 1, channels)."""
+        if not self.inner:
+            return _outer_parts(irreps, x)
+        parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
+        return [part.reshape(len(x), ir.dim, mul) for part, (mul, ir) in zip(parts, irreps, strict=True)]
+
+    def _sum(self, x: Tensor, product: Callable[[Tensor, Block, float], Tensor]) -> Tensor:
+        """The map whose path from (rows, 2l + 1, mul_in) to (rows, 2l + 1, mul_out) is ``product``."""
+        base: Any = self.base
+        parts = self._split(base.irreps_in, x)
+        out: dict[int, Tensor] = {}
+        for block, ins, scale in self._paths():
+            v = product(parts[ins.i_in], block, scale)
+            v = (v if self.inner else v.transpose(1, 2)).flatten(1)
+            start = base.irreps_out.slices()[ins.i_out].start
+            out[start] = out[start] + v if start in out else v
+        return _join(base.irreps_out, out, x.new_zeros(len(x), 0))
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         out: Tensor = self.base(x, weight)
         return out
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
-        base: Any = self.base
-        padded = rows.pad(x)  # (B, width, dim_in)
-        n, width = padded.shape[:2]
-        out: dict[int, Tensor] = {}
-        flat = weight.reshape(n, -1)
-        for block, ins, s_in, s_out, scale in self._paths():
-            dim = base.irreps_in[ins.i_in].ir.dim
-            mul_in, mul_out = block.shape
-            w = flat[:, block.start : block.start + block.numel].reshape(n, mul_in, mul_out) * scale
-            u = padded[..., s_in].reshape(n, width, mul_in, dim).transpose(2, 3)
-            v = torch.bmm(u.reshape(n, width * dim, mul_in), w).reshape(n, width, dim, mul_out)
-            v = v.transpose(2, 3).reshape(n, width, mul_out * dim)
-            out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
-        return rows.unpad(_join(base.irreps_out, out, padded.new_zeros(n, width, 0)))
+        flat = weight.reshape(len(weight), -1)
+
+        def product(u: Tensor, block: Block, scale: float) -> Tensor:
+            w = flat[:, block.start : block.start + block.numel].reshape(-1, *block.shape) * scale
+            return grouped_matmul(u, w, rows)
+
+        return self._sum(x, product)
+
+    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        out = self.sampled(x, weight, rows)
+        return out if self.bias is None else out + _biases(self.base, out)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         base: Any = self.base
-        inputs, grads = rows.pad(x), rows.pad(grad)
-        n, width = inputs.shape[:2]
-        parts = []
-        for block, ins, s_in, s_out, scale in self._paths():
-            dim = base.irreps_in[ins.i_in].ir.dim
-            u = inputs[..., s_in].reshape(n, width, block.shape[0], dim).permute(0, 2, 1, 3)
-            v = grads[..., s_out].reshape(n, width, block.shape[1], dim).transpose(2, 3)
-            product = torch.bmm(
-                u.reshape(n, block.shape[0], width * dim), v.reshape(n, width * dim, block.shape[1])
-            )
-            parts.append(scale * product.reshape(n, -1))
+        inputs, grads = self._split(base.irreps_in, x), self._split(base.irreps_out, grad)
+        parts = [
+            scale * grouped_outer(inputs[ins.i_in], grads[ins.i_out], rows).flatten(1)
+            for _, ins, scale in self._paths()
+        ]
         return torch.cat(parts, dim=1)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalar paths only: noise per component of l > 0 would not rotate with the structure."""
         out: dict[int, Tensor] = {}
-        flat = variance.reshape(-1)
-        for block, _, s_in, s_out, scale in self._paths():
+        base: Any = self.base
+        flat, into, outof = variance.reshape(-1), base.irreps_in.slices(), base.irreps_out.slices()
+        for block, ins, scale in self._paths():
             if block.scalar:
                 w = flat[block.start : block.start + block.numel].reshape(block.shape) * scale**2
-                v = x[:, s_in].square() @ w
-                out[s_out.start] = out[s_out.start] + v if s_out.start in out else v
-        base: Any = self.base
+                v = x[:, into[ins.i_in]].square() @ w
+                start = outof[ins.i_out].start
+                out[start] = out[start] + v if start in out else v
         return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
 
     def channels(self) -> tuple[Tensor, Tensor]:
@@ -92,15 +103,67 @@ class VariationalIrrepsLinear(VariationalLayer):
         base: Any = self.base
 
         def number(irreps: Any) -> Tensor:
-            sizes = torch.tensor([ir.dim for mul, ir in irreps for _ in range(mul)], dtype=torch.int64)
-            return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+            parts, first = [], 0
+            for mul, ir in irreps:
+                channel = torch.arange(first, first + mul)
+                parts.append(channel.repeat(ir.dim) if self.inner else channel.repeat_interleave(ir.dim))
+                first += mul
+            return torch.cat(parts)
 
         return number(base.irreps_in), number(base.irreps_out)
 
     def invariants(self, x: Tensor) -> Tensor:
         """Even scalars as they are; the mean square of the components of every other channel."""
         base: Any = self.base
-        return _invariants(base.irreps_in, x)
+        return _invariants(base.irreps_in, self._split(base.irreps_in, x))
+
+
+class VariationalInnerLinear(VariationalIrrepsLinear):
+    """The same on features in inner order, (component, channel) within each irrep: products without transposes.
+
+    The vendor's module is not called, as it knows its own order only; see :func:`inner_linear`.
+    """
+
+    inner: ClassVar[bool] = True
+
+    def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return inner_linear(self.base, x, weight)
+
+
+def inner_linear(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """``e3nn.o3.Linear`` in inner order.
+
+    Args:
+        base: the vendor's module.
+        x: (rows, dim_in).
+        weight: flat, in the vendor's order.
+    """
+    parts = x.split([mul * ir.dim for mul, ir in base.irreps_in], dim=1)
+    out: dict[int, Tensor] = {}
+    first = 0
+    for ins in base.instructions:
+        if ins.i_in == -1 or 0 in ins.path_shape:
+            continue
+        (mul, ir), (mul_out, _) = base.irreps_in[ins.i_in], base.irreps_out[ins.i_out]
+        w = weight[first : first + mul * mul_out].view(mul, mul_out) * float(ins.path_weight)
+        first += mul * mul_out
+        v = (parts[ins.i_in].reshape(len(x) * ir.dim, mul) @ w).reshape(len(x), ir.dim * mul_out)
+        start = base.irreps_out.slices()[ins.i_out].start
+        out[start] = out[start] + v if start in out else v
+    whole = _join(base.irreps_out, out, x.new_zeros(len(x), 0))
+    return whole + _biases(base, whole) if base.bias.numel() else whole
+
+
+def _biases(base: Any, like: Tensor) -> Tensor:
+    """(dim_out,) the vendor's bias of every component of the output; scalars alone have one."""
+    out, start = like.new_zeros(like.shape[1]), 0
+    for ins in base.instructions:
+        if ins.i_in == -1:
+            place = base.irreps_out.slices()[ins.i_out]
+            size = place.stop - place.start
+            out[place] = base.bias[start : start + size] * float(ins.path_weight)
+            start += size
+    return out
 
 
 class VariationalTensorProduct(VariationalLayer):
@@ -166,19 +229,33 @@ class VariationalTensorProduct(VariationalLayer):
         """Those of both factors, as for linear layers."""
         base: Any = self.base
         width = base.irreps_in1.dim
-        first, second = _invariants(base.irreps_in1, x[:, :width]), _invariants(base.irreps_in2, x[:, width:])
-        return torch.cat((first, second), dim=1)
+        halves = (base.irreps_in1, x[:, :width]), (base.irreps_in2, x[:, width:])
+        return torch.cat([_invariants(irreps, _outer_parts(irreps, half)) for irreps, half in halves], dim=1)
 
 
-def _invariants(irreps: Any, x: Tensor) -> Tensor:
-    """Even scalars as they are; the mean square of the components of every other channel."""
-    parts = [x.new_zeros(x.shape[0], 0)]
-    for (mul, ir), part in zip(irreps, irreps.slices(), strict=True):
-        values = x[:, part]
-        if str(ir) != "0e":
-            values = values.reshape(-1, mul, ir.dim).square().mean(dim=2)
-        parts.append(values)
-    return torch.cat(parts, dim=1)
+def _invariants(irreps: Any, parts: Sequence[Tensor]) -> Tensor:
+    """Even scalars as they are; the mean square of the components of every other channel.
+
+    Args:
+        irreps: of the features.
+        parts: (rows, 2l + 1, channels) of every irrep.
+    """
+    return torch.cat(
+        [
+            x.squeeze(1) if str(ir) == "0e" else x.square().mean(dim=1)
+            for (_, ir), x in zip(irreps, parts, strict=True)
+        ],
+        dim=1,
+    )
+
+
+def _outer_parts(irreps: Any, x: Tensor) -> list[Tensor]:
+    """(rows, dim) in the vendor's order -> for every irrep (rows, 2l + 1, channels)."""
+    parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
+    return [
+        part.reshape(len(x), mul, ir.dim).transpose(1, 2)
+        for part, (mul, ir) in zip(parts, irreps, strict=True)
+    ]
 
 
 def _join(irreps: Any, parts: dict[int, Tensor], empty: Tensor) -> Tensor:

@@ -209,12 +209,14 @@ def test_the_vendors_programs_open_an_export(
     np.testing.assert_allclose(forces, ours["forces"], rtol=0, atol=2e-4)
     deployed = torch.jit.load(target)
     batch = backbone.batch([quartz])
+    index, vectors = batch.graph["edge_index"], batch.graph["edge_vec"]
     species = torch.tensor([backbone.architecture["_type_map"][int(z)] for z in quartz.numbers])
     out = deployed(
         {
             "x": species,
-            "edge_index": batch.graph["edge_index"],
-            "edge_vec": batch.graph["edge_vec"].float().requires_grad_(),
+            # the vendor's graphs have both directions of every pair
+            "edge_index": torch.cat((index, index.flip(0)), dim=1),
+            "edge_vec": torch.cat((vectors, -vectors)).float().requires_grad_(),
             "num_atoms": torch.tensor(len(quartz)),
         }
     )
