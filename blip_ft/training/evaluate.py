@@ -11,7 +11,7 @@ from rich.console import Console
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.loop import device_of
+from blip_ft.training.device import device_of
 from blip_ft.training.progress import progress
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.linearity import study

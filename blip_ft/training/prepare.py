@@ -14,6 +14,7 @@ import torch
 from ase import Atoms
 from rich.console import Console
 
+from blip_ft.allocator import keep_memory
 from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
@@ -67,6 +68,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     Raises:
         BlipError: anything that would make training meaningless.
     """
+    keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
