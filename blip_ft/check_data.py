@@ -36,6 +36,7 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
     if options.dtype == "float64":
         backbone.double()
+    backbone.arrange()
     try:
         report = examine(
             splits,

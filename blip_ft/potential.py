@@ -66,7 +66,7 @@ class BayesianPotential(nn.Module):
         self.backbone = backbone
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
-        backbone.rearrange()
+        backbone.arrange()
         self.converted = convert(
             backbone,
             train="none" if model.mean == "frozen" else model.train,

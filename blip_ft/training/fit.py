@@ -119,7 +119,11 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     potential, sets = prepared.potential, prepared.sets
     results: dict[str, Judgement] = {}
     if is_rank_zero():
-        results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
+        results["pretrained"] = judge(
+            recipe, potential, sets, draws=0, console=console, what="pretrained", ledger=prepared.ledger
+        )
+    if prepared.ledger is not None:
+        prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
     drift: dict[str, dict[str, float]] = {}
     posthoc = recipe.posterior.family == "posthoc_laplace"
