@@ -139,6 +139,8 @@ class Backbone(nn.Module, ABC):
     equivariant: ClassVar[bool] = True
     #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
     native_suffix: ClassVar[str] = ""
+    #: whether :meth:`rearrange` was called
+    _arranged: bool = False
     #: precision of the numbers in such a file (``float32``) where it is not that of the weights
     native_dtype: ClassVar[str] = ""
 
@@ -221,10 +223,16 @@ class Backbone(nn.Module, ABC):
         Call before conversion. Used by the step-0 gate only.
         """
 
+    def arrange(self) -> None:
+        """:meth:`rearrange`, once."""
+        if not self._arranged:
+            self._arranged = True
+            self.rearrange()
+
     def rearrange(self) -> None:
         """Make the vendor's code cheaper to differentiate, without changing a bit of what it gives.
 
-        Called once, before conversion and after the stock calculator was made, whose code stays the vendor's. A
+        Called once (:meth:`arrange`), before conversion and after the stock calculator was made, whose code stays the vendor's. A
         model whose native file holds code, not weights alone, must be left as it is.
         """
 

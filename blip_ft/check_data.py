@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data import load_splits
@@ -26,6 +27,7 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
     Raises:
         BlipError: the model cannot be loaded.
     """
+    keep_memory()
     options = recipe.model
     try:
         splits = load_splits(recipe.data)
@@ -34,6 +36,7 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
     if options.dtype == "float64":
         backbone.double()
+    backbone.arrange()
     try:
         report = examine(
             splits,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import blip_ft
+from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
@@ -137,6 +138,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
         CheckpointError: missing, damaged or newer file.
         ImportError: the adapter's backend is not installed.
     """
+    keep_memory()
     folder = find_model(path)
     meta = read_meta(folder)
     tensors_file = folder / TENSORS

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip_ft.console import metrics_table, module_table, new_table, show, show_json
+from blip_ft.console import announce, metrics_table, module_table, new_table, show, show_json
 from blip_ft.errors import BlipError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def fit(args: argparse.Namespace) -> None:
     from blip_ft.config import load_recipe
 
     recipe = load_recipe(args.recipe, _overrides(args))  # a wrong key is told before the long imports
+    announce(f"loading {recipe.model.adapter}:{recipe.model.checkpoint} ...")
     from blip_ft.training.fit import fit as run
 
     run(recipe)
@@ -47,6 +48,8 @@ def check(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, _overrides(args))
     page = None if args.html is None else check_target(args.html, overwrite=True)
+    model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
+    announce(f"loading {model} ...")
     from blip_ft.check_data import check_data
     from blip_ft.report.data_tables import print_report
 
@@ -55,7 +58,6 @@ def check(args: argparse.Namespace) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
-    model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
     if page is not None:
         from blip_ft.report import write_data_report
 
@@ -74,13 +76,14 @@ def check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare a model with labelled structures."""
-    from blip_ft.data import FrameDataset, load_source
     from blip_ft.files import check_target, whole_file
-    from blip_ft.uncertainty.metrics import set_metrics
-    from blip_ft.uncertainty.predict import predict_set
 
     output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
     potential = _load(args)
+    from blip_ft.data import FrameDataset, load_source
+    from blip_ft.uncertainty.metrics import set_metrics
+    from blip_ft.uncertainty.predict import predict_set
+
     frames = FrameDataset(load_source(args.source), potential.backbone)
     prediction = predict_set(
         potential,
@@ -99,12 +102,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Predict structures into a file."""
+    potential = _load(args)  # says so before the long imports
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from blip_ft.predict_file import predict_file
 
-    potential = _load(args)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.completed} structures"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -124,6 +127,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> BayesianPotential:
     """The model of ``evaluate`` and ``predict``, on the device that was asked for."""
+    announce(f"loading {args.model} ...")
     import torch
 
     from blip_ft.checkpoint import load_model

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its run (the launcher sets the environment)."""
+    return all(
+        os.environ.get(k, "0") in ("", "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    )
+
+
+def announce(text: str) -> None:
+    """A line on standard error at once, before the imports and the files that it is about."""
+    if is_rank_zero():
+        print(text, file=sys.stderr, flush=True)
 
 
 def new_table(*columns: str, title: str) -> Table:

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from blip_ft.errors import BlipError
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
 from blip_ft.variational.build import make_posterior, make_prior
+from blip_ft.variational.drawn import DrawnWeights
 from blip_ft.variational.lora import LowRank
 from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
 from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
@@ -65,7 +66,7 @@ class BayesianPotential(nn.Module):
         self.backbone = backbone
         self.model_config, self.posterior_config = model, posterior
         self.seed, self.n_draws = seed, n_draws
-        backbone.rearrange()
+        backbone.arrange()
         self.converted = convert(
             backbone,
             train="none" if model.mean == "frozen" else model.train,
@@ -85,6 +86,7 @@ class BayesianPotential(nn.Module):
         self.amplitude = 1.0
         #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt
         self.fit_reports: list[dict[str, Any]] = []
+        self._drawn = DrawnWeights()
         self._draws: Tensor | None = None
         self._draws_of: tuple[int, int, torch.dtype] | None = None
 
@@ -119,7 +121,7 @@ class BayesianPotential(nn.Module):
         batch: Batch,
         *,
         epoch: int = 0,
-        draw: int | None = None,
+        draw: int | Sequence[int] | None = None,
         step: int = 0,
         sample: int = 0,
         latent: Tensor | None = None,
@@ -129,7 +131,7 @@ class BayesianPotential(nn.Module):
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        keyed = latent is None and mode in ("structure", "local", "flipout")
+        keyed = latent is None and draw is None and mode in ("structure", "local", "flipout")
         if keyed and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
@@ -139,9 +141,14 @@ class BayesianPotential(nn.Module):
         if mode != "off" and self.posterior.ready:
             dtype, device = self.backbone.dtype, self.backbone.device
             if mode == "draw":
-                latent = self.draw_latents(self.n_draws)[[0 if draw is None else draw]]
-                sampled = self.posterior.sample(self.amplitude * latent.to(device, dtype))
-                state.weights = {name: w[0] for name, w in sampled.items()}
+                assert draw is None or isinstance(draw, int)
+                state.weights = self._weights_of(draw or 0)
+            elif mode == "structure" and draw is not None:
+                assert not isinstance(draw, int)
+                drawn = {k: self._weights_of(k) for k in dict.fromkeys(draw)}
+                state.weights = {
+                    s.name: torch.stack([drawn[k][s.name] for k in draw]) for s in self.posterior.sites
+                }
             elif mode == "local":
                 state.variances = self.posterior.row_variances()
                 state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys, sample)
@@ -169,6 +176,25 @@ class BayesianPotential(nn.Module):
                 self.structure_kl = recorder.kl()
         finally:
             state.clear()
+
+    def _weights_of(self, draw: int) -> dict[str, Tensor]:
+        """{site name: (*site.shape)} perturbation of a fixed draw, which families of correlated weights make once."""
+        latents = self.draw_latents(self.n_draws)
+
+        def make() -> dict[str, Tensor]:
+            latent = self.amplitude * latents[[draw]].to(self.backbone.device, self.backbone.dtype)
+            return {name: w[0] for name, w in self.posterior.sample(latent).items()}
+
+        if self.posterior.factorised:  # one product per weight, and parameters that may want gradients
+            return make()
+        parts = (self.posterior, self.prior)
+        made_of = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+        return self._drawn.get(
+            draw,
+            make,
+            tensors=[latents, *made_of],
+            values=(self.amplitude, self.backbone.dtype, self.backbone.device),
+        )
 
     def draw_latents(self, n: int) -> Tensor:
         """(n, latent_numel) latent numbers of the fixed draws, which sum to zero.
@@ -216,7 +242,7 @@ class BayesianPotential(nn.Module):
         *,
         mode: Mode = "off",
         epoch: int = 0,
-        draw: int | None = None,
+        draw: int | Sequence[int] | None = None,
         step: int = 0,
         sample: int = 0,
         latent: Tensor | None = None,
@@ -230,7 +256,7 @@ class BayesianPotential(nn.Module):
             batch: from ``backbone.collate``.
             mode: noise mode; ``draw`` takes the fixed draw number ``draw``.
             epoch: part of the noise's key in ``structure``, ``local`` and ``flipout`` mode.
-            draw: number of the draw, 0 to ``n_draws - 1``.
+            draw: number of the draw, 0 to ``n_draws - 1``; for mode ``structure`` that of each structure.
             step: part of the key of the sample that all structures share in ``flipout`` mode.
             sample: numbers independent samples under one such key.
             latent: (B, latent_numel) numbers of each structure's sample, in place of keyed ones; for mode
@@ -262,6 +288,7 @@ class BayesianPotential(nn.Module):
     def to_dtype(self, dtype: Literal["float32", "float64"]) -> BayesianPotential:
         """The same potential in another precision."""
         self._draws = None
+        self._drawn.clear()
         self.to(getattr(torch, dtype))
         return self
 

@@ -127,6 +127,20 @@ def test_importing_the_package_imports_nothing_heavy():
     assert {"torch", "numpy", "ase", "lightning", "pydantic"}.isdisjoint(loaded)
 
 
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [
+        ("blip_ft.training.fit", {"lightning", "tensorboard", "matplotlib", "scoringrules", "numba"}),
+        ("blip_ft.check_data", {"lightning", "matplotlib", "scoringrules", "numba"}),
+        ("blip_ft.predict_file", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
+        ("blip_ft.checkpoint", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
+    ],
+)
+def test_what_opens_slowly_is_imported_where_it_is_used(module: str, later: set[str]):
+    loaded = json.loads(run_python(f"import {module}, sys, json; print(json.dumps(list(sys.modules)))"))
+    assert later.isdisjoint(loaded), later & set(loaded)
+
+
 def test_every_module_and_adapter_loads_without_importing_a_backend():
     code = (
         "import importlib, importlib.metadata, sys, json\n"

@@ -116,8 +116,9 @@ class OptimizerConfig(Strict):
 class PlainConfig(Strict):
     """Plain fine-tuning with the same optimiser, steps and early stop, for comparison."""
 
-    enabled: bool = True
-    """train it too; it costs as long as the Bayesian training without noise"""
+    enabled: bool = False
+    """train it too and judge it beside the Bayesian model; it costs as long as the Bayesian training without noise.
+    The shipped recipes, which are examples and benchmarks, do"""
     learning_rate: Positive | None = None
     """its own learning rate, where the best on validation differs from ``optimizer``'s"""
 

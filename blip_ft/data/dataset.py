@@ -105,6 +105,12 @@ class FrameDataset(torch.utils.data.Dataset[Item]):
                 self._items[index] = item
         return item
 
+    def select(self, index: Sequence[int]) -> FrameDataset:
+        """Some of the frames, with the graphs that exist."""
+        out = FrameDataset(self.frames.select(index), self.backbone, self.cache)
+        out._items = [self._items[i] for i in index]
+        return out
+
     @property
     def total_weight(self) -> float:
         """Sum of the frames' weights: the N of the ELBO; their number where none has a weight."""

@@ -6,32 +6,29 @@ predictions. It is what ``blip-finetune check`` prints and a part of ``blip-fine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from ase import Atoms, units
 from ase.data import chemical_symbols
 from ase.formula import Formula
 
 from blip_ft.backbone import Backbone
 from blip_ft.data.checks import Row, check_frames, unit_findings
-from blip_ft.data.dataset import to_atoms
+from blip_ft.data.dataset import FrameDataset, Item, make_item
 from blip_ft.data.findings import SEVERITIES, Finding, place
 from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelCheck, LabelFault, check_labels
 from blip_ft.data.leaks import group_leaks
+from blip_ft.data.ledger import Ledger
 from blip_ft.data.robust import Floats
 from blip_ft.data.splits import Splits
 from blip_ft.errors import DataError
 
 #: frames whose labels are compared with the pretrained model; of more, an even sample
 MAX_COMPARED = 5000
-#: atoms per call of the model, which takes some MB for each while it differentiates
-_BATCH_ATOMS = 400
 
 
 @dataclass
@@ -71,6 +68,8 @@ def examine(
     use_stress: bool = False,
     most: int = MAX_COMPARED,
     progress: Callable[[int, int], Any] | None = None,
+    sets: Mapping[str, FrameDataset] | None = None,
+    ledger: Ledger | None = None,
 ) -> DataReport:
     """Look at all frames, and at their labels beside the pretrained model.
 
@@ -82,6 +81,8 @@ def examine(
         use_stress: stress will be trained on.
         most: frames to compare with the model; of more, an even sample is taken and said so.
         progress: called with the number of frames predicted and of all that will be.
+        sets: the roles with their graphs, where these are needed again.
+        ledger: of the model, where its predictions are.
 
     Raises:
         DataError: an empty role, a frame without labels, or an element the model does not know.
@@ -100,7 +101,8 @@ def examine(
         message = f"labels of {len(chosen)} of {total} frames, evenly taken, are compared with the model"
         found.append(Finding("coverage", "info", [], message, "data.check_frames sets their number"))
     names, rows = [name for name, _ in chosen], [roles[name][index] for name, index in chosen]
-    compared = compare(rows, backbone, progress)
+    items = None if sets is None else (sets[name][index] for name, index in chosen)
+    compared = compare(rows, backbone, progress, items=items, ledger=ledger)
     report.model = model_errors(names, compared)
     wrong_unit = False
     if findings is None:
@@ -216,7 +218,12 @@ def _chosen(roles: Mapping[str, datasets.Dataset], most: int) -> list[tuple[str,
 
 
 def compare(
-    rows: Sequence[Row], backbone: Backbone, progress: Callable[[int, int], Any] | None = None
+    rows: Sequence[Row],
+    backbone: Backbone,
+    progress: Callable[[int, int], Any] | None = None,
+    *,
+    items: Iterable[Item] | None = None,
+    ledger: Ledger | None = None,
 ) -> list[Compared]:
     """Labels of rows of the schema beside the predictions of a model.
 
@@ -224,38 +231,40 @@ def compare(
         rows: the frames.
         backbone: the model.
         progress: called with the number of frames done and of all.
+        items: of the same frames, where graphs exist already.
+        ledger: of the model, where predictions do.
     """
-    out: list[Compared] = []
-    remaining = iter(rows)
-    size = max(1, min(32, _BATCH_ATOMS // max((len(r["numbers"]) for r in rows), default=1)))
-    while chunk := list(islice(remaining, size)):
-        structures = [to_atoms(row, labels=False) for row in chunk]
-        batch = backbone.batch(structures).to(backbone.device)
-        with torch.no_grad():  # the backbone switches autograd on for its own forces
-            p = backbone(batch, forces=True, stress=True)
-        if p.forces is None:
-            raise DataError("the model predicts no forces", remedy="choose another model")
-        ends = np.cumsum([len(a) for a in structures])[:-1]
-        forces = np.split(_array(p.forces), ends)
-        features = [None] * len(chunk) if p.node_features is None else np.split(_array(p.node_features), ends)
-        for k, (row, atoms) in enumerate(zip(chunk, structures, strict=True)):
-            stress = None if p.stress is None else _array(p.stress[k])
-            out.append(
-                Compared(
-                    atoms,
-                    row["energy"],
-                    None if row["forces"] is None else np.asarray(row["forces"], dtype=float),
-                    None if row["stress"] is None else np.asarray(row["stress"], dtype=float),
-                    float(p.energy[k]),
-                    forces[k],
-                    stress if stress is not None and np.isfinite(stress).all() else None,
-                    _sums(atoms, features[k]),
-                    row["group"],
-                )
-            )
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
         if progress is not None:
-            progress(len(out), len(rows))
-    return out
+            progress(done, len(rows))
+
+    ledger = Ledger(backbone) if ledger is None else ledger
+    structures: list[Atoms] = []
+
+    def seen() -> Iterator[Item]:
+        for item in (make_item(row, backbone) for row in rows) if items is None else items:
+            structures.append(item.atoms)
+            yield item
+
+    known = ledger.ask(seen(), advance)
+    return [
+        Compared(
+            atoms,
+            row["energy"],
+            None if row["forces"] is None else np.asarray(row["forces"], dtype=float),
+            None if row["stress"] is None else np.asarray(row["stress"], dtype=float),
+            said.energy,
+            said.forces,
+            said.stress,
+            said.features,
+            row["group"],
+        )
+        for row, atoms, said in zip(rows, structures, known, strict=True)
+    ]
 
 
 def _units(
@@ -284,16 +293,6 @@ def _units(
             if finding.severity == "error":
                 wrong.add(quantity)
     return found, bool(wrong & {"energy", "forces"})
-
-
-def _array(tensor: torch.Tensor) -> Floats:
-    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)
-
-
-def _sums(atoms: Atoms, features: Floats | None) -> dict[int, Floats] | None:
-    if features is None:
-        return None
-    return {int(z): features[atoms.numbers == z].sum(axis=0) for z in np.unique(atoms.numbers)}
 
 
 def model_errors(roles: Sequence[str], compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:

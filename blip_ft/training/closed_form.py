@@ -132,9 +132,6 @@ class ClosedFormFitter:
 
     def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
         scale, posterior = self.recipe.posterior.prior_scale, self.potential.posterior
-        if isinstance(posterior, LaplacePosterior):
-            # its directions reach further down, where combinations of rows cancel
-            rows.gradients = rows.gradients.double()
         return posterior.fit(
             ClosedFormData(
                 rows=rows,

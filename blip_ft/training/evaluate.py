@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
+from blip_ft.data.ledger import Ledger
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.loop import device_of
+from blip_ft.training.device import device_of
 from blip_ft.training.progress import progress
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table
-from blip_ft.uncertainty.predict import predict_set
+from blip_ft.uncertainty.predict import frame_names, predict_set
 from blip_ft.uncertainty.results import SetPrediction
 
 #: sets that are not judged on
@@ -40,6 +43,7 @@ def judge(
     draws: int,
     console: Console,
     what: str,
+    ledger: Ledger | None = None,
 ) -> Judgement:
     """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames.
 
@@ -52,12 +56,16 @@ def judge(
             fine-tuning would quote).
         console: for progress.
         what: name of the model, for progress.
+        ledger: where the model is the pretrained one, with ``draws=0``: what it has already said.
     """
     potential.to(device_of(recipe))
     wanted = {n: d for n, d in sets.items() if n != "train" and len(d)}
     predictions: dict[str, SetPrediction] = {}
     with progress(console, f"predicting ({what})", sum(len(d) for d in wanted.values())) as advance:
         for name, dataset in wanted.items():
+            if ledger is not None:
+                predictions[name] = remembered(potential, dataset, name, ledger, progress=advance)
+                continue
             predictions[name] = predict_set(
                 potential,
                 dataset,
@@ -73,6 +81,40 @@ def judge(
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
+
+
+def remembered(
+    potential: BayesianPotential,
+    dataset: FrameDataset,
+    name: str,
+    ledger: Ledger,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> SetPrediction:
+    """What ``predict_set`` gives of the pretrained model, from its ledger.
+
+    Args:
+        potential: for its references, which the ledger does not know.
+        dataset: labelled frames.
+        name: of the set.
+        ledger: asks the model about frames that it does not know.
+        progress: called with the number of frames done.
+    """
+    items = [dataset[i] for i in range(len(dataset))]
+    known = ledger.ask(items, progress)
+    shift = [sum(potential.references.get(int(z), 0.0) for z in i.atoms.numbers) for i in items]
+    nothing = np.full(6, np.nan)
+    return SetPrediction(
+        name=name,
+        n_atoms=np.array([len(i.atoms) for i in items]),
+        numbers=np.concatenate([i.atoms.numbers for i in items]),
+        frames=frame_names(dataset),
+        energy=np.array([k.energy for k in known]) + np.array(shift),
+        forces=np.concatenate([k.forces for k in known]),
+        stress=np.array([nothing if k.stress is None else k.stress for k in known]),
+        energy_label=np.array([float(i.labels["energy"]) for i in items]),
+        forces_label=np.concatenate([i.labels["forces"].numpy() for i in items]),
+        stress_label=np.stack([i.labels["stress"].numpy() for i in items]),
+    )
 
 
 def draws_of(recipe: Recipe, name: str, draws: int) -> int:

@@ -17,23 +17,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import lightning
+import numpy as np
+import torch
 from rich.console import Console
 
 from blip_ft.checkpoint import require_space, save_model
 from blip_ft.config import Recipe
+from blip_ft.console import is_rank_zero
 from blip_ft.data import splits_file
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
-from blip_ft.training.loop import device_of, train
 from blip_ft.training.memory import describe
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.receipt import make_receipt
@@ -42,13 +45,6 @@ from blip_ft.uncertainty.ood import fit_distance
 
 #: disk space that a run may take, bytes
 RUN_BYTES = 300_000_000
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the first of its run (the launcher sets the environment)."""
-    return all(
-        os.environ.get(k, "0") in ("", "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
-    )
 
 
 def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -69,7 +65,7 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     folder = recipe.folder
     if is_rank_zero():
         check_folder(folder, overwrite=recipe.overwrite)
-    lightning.seed_everything(recipe.seed, verbose=False)
+    seed_everything(recipe.seed)
     prepared = prepare(recipe, console)
     if is_rank_zero():
         try:
@@ -87,6 +83,14 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         raise BlipError(
             f"writing failed: {error}", file=folder, remedy="free disk space; what was written so far is kept"
         ) from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what vendors draw from; our own noise has keys. As Lightning's, which takes seconds to import."""
+    os.environ |= {"PL_GLOBAL_SEED": str(seed), "PL_SEED_WORKERS": "0"}  # for the ranks that it starts
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -108,11 +112,18 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> dict[str, Any]:
     """Stages 4 and 5."""
+    # here, because Lightning takes seconds to import: bad data are told before
+    from blip_ft.training.loop import train
+
     started = time.monotonic()
     potential, sets = prepared.potential, prepared.sets
     results: dict[str, Judgement] = {}
     if is_rank_zero():
-        results["pretrained"] = judge(recipe, potential, sets, draws=0, console=console, what="pretrained")
+        results["pretrained"] = judge(
+            recipe, potential, sets, draws=0, console=console, what="pretrained", ledger=prepared.ledger
+        )
+    if prepared.ledger is not None:
+        prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
     drift: dict[str, dict[str, float]] = {}
     posthoc = recipe.posterior.family == "posthoc_laplace"

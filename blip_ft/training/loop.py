@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from ase import Atoms
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -34,6 +33,7 @@ from blip_ft.training.callbacks import (
 )
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.datamodule import FrameDataModule
+from blip_ft.training.device import device_of
 from blip_ft.training.memory import make_memory
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.replay import make_replay
@@ -226,10 +226,3 @@ def make_trainer(
             field="trainer",
             remedy="see lightning.Trainer",
         ) from error
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Device that predictions after training run on."""
-    accelerator = recipe.trainer.get("accelerator", "auto")
-    use = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if use else "cpu")

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import lightning
-import scoringrules
 import torch
 from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.config import CLOSED, Recipe
-from blip_ft.objectives import ElboScale, Likelihood
+from blip_ft.objectives import ElboScale, Likelihood, gaussian_crps
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.objective import Objective
 from blip_ft.uncertainty.predict import predict_batch
@@ -96,9 +95,7 @@ class FineTuneModule(lightning.LightningModule):
         known = ~torch.isnan(error)
         error, spread = error[known], spread[known]
         noise = self.likelihood.std["forces"]
-        crps = scoringrules.crps_normal(
-            0.0, error.numpy(), torch.hypot(spread, torch.tensor(noise).double()).numpy()
-        )
+        crps = gaussian_crps(error.numpy(), torch.hypot(spread, torch.tensor(noise).double()).numpy())
         # sums, not means: ranks may hold different numbers of components
         energy = energy[~torch.isnan(energy)]
         sums = torch.tensor(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from ase import Atoms
 from rich.console import Console
 
+from blip_ft.allocator import keep_memory
 from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
@@ -22,6 +23,7 @@ from blip_ft.data.dataset import GraphCache, Item
 from blip_ft.data.examine import DataReport, examine, without_bad_labels
 from blip_ft.data.findings import Finding
 from blip_ft.data.leaks import group_leaks
+from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
 from blip_ft.data.stream import FrameStream, make_stream
@@ -34,8 +36,8 @@ from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.replay import replayed
 from blip_ft.training.scratch import initial
 
-#: frames compared with the vendor's calculator in the step-0 gate
-GATE_FRAMES = 48
+#: frames compared with the vendor's calculator in the step-0 gate, at least one of every set
+GATE_FRAMES = 12
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Prepared:
     report: DataReport | None = None
     #: what the byte budget took away, in words
     reduced: list[str] = field(default_factory=list)
+    #: what the pretrained model says about the frames; ``None`` where nobody has asked
+    ledger: Ledger | None = None
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
@@ -67,6 +71,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     Raises:
         BlipError: anything that would make training meaningless.
     """
+    keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
@@ -87,6 +92,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
     calculator = backbone.stock_calculator()
+    original = copy.deepcopy(backbone)  # for the vendor's calculator in float64, where that is needed
+    backbone.arrange()
+    cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
+    sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
     report: DataReport | None = None
     if not options.from_scratch:  # initial weights know no units and no labels to compare with
         findings += check_units(
@@ -94,8 +103,11 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             lambda atoms: gates.stock_predictions(calculator, atoms),
             use_stress=recipe.objective.use_stress,
         )
-        splits, report = _labels_checked(recipe, splits, backbone, findings)
+        checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
         findings = report.findings
+        if checked is not splits:
+            splits, sets = checked, _without(sets, report.bad)
+    sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     replay = replayed(recipe, splits.train, backbone, context)
     reduced: list[str] = []
@@ -105,9 +117,6 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     options = recipe.model
     for line in reduced:
         console.print(line, markup=False)
-    roles = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
-    cache = GraphCache(1e9 * recipe.data.cache_gb)
-    sets = {name: FrameDataset(d, backbone, cache) for name, d in {**roles, **splits.test}.items()}
     console.print(
         "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})",
         markup=False,
@@ -116,7 +125,6 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
         console.print(f"labels of {line}", markup=False)
 
-    double = copy.deepcopy(backbone).double().stock_calculator()
     probe = _spread(sets, GATE_FRAMES)
     stock = gates.stock_predictions(calculator, probe)
 
@@ -133,7 +141,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         f"{counts['left']:,} left as they are"
     )
     step_zero = gates.check_step_zero(
-        potential, probe, stock, lambda atoms: gates.stock_predictions(double, atoms)
+        potential,
+        probe,
+        stock,
+        lambda atoms: gates.stock_predictions(original.double().stock_calculator(), atoms),
     )
     console.print(
         f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "
@@ -144,7 +155,9 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             else ""
         )
     )
-    references, check, notes = set_references(recipe.data, potential, sets["train"], splits.isolated, console)
+    references, check, notes = set_references(
+        recipe.data, potential, sets["train"], splits.isolated, console, ledger
+    )
     findings += notes
     if references is not None:
         findings += warn_outside(references, sets)
@@ -167,11 +180,17 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         load_probe(recipe, potential),
         report,
         reduced,
+        ledger,
     )
 
 
 def _labels_checked(
-    recipe: Recipe, splits: Splits, backbone: Backbone, findings: list[Finding]
+    recipe: Recipe,
+    splits: Splits,
+    backbone: Backbone,
+    findings: list[Finding],
+    sets: Mapping[str, FrameDataset],
+    ledger: Ledger,
 ) -> tuple[Splits, DataReport]:
     """The data report, and the splits without what the recipe wants dropped.
 
@@ -184,6 +203,8 @@ def _labels_checked(
         findings=findings,
         use_stress=recipe.objective.use_stress,
         most=recipe.data.check_frames,
+        sets=sets,
+        ledger=ledger,
     )
     if report.bad and recipe.data.bad_labels == "drop":
         return without_bad_labels(splits, report), report
@@ -200,6 +221,18 @@ def _labels_checked(
             remedy="blip-finetune check lists all; mend or remove them, or set data.bad_labels to drop or warn",
         )
     return splits, report
+
+
+def _without(
+    sets: Mapping[str, FrameDataset], bad: Mapping[str, Mapping[int, str]]
+) -> dict[str, FrameDataset]:
+    """The sets without frames that have a wrong label (``without_bad_labels``), with the graphs of the others."""
+    return {
+        role: dataset.select([i for i in range(len(dataset)) if i not in bad[role]])
+        if role in bad
+        else dataset
+        for role, dataset in sets.items()
+    }
 
 
 def _spread(sets: dict[str, FrameDataset], n: int) -> list[Atoms]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from blip_ft.config import DataConfig
 from blip_ft.data import FrameDataset
 from blip_ft.data.findings import Finding
+from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References, fit_references, given_references, refit_references
 from blip_ft.errors import DataError, nearest
 from blip_ft.potential import BayesianPotential
@@ -30,6 +31,7 @@ def set_references(
     train: FrameDataset,
     isolated: Mapping[int, float],
     console: Console,
+    ledger: Ledger | None = None,
 ) -> tuple[References | None, dict[str, float], list[Finding]]:
     """Choose the energy per element, put it into the model, verify it in the assembled model.
 
@@ -39,6 +41,7 @@ def set_references(
         train: training frames.
         isolated: labels of isolated atoms that the training source holds, eV.
         console: where the fit is described.
+        ledger: of the pretrained model, where its predictions are.
 
     Returns:
         The references (``None`` for ``keep`` and without energy labels), the residual in the
@@ -56,14 +59,15 @@ def set_references(
         return None, {}, []
     atoms = [item.atoms for item in items]
     labels = np.array([float(item.labels["energy"]) for item in items])
-    model = np.array([p["energy"] for p in predict_atoms(potential, atoms, n_draws=0)])
+    ledger = Ledger(potential.backbone) if ledger is None else ledger
+    model = np.array([known.energy for known in ledger.ask(items)])
     numbers, residual = [a.numbers for a in atoms], labels - model
     fitted = fit_references(numbers, residual)
     if config.references == "keep":
         return None, {}, _offset(fitted)
     references, findings = _choose(config, potential, numbers, residual, isolated, fitted)
     potential.references = dict(references.shift)
-    check = gates.check_references(potential, atoms, labels.tolist(), references)
+    check = gates.check_references(potential, atoms, labels, model, references)
     console.print(references.describe())
     return references, check, findings
 

@@ -42,8 +42,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
-from scipy.stats import kurtosis, norm
 
 from blip_ft.uncertainty.results import FloatArray, IntArray, SetPrediction
 
@@ -279,6 +277,8 @@ def fit(
     if not (np.isfinite(e).all() and np.isfinite(s).all() and (s >= 0).all()):
         raise ValueError("residuals and stds must be finite, stds not negative")
     n_frames = int(np.unique(owner).size)
+    from scipy.stats import kurtosis  # here, as all of the module's imports of scipy: it opens slowly
+
     rms, spread = _rms(e), _rms(s)
     telling = (np.abs(e) > _ZERO * rms) | (s > _ZERO * spread)
     if rms == 0.0:
@@ -344,6 +344,8 @@ def conformal_quantile(scores: ArrayLike, level: float, groups: ArrayLike | None
 
 def gaussian_nll(error: ArrayLike, std: ArrayLike) -> FloatArray:
     """Negative log density of N(0, std^2) at ``error``, elementwise."""
+    from scipy.stats import norm
+
     return -np.asarray(norm.logpdf(error, scale=std), dtype=np.float64)
 
 
@@ -399,6 +401,8 @@ def _refined_minimum(f: Callable[[float], float], grid: FloatArray, ends: Sequen
     """Where ``f`` is smallest: every local minimum on the ascending ``grid``, refined between
     its neighbours, and the exact ``ends``.
     """
+    from scipy.optimize import minimize_scalar
+
     values = np.array([f(float(x)) for x in grid])
     padded = np.concatenate([[math.inf], values, [math.inf]])
     valleys: IntArray = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))

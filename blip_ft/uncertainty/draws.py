@@ -42,13 +42,12 @@ def evaluate_draws(
         if together < 2 or batch.copies is None:
             return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n_draws)]
         out: list[Prediction] = []
-        latents = potential.draw_latents(n_draws)
         for first in range(0, n_draws, together):
-            chosen = latents[first : first + together]
-            copies = batch.copies(len(chosen))
+            chosen = range(first, min(first + together, n_draws))
             # copy k of the whole batch follows copy k - 1
-            latent = chosen.repeat_interleave(batch.n_structures, dim=0)
-            prediction = to_double(potential(copies, mode="structure", latent=latent, stress=stress))
+            of_each = [k for k in chosen for _ in range(batch.n_structures)]
+            copies = batch.copies(len(chosen))
+            prediction = to_double(potential(copies, mode="structure", draw=of_each, stress=stress))
             out += _split(prediction, len(chosen))
         return out
 

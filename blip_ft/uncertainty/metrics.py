@@ -53,6 +53,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import bootstrap, norm, spearmanr
 
 from blip_ft.errors import DataError
+from blip_ft.objectives.crps import gaussian_crps
 from blip_ft.uncertainty.calibration import Calibration, gaussian_nll, residuals
 from blip_ft.uncertainty.results import FloatArray, SetPrediction
 
@@ -80,13 +81,6 @@ def single_sets(names: Collection[str]) -> list[str]:
 
 
 # ---- scores of residuals ---------------------------------------------------------------------
-
-
-def gaussian_crps(error: ArrayLike, std: ArrayLike) -> FloatArray:
-    """CRPS of N(0, std^2) at ``error``, elementwise: s [z(2 Phi(z) - 1) + 2 phi(z) - 1/sqrt(pi)]."""
-    import scoringrules  # here, because it compiles its kernels on import
-
-    return np.asarray(scoringrules.crps_normal(np.asarray(error), 0.0, np.asarray(std)), dtype=np.float64)
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:

@@ -107,7 +107,7 @@ def predict_set(
         method: see :func:`predict_batch`.
         progress: called with the number of frames done after each batch.
     """
-    names = [f"{s}#{f}" for s, f in zip(dataset.frames["source"], dataset.frames["frame"], strict=True)]
+    names = frame_names(dataset)
     parts: list[SetPrediction] = []
     for start in range(0, len(dataset), batch_size):
         index = range(start, min(start + batch_size, len(dataset)))
@@ -120,6 +120,11 @@ def predict_set(
         if progress is not None:
             progress(len(index))
     return SetPrediction.concatenate(parts, name)
+
+
+def frame_names(dataset: FrameDataset) -> list[str]:
+    """Where each frame came from, ``file#frame``."""
+    return [f"{s}#{f}" for s, f in zip(dataset.frames["source"], dataset.frames["frame"], strict=True)]
 
 
 def _to_arrays(moments: BatchMoments, batch: Batch, name: str, frames: list[str]) -> SetPrediction:

@@ -96,6 +96,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "posterior": {"family": "weight", "prior_scale": 0.1},
         "objective": {"temperature": 1e-3},
         "uncertainty": {"n_draws": 3},
+        "plain": {"enabled": True},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
     }
     (folder / "fake.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -125,9 +126,12 @@ def test_fit_refuses_an_existing_run_and_leaves_it(call: Any, fitted: Path):
 def test_fit_replaces_a_run_if_told_and_says_so(call: Any, fitted: Path):
     shutil.copytree(fitted / "runs/first", fitted / "runs/second")
     (fitted / "runs/second/old").touch()
-    options = ("name=second", "overwrite=true", "plain.enabled=false")
-    code, _, err = call("fit", fitted / "fake.yaml", *options)
+    options = ("name=second", "overwrite=true", "plain={}")
+    code, out, err = call("fit", fitted / "fake.yaml", *options)
     assert code == 0
+    # plain fine-tuning is an option: neither trained nor in the table and the report where nobody asks for it
+    assert "plain" not in out
+    assert "plain fine-tuning" not in (fitted / "runs/second/report.html").read_text()
     assert "replacing the earlier run" in err
     assert not (fitted / "runs/second/old").exists()
     assert set(json.loads((fitted / "runs/second/metrics.json").read_text())) == {"pretrained", "blip"}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from blip_ft.objectives import fair_crps
+from blip_ft.objectives import fair_crps, gaussian_crps
 
 DOUBLE = torch.float64
 
@@ -136,3 +136,30 @@ def test_gradient_is_finite_at_ties():
     samples = torch.zeros(3, dtype=DOUBLE, requires_grad=True)
     fair_crps(samples, torch.zeros((), dtype=DOUBLE)).backward()
     assert torch.isfinite(samples.grad).all()
+
+
+class TestGaussian:
+    @settings(deadline=None)
+    @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+    def test_against_scoringrules(self, error, std):
+        expected = float(scoringrules.crps_normal(error, 0.0, std))
+        assert float(gaussian_crps(error, std)) == pytest.approx(expected, rel=1e-12, abs=1e-14 * std)
+
+    def test_arrays_are_broadcast(self):
+        errors = np.linspace(-2, 2, 9)
+        scores = gaussian_crps(errors, 0.3)
+        assert scores.dtype == np.float64
+        np.testing.assert_allclose(scores, scoringrules.crps_normal(errors, 0.0, 0.3), rtol=1e-13)
+        np.testing.assert_allclose(scores, scores[::-1], rtol=1e-14)
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("std", [0.0, 1e-300])
+    def test_without_spread_it_is_the_error(self, std):
+        np.testing.assert_allclose(
+            gaussian_crps([-0.5, 0.0, 2.0], std), [0.5, 0.0, 2.0], rtol=1e-15, atol=std
+        )
+
+    @pytest.mark.filterwarnings("error")
+    def test_nan_passes(self):
+        scores = gaussian_crps([np.nan, 1.0, np.nan, 1.0], [1.0, np.nan, 0.0, 1.0])
+        assert np.isnan(scores).tolist() == [True, True, True, False]

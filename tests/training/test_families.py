@@ -119,6 +119,7 @@ def test_the_plain_model_is_the_mean_of_posthoc_laplace(
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
         "posterior": {"family": "posthoc_laplace", "projections": 1, "context": 0.2},
         "uncertainty": {"n_draws": 2},
+        "plain": {"enabled": True},
         "trainer": {"max_epochs": 2, "accelerator": "cpu"},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))

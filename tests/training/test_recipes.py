@@ -72,7 +72,7 @@ def run(recipe: str, folder: Path, *more: str) -> None:
     assert receipt["base"]["sha256"]
     assert receipt["references"]["rank"] == 1
     assert [r["final"] for r in receipt["posterior"]][-1:] == [True]
-    assert receipt["step_zero"]["n_frames"] > 20
+    assert receipt["step_zero"]["n_frames"] >= 7  # one of every set at least
     assert "converted" in {r["action"] for r in receipt["conversion"]["modules"]}
     assert all(r["reason"] for r in receipt["conversion"]["modules"] if r["action"] == "left")
 

@@ -128,12 +128,9 @@ def test_kl_against_torch(m: int) -> None:
 
 def test_scale_by_the_left_out_rule() -> None:
     """The rule of the subspace posterior, with the same rows."""
-    from blip_ft.variational.posteriors.linear import (
-        PRIOR_SCALES,
-        gram_matrix,
-        left_out_nll,
-        widest_as_good,
-    )
+    from blip_ft.variational.posteriors.gram import gram_matrix
+    from blip_ft.variational.posteriors.linear import PRIOR_SCALES, widest_as_good
+    from blip_ft.variational.posteriors.spectrum import left_out_nll
 
     rows, _ = problem(30, context=4)
     posterior = make()

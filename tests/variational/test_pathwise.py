@@ -26,10 +26,10 @@ from blip_ft.variational.posteriors.linear import (
     PRIOR_SCALES,
     ClosedFormData,
     Rows,
-    left_out_nll,
     widest_as_good,
 )
 from blip_ft.variational.posteriors.pathwise import PathwisePosterior
+from blip_ft.variational.posteriors.spectrum import left_out_nll
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7
@@ -84,6 +84,19 @@ def test_samples_of_the_exact_posterior_of_a_linear_model(
     want = exact(x, s, t)
     error = np.sqrt((np.outer(want.diagonal(), want.diagonal()) + want**2) / r)
     assert (np.abs(covariance(posterior) - want) < 5.5 * error).all()
+
+
+@pytest.mark.parametrize("m", [9, 30, 60])
+def test_samples_are_the_plain_formula(m: int) -> None:
+    """Equation (1) of the module with a solve of its own, in the space of outputs and in that of weights."""
+    rows, x = problem(m)
+    posterior = make(6)
+    posterior.fit(ClosedFormData(rows, prior_scale=0.4, temperature=2.0))
+    eps = torch.stack([posterior._normal("prior", k, P) for k in range(6)]).double().numpy()
+    xi = torch.stack([posterior._normal("labels", k, m) for k in range(6)]).double().numpy()
+    wrong = 0.4 * eps @ x.T + math.sqrt(2.0) * xi
+    want = 0.4 * eps - 0.16 * np.linalg.solve(0.16 * x @ x.T + 2.0 * np.eye(m), wrong.T).T @ x
+    np.testing.assert_allclose(posterior.directions.numpy() * math.sqrt(6), want, rtol=1e-8, atol=1e-12)
 
 
 def test_outputs_that_the_labels_fix_survive_single_precision() -> None:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_ft.variational import Block, PretrainedPrior, Site
+from blip_ft.variational.posteriors.gram import gram_matrix
 from blip_ft.variational.posteriors.linear import (
     ClosedFormData,
     Rows,
     gauss_newton_steps,
-    gram_matrix,
-    left_out_nll,
     widest_as_good,
 )
+from blip_ft.variational.posteriors.spectrum import left_out_nll
 from blip_ft.variational.posteriors.subspace import SubspacePosterior, geometric_mean
 
 P, RMS = 24, 1.7  # weights and their common pretrained size

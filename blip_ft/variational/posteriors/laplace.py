@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales, gram_matrix
+from blip_ft.variational.posteriors.gram import blocks, gram_matrix
+from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
+from blip_ft.variational.posteriors.spectrum import Spectrum
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
 #: directions that the labels narrow by less than this share of the prior's variance are left out
 NEGLIGIBLE = 1e-3
+#: eigenvalues below this share of the largest are rounding of the Gram matrix
+FLOOR = 1e-13
 
 
 class LaplacePosterior(Posterior):
@@ -73,10 +77,10 @@ class LaplacePosterior(Posterior):
         """
         assert isinstance(context, ClosedFormData)
         rows = context.rows
-        gradients, gram = rows.labelled, rows.gram
-        report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gram)}
-        s, temperature = choose_scales(context, gram, report)
-        self._set_directions(gradients, gram)
+        gradients = rows.labelled
+        report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gradients)}
+        s, temperature = choose_scales(context, report)
+        self._set_directions(gradients, rows.spectrum)
         self.set_covariance(s, temperature)
         return report | {
             "prior_scale": s,
@@ -84,19 +88,28 @@ class LaplacePosterior(Posterior):
             "effective_parameters": self.effective_parameters(),
         }
 
-    def _set_directions(self, gradients: Tensor, gram: np.ndarray) -> None:
-        """Eigenvectors of G^T G by those of G G^T, strongest first: V = Lambda^(-1/2) U^T G."""
-        values, vectors = np.linalg.eigh(gram)
-        # weaker ones are rounding: of the Gram matrix in float64, of the rows in their precision
-        floor = max(1e-13, (10 * torch.finfo(gradients.dtype).eps) ** 2)
+    def _set_directions(self, gradients: Tensor, spectrum: Spectrum) -> None:
+        """Eigenvectors of G^T G, strongest first; by those of G G^T: V = Lambda^(-1/2) U^T G.
+
+        In float64 block by block, and kept in the weights' precision: nothing as large as the rows is made beside V.
+        """
+        values, vectors = spectrum.values, spectrum.vectors
         order = np.argsort(values)[::-1]
-        order = order[values[order] > values.max() * floor]
-        mix = torch.from_numpy((vectors[:, order] / np.sqrt(values[order])).T.copy())
-        v = mix.to(gradients) @ gradients
-        # what float32 rows lost of the weak directions' orthogonality, the strong ones kept as they are
-        lower = np.linalg.cholesky(gram_matrix(v))
-        v = torch.linalg.solve_triangular(torch.from_numpy(lower).to(v), v, upper=False)
-        self._all, self._eigenvalues = v.to(self.prior_std), values[order]
+        order = order[values[order] > values.max() * FLOOR]
+        self._eigenvalues = values[order]
+        if spectrum.of_weights:
+            self._all = torch.from_numpy(vectors[:, order].T.copy()).to(self.prior_std)
+            return
+        mix = torch.from_numpy((vectors[:, order] / np.sqrt(values[order])).T.copy()).to(gradients.device)
+        # what rounding lost of the weak directions' orthogonality, the strong ones kept as they are
+        overlap = np.zeros((len(order), len(order)))
+        for b in blocks(gradients):
+            overlap += gram_matrix(mix @ gradients[:, b].double())
+        lower = torch.from_numpy(np.linalg.cholesky(overlap)).to(mix)
+        mix = torch.linalg.solve_triangular(lower, mix, upper=False)
+        self._all = self.prior_std.new_empty(len(order), gradients.shape[1])
+        for b in blocks(gradients):
+            self._all[:, b] = (mix @ gradients[:, b].double()).to(self._all)
 
     def set_covariance(self, prior_scale: float, temperature: float) -> None:
         """Take mu = s^2 lambda / T, for the directions of the last :meth:`fit`."""

@@ -3,7 +3,7 @@
 Rows are gradients of model outputs with respect to the noisy weights, in units of rms(w0), over the noise of
 their label. The prior's scale s has a closed form: leave one group of training frames out at a time
 in the linearised model and take the s with the best log likelihood of what was left out
-(:func:`left_out_nll`). Derivations: docs/theory.md.
+(:func:`~blip_ft.variational.posteriors.spectrum.left_out_scores`). Derivations: docs/theory.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import cho_solve, cholesky
 from torch import Tensor
+
+from blip_ft.variational.posteriors.spectrum import Spectrum, left_out_scores
 
 #: s that are tried when the recipe says ``auto``
 PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
-#: columns of G that are multiplied at a time, in float64: the small eigenvalues of the Gram matrix are
-#: lost in float32
-BLOCK = 16384
 
 
 @dataclass
@@ -62,9 +60,9 @@ class Rows:
         return self.gradients[torch.from_numpy(train).to(self.gradients.device)]
 
     @cached_property
-    def gram(self) -> np.ndarray:
-        """(m', m') Gram matrix of the labelled rows: the covariance and a step of the mean both need it."""
-        return gram_matrix(self.labelled)
+    def spectrum(self) -> Spectrum:
+        """Of the labelled rows: the scales, the covariance and a step of the mean all need it."""
+        return Spectrum.of_rows(self.labelled)
 
 
 @dataclass
@@ -82,7 +80,7 @@ class ClosedFormData:
     temperature: float = 1.0
 
 
-def choose_scales(data: ClosedFormData, gram: np.ndarray, report: dict[str, Any]) -> tuple[float, float]:
+def choose_scales(data: ClosedFormData, report: dict[str, Any]) -> tuple[float, float]:
     """Temperature T as given, prior scale s too or else by left-out groups (:func:`widest_as_good`).
 
     T is not chosen along with s: a large T explains what a linear model leaves unexplained as label
@@ -91,19 +89,19 @@ def choose_scales(data: ClosedFormData, gram: np.ndarray, report: dict[str, Any]
 
     Args:
         data: rows, and what is given.
-        gram: (m, m) Gram matrix of the training rows.
         report: gets ``left_out_nll``, pairs of s and score.
     """
     if data.prior_scale is not None:
         return data.prior_scale, data.temperature
     rows, train = data.rows, data.rows.is_train
-    table = left_out_nll(
-        gram,
+    table = left_out_scores(
+        rows.spectrum,
         rows.targets[train],
         rows.groups[train],
         rows.scored[train],
         scales=PRIOR_SCALES,
         temperature=data.temperature,
+        rows=rows.labelled if rows.spectrum.of_weights else None,
     )
     report["left_out_nll"] = [[s, float(scores.mean())] for s, scores in table.items()]
     return widest_as_good(table), data.temperature
@@ -146,87 +144,11 @@ def gauss_newton_steps(rows: Rows, scales: Sequence[float]) -> Tensor:
     argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
     linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
     natural-gradient step of the ELBO's mean with a trust region in place of the pull to w0
-    (Levenberg-Marquardt). One solve in the space of outputs, whatever the number of weights.
+    (Levenberg-Marquardt).
 
     Args:
         rows: gradients G of the labelled outputs, and e, label minus output, over the noise (``errors``).
         scales: values of s.
     """
     assert rows.errors is not None
-    errors, eye = rows.errors[rows.is_train], np.eye(len(rows.gram))
-    mix = [np.linalg.solve(rows.gram + eye / s**2, errors) for s in scales]
-    return combine(np.stack(mix), rows.labelled)
-
-
-def gram_matrix(rows: Tensor) -> np.ndarray:
-    """(m, P) -> (m, m) G G^T in float64, by blocks of columns."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], BLOCK):
-        block = rows[:, start : start + BLOCK].double()
-        total += block @ block.T
-    out: np.ndarray = total.cpu().numpy()
-    return out
-
-
-def combine(mix: np.ndarray, rows: Tensor) -> Tensor:
-    """(k, m) combinations of (m, P) rows, in their precision but summed in float64, where they cancel."""
-    coefficients = torch.from_numpy(np.ascontiguousarray(mix)).to(rows.device)
-    out = rows.new_empty(len(mix), rows.shape[1])
-    for start in range(0, rows.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        out[:, block] = (coefficients @ rows[:, block].double()).to(out)
-    return out
-
-
-def left_out_nll(
-    gram: np.ndarray,
-    targets: np.ndarray,
-    groups: np.ndarray,
-    scored: np.ndarray,
-    *,
-    scales: Sequence[float],
-    temperature: float = 1.0,
-) -> dict[float, np.ndarray]:
-    """Score s by groups of training rows predicted from the other groups.
-
-    The model is Bayesian linear regression on the rows, weights ~ N(0, s^2 I), noise variance T
-    (rows are in units of their noise): in function space a Gaussian process with kernel
-    s^2 G G^T, so a left-out group costs one solve (Rasmussen and Williams 2006, eq. 2.25, 2.26).
-
-    Args:
-        gram: (m, m) Gram matrix of the training rows.
-        targets: (m,) label minus linearised pretrained model, over the noise.
-        groups: (m,) group of each row; one group alone cannot be left out.
-        scored: (m,) rows that count.
-        scales: values of s.
-        temperature: T.
-
-    Returns:
-        {s: (G,) mean Gaussian NLL of the scored rows of every group that has some, when it is left out}.
-
-    Raises:
-        ValueError: fewer than two groups.
-    """
-    names = np.unique(groups)
-    if len(names) < 2:
-        raise ValueError("the left-out rule needs at least two groups")
-    out: dict[float, np.ndarray] = {}
-    for s in scales:
-        scores = []
-        for name in names:
-            inside, outside = groups == name, groups != name
-            wanted = inside & scored
-            if not wanted.any():
-                continue
-            k = s * s * gram[np.ix_(outside, outside)] + temperature * np.eye(int(outside.sum()))
-            factor = (cholesky(k, lower=True), True)
-            cross = s * s * gram[np.ix_(outside, wanted)]
-            mean = cross.T @ cho_solve(factor, targets[outside])
-            variance = (
-                s * s * gram.diagonal()[wanted] + temperature - (cross * cho_solve(factor, cross)).sum(axis=0)
-            )
-            variance = np.maximum(variance, 1e-12 * temperature)
-            error = targets[wanted] - mean
-            scores.append(float(np.mean(0.5 * np.log(2 * math.pi * variance) + 0.5 * error**2 / variance)))
-        out[s] = np.array(scores)
-    return out
+    return rows.spectrum.weights(rows.errors[rows.is_train], [1 / s**2 for s in scales], rows.labelled)

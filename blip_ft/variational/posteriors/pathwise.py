@@ -9,7 +9,7 @@ that it got wrong (Matheron's rule; Wilson et al., JMLR 22, 105, 2021):
 
     a = s eps - s^2 G^T (s^2 G G^T + T)^-1 (s G eps + sqrt(T) xi),     eps, xi standard normal,       (1)
 
-one solve in the space of outputs for all r samples together. A^T A is an unbiased estimate of Sigma; the
+one solve for all r samples together. A^T A is an unbiased estimate of Sigma; the
 std of an output from it is off by 1/sqrt(2 r), relative. Directions that no label determines have the
 prior's width, in all P dimensions: draws at full width are far outside the linear regime. They are narrow
 therefore (``posterior.amplitude``) and come in pairs +-z, whose half differences are free of second
@@ -28,7 +28,9 @@ from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.linear import BLOCK, ClosedFormData, choose_scales
+from blip_ft.variational.posteriors.gram import blocks, combine
+from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
+from blip_ft.variational.posteriors.spectrum import Spectrum
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -88,32 +90,43 @@ class PathwisePosterior(Posterior):
             scores, for the receipt.
         """
         assert isinstance(context, ClosedFormData)
-        gradients, gram = context.rows.labelled, context.rows.gram
-        report: dict[str, Any] = {"n_rows": len(context.rows.gradients), "n_train_rows": len(gram)}
-        s, temperature = choose_scales(context, gram, report)
-        self._set_samples(gradients, gram, s, temperature)
+        gradients = context.rows.labelled
+        report: dict[str, Any] = {"n_rows": len(context.rows.gradients), "n_train_rows": len(gradients)}
+        s, temperature = choose_scales(context, report)
+        self._set_samples(gradients, context.rows.spectrum, s, temperature)
         return report | {
             "prior_scale": s,
             "temperature": temperature,
             "effective_parameters": self.effective_parameters(),
         }
 
-    def _set_samples(self, gradients: Tensor, gram: np.ndarray, s: float, temperature: float) -> None:
-        """Equation (1), in units of s: eps - G^T (G G^T + T/s^2)^-1 (G eps + sqrt(T)/s xi)."""
-        device = self.directions.device
-        noise = temperature / s**2
-        eps = torch.stack([self._normal("prior", k, self.directions.shape[1]) for k in range(self.rank)])
-        xi = torch.stack([self._normal("labels", k, len(gram)) for k in range(self.rank)])
-        blocks = [slice(i, i + BLOCK) for i in range(0, eps.shape[1], BLOCK)]
-        wrong = math.sqrt(noise) * xi.double().to(device)
-        for b in blocks:
-            wrong += eps[:, b].to(device).double() @ gradients[:, b].double().T
-        inner = gram + noise * np.eye(len(gram))
-        move = torch.from_numpy(np.linalg.solve(inner, wrong.cpu().numpy().T).T.copy()).to(device)
-        for b in blocks:
-            sample = eps[:, b].to(device).double() - move @ gradients[:, b].double()
-            self.directions[:, b] = (s / math.sqrt(self.rank) * sample).to(self.directions)
-        mu = np.linalg.eigvalsh(gram).clip(min=0) / noise
+    def _set_samples(self, gradients: Tensor, spectrum: Spectrum, s: float, temperature: float) -> None:
+        """Equation (1), in units of s: eps - G^T (G G^T + T/s^2)^-1 (G eps + sqrt(T)/s xi).
+
+        The buffer holds eps until they are moved: no array as large as the samples is made beside them.
+        """
+        directions, noise = self.directions, temperature / s**2
+        for k, row in enumerate(directions):
+            row.copy_(self._normal("prior", k, directions.shape[1]))
+        xi = torch.stack([self._normal("labels", k, len(gradients)) for k in range(self.rank)])
+        xi = math.sqrt(noise) * xi.double().to(directions.device)
+        unit = s / math.sqrt(self.rank)
+        if (
+            spectrum.of_weights
+        ):  # the same as (G^T G + T/s^2)^-1 (T/s^2 eps - sqrt(T)/s G^T xi): nothing cancels
+            pulled = combine(xi.cpu().numpy(), gradients, torch.float64)
+            moved = (noise * directions.double() - pulled.to(directions.device)).cpu().numpy()
+            directions.copy_(torch.from_numpy(unit * spectrum.solve(moved.T, noise).T))
+        else:
+            wrong = xi
+            for b in blocks(gradients):
+                wrong.addmm_(directions[:, b].double(), gradients[:, b].double().T)
+            move = torch.from_numpy(spectrum.solve(wrong.cpu().numpy().T, noise).T.copy())
+            move = move.to(directions.device)
+            for b in blocks(gradients):
+                sample = torch.addmm(directions[:, b].double(), move, gradients[:, b].double(), alpha=-1)
+                directions[:, b] = (unit * sample).to(directions)
+        mu = spectrum.values / noise
         self.prior_std.fill_(s)
         self.spread_kl.fill_(0.5 * float(np.sum(np.log1p(mu) - mu / (1 + mu))))
         self.determined.fill_(float(np.sum(mu / (1 + mu))))

@@ -27,12 +27,9 @@ from torch import Tensor
 
 from blip_ft.variational.noise import normal
 from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.linear import (
-    ClosedFormData,
-    choose_scales,
-    combine,
-    gram_matrix,
-)
+from blip_ft.variational.posteriors.gram import combine, gram_matrix
+from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
+from blip_ft.variational.posteriors.spectrum import Spectrum
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -98,8 +95,9 @@ class SubspacePosterior(Posterior):
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
-        s, temperature = choose_scales(context, gram[np.ix_(train, train)], report)
-        report["captured"] = self._set_directions(rows.gradients, gram, train, s, temperature)
+        rows.spectrum = Spectrum.of_matrix(gram[np.ix_(train, train)])  # a step of the mean needs it again
+        s, temperature = choose_scales(context, report)
+        report["captured"] = self._set_directions(rows.gradients, gram, train, rows.spectrum, s, temperature)
         projected = self._project(rows.labelled)
         self.set_covariance(projected.T @ projected, s, temperature)
         report |= {
@@ -110,7 +108,13 @@ class SubspacePosterior(Posterior):
         return report
 
     def _set_directions(
-        self, gradients: Tensor, gram: np.ndarray, train: np.ndarray, s: float, temperature: float
+        self,
+        gradients: Tensor,
+        gram: np.ndarray,
+        train: np.ndarray,
+        spectrum: Spectrum,
+        s: float,
+        temperature: float,
     ) -> float:
         """V: the r directions in which the outputs are most uncertain after the training data.
 
@@ -130,9 +134,8 @@ class SubspacePosterior(Posterior):
         Returns:
             Share of the trace of W C W that the r directions hold.
         """
-        inner = gram[np.ix_(train, train)] + temperature / s**2 * np.eye(int(train.sum()))
         reach = np.zeros_like(gram)
-        reach[train] = np.linalg.solve(inner, gram[train])
+        reach[train] = spectrum.solve(gram[train], temperature / s**2)
         a = s * s * (np.eye(len(gram)) - reach)
         covariance = gram @ a
         # stds far below the label's noise, rounding where forces vanish by symmetry, are not blown up
