@@ -90,7 +90,7 @@ def binary(name: str, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([".traj", ".parquet", ".jsonl"]))
 def test_damaged_tables_and_trajectories(data: st.DataObject, name: str, tmp_path: Path) -> None:
     good = lines().encode() if name == ".jsonl" else binary(name, tmp_path)
