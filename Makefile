@@ -51,12 +51,12 @@ demo: venv-b
 test test-full: environments
 	@if [ $(JOBS) -lt 2 ]; then $(MAKE) $@-b && $(MAKE) $@-a; exit; fi; \
 	half=$$(($(JOBS) / 2)); log=$$(mktemp); \
-	$(MAKE) $@-a JOBS=$$half > $$log 2>&1 & a=$$!; \
-	trap 'kill $$a 2> /dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
+	$(MAKE) $@-a JOBS=$$half > $$log 2>&1 & other=$$!; \
+	trap 'kill $$other 2> /dev/null; rm -f $$log; exit 130' INT TERM; \
 	echo "family b (that of a runs beside it and is shown when both have ended):"; \
 	$(MAKE) $@-b JOBS=$$(($(JOBS) - half)); b=$$?; \
-	wait $$a; a=$$?; \
-	echo "family a:"; cat $$log; \
+	wait $$other; a=$$?; \
+	echo "family a:"; cat $$log; rm -f $$log; \
 	test $$a -eq 0 && test $$b -eq 0
 
 # A backend that BLIP_FT_BACKENDS names and that cannot be imported is a failure, never a skip.
