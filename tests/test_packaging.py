@@ -127,6 +127,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert {"torch", "numpy", "ase", "lightning", "pydantic"}.isdisjoint(loaded)
 
 
+@pytest.mark.default
 def test_every_module_and_adapter_loads_without_importing_a_backend():
     code = (
         "import importlib, importlib.metadata, sys, json\n"

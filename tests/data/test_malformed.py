@@ -60,6 +60,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, cache: Path) -> None:
         load_source(os.fsdecode(path))
 
 
+@pytest.mark.default
 def test_a_hub_id_without_network(tmp_path: Path) -> None:
     code = "import sys; from blip_ft.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = [sys.executable, "-c", code, "check", "sio2_sevennet", "data.train=nobody/nothing-of-this-name"]
