@@ -17,20 +17,27 @@ BACKENDS_b := sevennet,chgnet,fairchem,lora$(shell $(PYTHON) -c 'import sys; sys
 EXTRAS_a := $(BACKENDS_a),test
 EXTRAS_b := $(BACKENDS_b),test,lint
 
-# what touches no vendor's code is tested once, in b
-SELECT_a := not outside_data and not common
-SELECT_b := not outside_data
+# Every test belongs to a ring (tests/conftest.py): `quick`, what `default` adds, what `full` adds. What touches no
+# vendor's code, `common`, is the same in both environments: tested in $(COMMON) alone.
+COMMON := a
+RING_test := (quick or default)
+RING_full := not outside_data
+SELECT = $(RING_$(1))$(if $(filter $(2),$(COMMON)),, and not common)
 
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n $(JOBS) --dist loadscope
+PIP = .venv-$*/bin/python -m pip install -q --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=40
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-a test-b test-gpu test-data data-given lint docs venv-a venv-b clean
+.PHONY: help demo test test-a test-b test-quick test-full test-full-a test-full-b test-gpu test-data data-given
+.PHONY: lint docs venv-a venv-b environments clean
 
 help:
 	@echo "make demo            fine-tune SevenNet-0 on SiO2, print the comparison, write runs/demo/"
-	@echo "make test            every test that needs only shipped data; in b all, in a those of its backends"
+	@echo "make test            what has to pass before a change lands, in both environments"
+	@echo "make test-quick      the part of it that needs no vendor's package, in one environment"
+	@echo "make test-full       every test that needs only shipped data: before a release, after a change of adapters"
 	@echo "make test-gpu        the tests that compare a GPU with the CPU; needs a CUDA build of torch"
 	@echo "make test-data DATA=DIR   the tests on outside data sets in DIR"
 	@echo "make lint            ruff and mypy"
@@ -40,11 +47,27 @@ help:
 demo: venv-b
 	.venv-b/bin/python -m blip_ft.cli fit sio2_sevennet name=demo overwrite=true $(ARGS)
 
-test: test-b test-a
+# Both families at the same time, each with half of the processes. What family a says comes in one piece at the end.
+test test-full: environments
+	@if [ $(JOBS) -lt 2 ]; then $(MAKE) $@-b && $(MAKE) $@-a; exit; fi; \
+	half=$$(($(JOBS) / 2)); log=$$(mktemp); \
+	$(MAKE) $@-a JOBS=$$half > $$log 2>&1 & other=$$!; \
+	trap 'kill $$other 2> /dev/null; rm -f $$log; exit 130' INT TERM; \
+	echo "family b (that of a runs beside it and is shown when both have ended):"; \
+	$(MAKE) $@-b JOBS=$$(($(JOBS) - half)); b=$$?; \
+	wait $$other; a=$$?; \
+	echo "family a:"; cat $$log; rm -f $$log; \
+	test $$a -eq 0 && test $$b -eq 0
 
 # A backend that BLIP_FT_BACKENDS names and that cannot be imported is a failure, never a skip.
 test-a test-b: test-%: venv-%
-	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "$(SELECT_$*)" $(ARGS)
+	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "$(call SELECT,test,$*)" $(ARGS)
+
+test-full-a test-full-b: test-full-%: venv-%
+	BLIP_FT_BACKENDS=$(BACKENDS_$*) $(call PYTEST,$*) -m "$(call SELECT,full,$*)" --hypothesis-profile=full $(ARGS)
+
+test-quick: venv-b
+	BLIP_FT_BACKENDS= $(call PYTEST,b) -m quick $(ARGS)
 
 # one process: several would share the device, and its peak memory is reported
 test-gpu: venv-b
@@ -67,17 +90,39 @@ docs: venv-b
 
 venv-a venv-b: venv-%: .venv-%/.installed
 
+# Both families install their packages at the same time; torch, the largest, is fetched once before.
+environments: .venv-b/.torch
+	@$(MAKE) .venv-a/.packages & a=$$!; $(MAKE) .venv-b/.packages; b=$$?; wait $$a && exit $$b
+	@$(MAKE) venv-b venv-a
+
 # torch comes first and alone: its index may lack everything else, and pip then keeps this build.
-.venv-%/.installed: constraints/%.txt pyproject.toml
+.venv-a/.torch .venv-b/.torch: .venv-%/.torch: constraints/%.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	    { echo "Python 3.11 to 3.13 is needed, this is $$($(PYTHON) -V 2>&1): make PYTHON=python3.12"; exit 2; }
 	test -x .venv-$*/bin/pip || $(PYTHON) -m venv --clear .venv-$*
 	@echo "installing environment $* ($(EXTRAS_$*)): some minutes the first time"
-	.venv-$*/bin/python -m pip install -q --disable-pip-version-check \
-	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints/$*.txt)"
-	.venv-$*/bin/python -m pip install -q --disable-pip-version-check -c constraints/$*.txt -e ".[$(EXTRAS_$*)]"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints/$*.txt)"
+	@touch $@
+
+# The packages without the project: two installations at once would meet in its blip_ft.egg-info.
+.venv-a/.packages .venv-b/.packages: .venv-%/.packages: .venv-%/.torch pyproject.toml
+	.venv-$*/bin/python -c "$$REQUIREMENTS" $(EXTRAS_$*) > .venv-$*/requirements.txt
+	$(PIP) -c constraints/$*.txt -r .venv-$*/requirements.txt
+	@touch $@
+
+.venv-a/.installed .venv-b/.installed: .venv-%/.installed: .venv-%/.packages
+	$(PIP) -c constraints/$*.txt -e ".[$(EXTRAS_$*)]"
 	@rm -rf blip_ft.egg-info # left over from the build; it would hide later changes of the entry points
 	@touch $@
+
+# dependencies of pyproject.toml, and of the extras that are given
+define REQUIREMENTS
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = sys.argv[1].split(",")
+print(*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e]), sep="\n")
+endef
+export REQUIREMENTS
 
 clean:
 	rm -rf .venv-a .venv-b build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis blip_ft.egg-info

@@ -1,22 +1,37 @@
-"""Which backends the tests run on.
+"""In which ring a test runs, and on which backends.
 
-A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
+**Rings.** `make test-quick`, `make test` and `make test-full` run one ring more each:
+
+- ``full``: marked so. What the default ring has in a smaller form: real weights through the whole contract,
+  further architectures and families, the recipes of papers.
+- ``default``: what needs a vendor's package, or is marked so because it takes long on the fake backbone too.
+- ``quick``: the rest.
+
+``gpu`` and ``outside_data`` stand apart: they need what a clone has not, and have commands of their own.
+``pytest_collection_modifyitems`` gives every test the mark of its ring.
+
+**Backends.** A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
 is named ``lora``. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
 ones this environment must have: a marked test of a listed backend fails if the package is absent, others are skipped. Without the
 variable, tests run on the packages that are installed.
 
-What touches no vendor's code is the same in both families of environments. Tests of the folders in ``COMMON`` that
-need no backend get the mark ``common``, and `make test-a` leaves them to `make test-b`.
+What touches no vendor's code is the same in both families of environments. Tests that need no backend get the mark
+``common`` and run in one of them, except those of the files in ``ENVIRONMENT``, whose subject is the environment.
+
+**Examples.** hypothesis tries 15 examples per property, with ``--hypothesis-profile=full`` (`make test-full`) 100.
 """
 
 import importlib.util
 import os
-from pathlib import Path
 
+import hypothesis
 import pytest
 
-#: folders whose tests use the fake backend or none, unless a mark names one
-COMMON = ("cli", "data", "report", "training", "uncertainty")
+RINGS = ("quick", "default", "full")
+#: marks of tests that belong to no ring
+APART = ("gpu", "outside_data")
+#: files that are tested in every environment
+ENVIRONMENT = ("test_packaging.py", "test_doctor.py")
 #: import name of every adapter's package
 PACKAGES = {
     "sevennet": "sevenn",
@@ -26,6 +41,13 @@ PACKAGES = {
     "orb": "orb_models",
     "lora": "peft",  # no adapter, but an extra that is treated like one
 }
+
+#: all tests of a session, also those that an expression leaves out
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+hypothesis.settings.register_profile("few", deadline=None, max_examples=15)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=100)
+hypothesis.settings.load_profile("few")
 
 
 def _listed() -> set[str] | None:
@@ -39,12 +61,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"BLIP_FT_BACKENDS: unknown {sorted(unknown)}, known {sorted(PACKAGES)}")
 
 
+def ring_of(item: pytest.Item) -> str | None:
+    """The ring of a test, by its marks; none for what stands apart."""
+    marks = {mark.name for mark in item.iter_markers()}
+    if marks.intersection(APART):
+        return None
+    if "full" in marks:
+        return "full"
+    return "default" if marks.intersection(("default", "backend")) else "quick"
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
     for item in items:
-        folder = item.path.relative_to(here).parts[0]
-        if folder in COMMON and not any(item.iter_markers("backend")):
+        ring = ring_of(item)
+        if ring is not None and item.get_closest_marker(ring) is None:
+            item.add_marker(ring)
+        if item.get_closest_marker("backend") is None and item.path.name not in ENVIRONMENT:
             item.add_marker("common")
 
 

@@ -270,6 +270,7 @@ def base_path() -> tuple[np.ndarray, np.ndarray]:
     return nve(BayesianPotential(FakeBackbone(), options, PosteriorConfig()), "off", 2000)
 
 
+@pytest.mark.default
 @pytest.mark.parametrize(
     "case", ["channel", "weight, dropout", "adaptive", "pathwise", "subspace", "posthoc_laplace"]
 )

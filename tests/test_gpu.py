@@ -298,7 +298,6 @@ def read(folder: Path, name: str) -> Any:
 
 
 @sevennet
-@pytest.mark.slow
 def test_training(runs: dict[str, Path]) -> None:
     """The same start, to rounding; then rounding grows with every step of Adam, and fits may choose other steps."""
     metrics, history = (
@@ -331,7 +330,6 @@ def test_training(runs: dict[str, Path]) -> None:
 
 
 @sevennet
-@pytest.mark.slow
 def test_peak_memory(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The GPU was used by the one run and not by the other."""
     peak = {device: int((folder / "peak").read_text()) for device, folder in runs.items()}
@@ -342,7 +340,6 @@ def test_peak_memory(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) 
 
 
 @sevennet
-@pytest.mark.slow
 def test_a_model_from_the_gpu_on_the_cpu(runs: dict[str, Path], structures: list[Atoms]) -> None:
     """The file holds no device: the same predictions on both, and those that the run has written."""
     on = {d: load_model(runs[GPU], device=d, dtype="float64") for d in (CPU, GPU)}
@@ -369,7 +366,6 @@ def test_a_model_from_the_gpu_on_the_cpu(runs: dict[str, Path], structures: list
 
 
 @sevennet
-@pytest.mark.slow
 def test_calculator(runs: dict[str, Path], structures: list[Atoms]) -> None:
     for method in ("draws", "energy"):
         results = {}
@@ -387,7 +383,6 @@ def test_calculator(runs: dict[str, Path], structures: list[Atoms]) -> None:
 
 
 @sevennet
-@pytest.mark.slow
 def test_the_linearised_model_beside_draws(runs: dict[str, Path]) -> None:
     rows = load_source(str(runs[GPU].parent / "test.extxyz"))
     found = {}

@@ -141,6 +141,7 @@ def test_what_opens_slowly_is_imported_where_it_is_used(module: str, later: set[
     assert later.isdisjoint(loaded), later & set(loaded)
 
 
+@pytest.mark.default
 def test_every_module_and_adapter_loads_without_importing_a_backend():
     code = (
         "import importlib, importlib.metadata, sys, json\n"

@@ -1,10 +1,26 @@
-"""Structures that every adapter must be able to describe."""
+"""Structures that every adapter must be able to describe, and the vendors' calculators of a contract's models."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.spacegroup import crystal
+
+from blip_ft.backbone import Backbone
+
+
+@pytest.fixture(scope="class")
+def native_stock(native: Backbone) -> Any:
+    """The vendor's calculator on the weights of the class's ``native``, in the vendor's own precision."""
+    return native.stock_calculator()
+
+
+@pytest.fixture(scope="class")
+def stock(backbone: Backbone) -> Any:
+    """The vendor's calculator on the weights of the class's ``backbone``, in float64."""
+    return backbone.stock_calculator()
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,10 @@ class TestDirect(AdapterContract, VariationalContract):
     def load(cls) -> Backbone:
         return FairchemBackbone.load(str(direct()))
 
+    @pytest.mark.full
+    def test_save_and_load_in_another_process(self, potential, quartz, elsewhere):
+        super().test_save_and_load_in_another_process(potential, quartz, elsewhere)
+
 
 class TestDirectStress(AdapterContract):
     """A model with heads for energy, forces and stress."""
@@ -89,9 +93,9 @@ class TestDirectStress(AdapterContract):
         return FairchemBackbone.load(str(tiny_uma.direct(folder() / "direct-stress.pt", stress=True)))
 
     @pytest.mark.parametrize("name", ["quartz", "periodic_atom", "ethanol"])
-    def test_step_zero_in_float64(self, backbone, structures, name):
+    def test_step_zero_in_float64(self, backbone, stock, structures, name):
         """The vendor assembles stress in float32 also where it computes in float64."""
-        self._compare_with_stock(backbone, structures[name], 1e-9, 1e-9, 1e-7)
+        self._compare_with_stock(backbone, stock, structures[name], 1e-9, 1e-9, 1e-7)
 
 
 def load(path: Path, **options: Any) -> Backbone:
@@ -153,7 +157,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("eSEN", "grid") else pytest.param(n, marks=pytest.mark.full) for n in ARCHITECTURES]
+)
 def test_other_architectures(name: str, quartz: Atoms, tmp_path: Path) -> None:
     model = load(tiny_uma.uma(tmp_path / "model.pt", **ARCHITECTURES[name])).train()
     compare(model, quartz)
@@ -376,7 +382,7 @@ def test_the_stock_calculator_leaves_structures_alone(ethanol: Atoms, quartz: At
 # ---- export ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["uma", "direct", "float64"])
+@pytest.mark.parametrize("kind", ["uma", "direct", pytest.param("float64", marks=pytest.mark.full)])
 def test_export(tmp_path: Path, quartz: Atoms, kind: str) -> None:
     """Mean and draws open in the vendor's program, with its own settings, and are what we predict."""
     from fairchem.core import FAIRChemCalculator, pretrained_mlip

@@ -216,7 +216,14 @@ def frames(quartz: Atoms, ethanol: Atoms, boxed_atom: Atoms) -> list[Atoms]:
     return [ethanol, quartz, boxed_atom]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_experts": 0, "lmax": 3}, {"ff_type": "grid"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"num_experts": 0, "lmax": 3}, marks=pytest.mark.full),
+        pytest.param({"ff_type": "grid"}, marks=pytest.mark.full),
+    ],
+)
 def test_every_draw_is_equivariant(tmp_path: Path, quartz: Atoms, changes: dict[str, Any]) -> None:
     model = FairchemBackbone.load(str(tiny_uma.uma(tmp_path / "uma.pt", **changes)), task="omat").double()
     stock = [evaluate(model, a) for a in (quartz, turned(quartz))]

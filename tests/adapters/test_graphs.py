@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from blip_ft.adapters._graphs import cat, rearrange
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
@@ -37,7 +37,6 @@ def derivatives(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach(), first.detach(), second
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=2, max_size=6),
     rest=st.sampled_from([(0, 0), (1, 0), (0, 2)]),

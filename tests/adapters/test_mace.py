@@ -67,7 +67,14 @@ class TestMACE(VendorContract, ConservativeContract, VariationalContract):
 class TestOtherModels(VariationalContract):
     """Other irreps, layers and heads than those of the contract."""
 
-    @pytest.fixture(scope="class", params=sorted(set(KINDS) - {"vectors", "attention"}))
+    @pytest.fixture(
+        scope="class",
+        params=[
+            # several heads, and blocks that no other kind has
+            kind if kind == "nonlinear" else pytest.param(kind, marks=pytest.mark.full)
+            for kind in sorted(set(KINDS) - {"vectors", "attention"})
+        ],
+    )
     @classmethod
     def native(cls, request: pytest.FixtureRequest) -> Backbone:
         heads = KINDS[request.param].get("heads")
@@ -209,7 +216,15 @@ def test_the_shipped_list_names_the_published_models() -> None:
     assert sum(name.startswith("MACE-") for name in listed.values()) == 19
 
 
-def test_safe_loading_stays_on_for_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("expected", "answer"),
+    [
+        (None, "refused"),
+        # the user's own choice is respected
+        pytest.param("1", "opened", marks=pytest.mark.full),
+    ],
+)
+def test_safe_loading_stays_on_for_the_process(tmp_path: Path, expected: str | None, answer: str) -> None:
     code = f"""
 import os, pickle, sys, torch
 from pathlib import Path
@@ -227,12 +242,11 @@ except pickle.UnpicklingError:
 else:
     print("opened")
 """
-    for expected, answer in ((None, "refused"), ("1", "opened")):
-        environment = {k: v for k, v in os.environ.items() if k not in (SWITCH, "EXPECTED")}
-        if expected is not None:  # the user's own choice is respected
-            environment |= {SWITCH: expected, "EXPECTED": expected}
-        done = _run(code, str(path_of("plain")), str(tmp_path / "out.model"), env=environment)
-        assert done.split()[-1] == answer
+    environment = {k: v for k, v in os.environ.items() if k not in (SWITCH, "EXPECTED")}
+    if expected is not None:
+        environment |= {SWITCH: expected, "EXPECTED": expected}
+    done = _run(code, str(path_of("plain")), str(tmp_path / "out.model"), env=environment)
+    assert done.split()[-1] == answer
 
 
 def _run(code: str, *arguments: str, env: dict[str, str] | None = None) -> str:
@@ -342,6 +356,7 @@ def test_a_file_with_the_foundations_references_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_the_vendors_lammps_converter_takes_the_file(quartz: Atoms, tmp_path: Path) -> None:
     model = copy.deepcopy(load("density")).double()
     potential = bayesian(model)

@@ -72,6 +72,14 @@ class TestConservative(Orb, ConservativeContract):
 class TestDirect(Orb):
     architecture = DIRECT
 
+    @pytest.mark.full
+    def test_save_and_load_in_another_process(self, potential, quartz, elsewhere):
+        super().test_save_and_load_in_another_process(potential, quartz, elsewhere)
+
+    @pytest.mark.full
+    def test_importing_the_adapter_imports_no_backend(self, elsewhere):
+        super().test_importing_the_adapter_imports_no_backend(elsewhere)
+
     def test_vacuum_does_not_matter(self, backbone, slab, ethanol):
         """The vendor takes the torque off free molecules, but not off boxed ones."""
         thick = slab.copy()

@@ -91,6 +91,7 @@ class TestMultiFidelity:
         same(evaluate(twin, quartz), evaluate(models["R2SCAN"], quartz), 1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["7net-l3i5", "7net-0_22may2024"])
 def test_other_shipped_models(name: str, quartz: Atoms) -> None:
     model = SevenNetBackbone.load(name)
@@ -125,9 +126,21 @@ def small_architecture(**changes: object) -> dict[str, object]:
     [
         {"self_connection_type": "nequip"},
         {"is_parity": True},
-        {"readout_as_fcn": True, "readout_fcn_hidden_neurons": [8], "readout_fcn_activation": "relu"},
-        {"radial_basis": {"radial_basis_name": "bessel", "bessel_basis_num": 8, "trainable_coeff": False}},
-        {"use_bias_in_linear": True},
+        pytest.param(
+            {"readout_as_fcn": True, "readout_fcn_hidden_neurons": [8], "readout_fcn_activation": "relu"},
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {
+                "radial_basis": {
+                    "radial_basis_name": "bessel",
+                    "bessel_basis_num": 8,
+                    "trainable_coeff": False,
+                }
+            },
+            marks=pytest.mark.full,
+        ),
+        pytest.param({"use_bias_in_linear": True}, marks=pytest.mark.full),
     ],
 )
 def test_other_architectures(changes: dict[str, object], quartz: Atoms) -> None:
@@ -182,7 +195,14 @@ deploy(file, target, modal=modal or None)
 """
 
 
-@pytest.mark.parametrize(("name", "modal"), [("7net-0", None), ("7net-mf-0", "R2SCAN"), ("small", None)])
+@pytest.mark.parametrize(
+    ("name", "modal"),
+    [
+        ("7net-0", None),
+        pytest.param("7net-mf-0", "R2SCAN", marks=pytest.mark.full),
+        pytest.param("small", None, marks=pytest.mark.full),
+    ],
+)
 def test_the_vendors_programs_open_an_export(
     name: str, modal: str | None, quartz: Atoms, tmp_path: Path
 ) -> None:

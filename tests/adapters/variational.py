@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,15 +101,15 @@ class VariationalContract:
         assert list(after) == list(before)
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    def test_the_converted_model_is_the_stock_model(self, backbone, quartz, ethanol):
+    def test_the_converted_model_is_the_stock_model(self, backbone, stock, quartz, ethanol):
         model = copy.deepcopy(backbone)
         convert(model)
         for atoms in (quartz, ethanol):
-            stock = atoms.copy()
-            stock.calc = backbone.stock_calculator()
+            theirs = atoms.copy()
+            theirs.calc = stock
             ours = evaluate(model, atoms)
-            assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=1e-9 * len(atoms))
-            np.testing.assert_allclose(array(ours.forces), stock.get_forces(), rtol=0, atol=1e-9)
+            assert ours.energy.item() == pytest.approx(theirs.get_potential_energy(), abs=1e-9 * len(atoms))
+            np.testing.assert_allclose(array(ours.forces), theirs.get_forces(), rtol=0, atol=1e-9)
 
     # ---- noise ---------------------------------------------------------------------------
     def test_a_draw_is_the_stock_model_with_other_weights(self, potential, quartz):
@@ -232,28 +233,49 @@ class VariationalContract:
         shift = sum(potential.references[int(z)] for z in quartz.numbers)
         assert potential(batch).energy.item() == pytest.approx(before + shift, abs=1e-9)
 
-    def test_save_and_load_in_another_process(self, potential, quartz, tmp_path):
-        save_model(potential, tmp_path / "model")
-        quartz.write(tmp_path / "quartz.json")
-        code = (
-            "import sys, json; from ase.io import read; from blip_ft.checkpoint import load_model\n"
-            "from blip_ft.uncertainty.predict import predict_atoms\n"
-            "p = load_model(sys.argv[1]); (r,) = predict_atoms(p, [read(sys.argv[2])])\n"
-            "print(json.dumps([r['energy'], r['energy_std'], r['forces'].tolist(), r['ood_score'].tolist()]))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "quartz.json")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    @pytest.fixture(scope="class")
+    @classmethod
+    def elsewhere(
+        cls, potential: BayesianPotential, quartz: Atoms, tmp_path_factory: pytest.TempPathFactory
+    ) -> dict[str, Any]:
+        """What another process says of the saved model, and what it had imported with the adapter alone."""
+        folder = tmp_path_factory.mktemp("elsewhere")
+        save_model(potential, folder / "model")
+        quartz.write(folder / "quartz.json")
+        adapter = type(potential.backbone).__module__
+        command = [
+            sys.executable,
+            "-c",
+            ELSEWHERE,
+            adapter,
+            str(folder / "model"),
+            str(folder / "quartz.json"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        energy, std, forces, score = json.loads(done.stdout.splitlines()[-1])
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def test_save_and_load_in_another_process(self, potential, quartz, elsewhere):
         (here,) = predict_atoms(potential, [quartz])
-        assert energy == pytest.approx(here["energy"], abs=1e-9)
-        assert std == pytest.approx(here["energy_std"], rel=1e-6)
-        np.testing.assert_allclose(forces, here["forces"], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(score, here["ood_score"], rtol=1e-6)
+        assert elsewhere["energy"] == pytest.approx(here["energy"], abs=1e-9)
+        assert elsewhere["energy_std"] == pytest.approx(here["energy_std"], rel=1e-6)
+        np.testing.assert_allclose(elsewhere["forces"], here["forces"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(elsewhere["ood_score"], here["ood_score"], rtol=1e-6)
+
+
+ELSEWHERE = """
+import importlib, json, sys
+adapter, folder, structure = sys.argv[1:]
+importlib.import_module(adapter)
+imported = sorted({name.partition(".")[0] for name in sys.modules})
+from ase.io import read
+from blip_ft.checkpoint import load_model
+from blip_ft.uncertainty.predict import predict_atoms
+(found,) = predict_atoms(load_model(folder), [read(structure)])
+answer = {key: found[key] for key in ("energy", "energy_std")}
+answer |= {key: found[key].tolist() for key in ("forces", "ood_score")}
+print(json.dumps(answer | {"imported": imported}))
+"""
 
 
 def _matrix(voigt: torch.Tensor) -> np.ndarray:

@@ -269,7 +269,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged())
 def test_damaged_files_are_read_or_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.xyz"
@@ -280,7 +280,7 @@ def test_damaged_files_are_read_or_refused(content: bytes, tmp_path: Path) -> No
         assert frame.positions.shape == (len(frame.numbers), 3)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=200),
     name=st.sampled_from(["f.xyz", "f.json", "f.jsonl", "f.parquet", "f.cif", "f"]),

@@ -40,13 +40,15 @@ def source(frames: Frames, tmp_path: Path) -> str:
     return str(tmp_path / "in.xyz")
 
 
-TARGETS = [*sorted(set(WRITERS) - {".npz"}), "folder"]
+#: the package for LMDB files comes with fairchem-core
+TARGETS = [
+    pytest.param(name, marks=pytest.mark.backend("fairchem")) if name == ".aselmdb" else name
+    for name in (*sorted(set(WRITERS) - {".npz"}), "folder")
+]
 
 
 @pytest.mark.parametrize("ending", TARGETS)
 def test_there_and_back(ending: str, source: str, tmp_path: Path) -> None:
-    if ending == ".aselmdb":
-        pytest.importorskip("ase_db_backends.aselmdb", reason="comes with the extra fairchem")
     frames = load_source(source)
     target = tmp_path / ("out" if ending == "folder" else f"out{ending}")
     assert convert(frames, target) == target

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -153,7 +153,6 @@ def test_keys_are_the_same_on_every_machine() -> None:
 KNOWN_KEY = 5217914376628754046
 
 
-@settings(deadline=None)
 @given(
     decimals=st.lists(st.integers(-(10**9), 10**9), min_size=6, max_size=6),
     noise=st.lists(st.floats(-1e-10, 1e-10), min_size=6, max_size=6),

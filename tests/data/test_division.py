@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.division import by_group, by_random, counts, fractions
@@ -44,7 +44,6 @@ def test_four_frames_give_one_each() -> None:
     assert counts(4, SHARES) == dict.fromkeys(SHARES, 1)
 
 
-@settings(deadline=None)
 @given(n=st.integers(4, 500), shares=shares)
 def test_counts_are_complete_and_near_the_shares(n: int, shares: dict[str, float]) -> None:
     result = counts(n, shares)
@@ -55,7 +54,6 @@ def test_counts_are_complete_and_near_the_shares(n: int, shares: dict[str, float
             assert abs(result[role] - share * n) <= len(shares)
 
 
-@settings(deadline=None)
 @given(n=st.integers(4, 200), shares=shares, seed=st.integers(0, 10))
 def test_random_division_is_a_partition_and_repeatable(n: int, shares: dict[str, float], seed: int) -> None:
     roles, rule = by_random(n, shares, seed)
@@ -71,7 +69,6 @@ def test_seeds_differ() -> None:
     assert by_group(groups, SHARES, 0)[0] != by_group(groups, SHARES, 1)[0]
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=4, max_size=25),
     shares=shares,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.duplicates import first_same, same_structure, sketch
@@ -16,7 +16,6 @@ def crystal(seed: int = 0, pbc: object = True) -> Atoms:
     return Atoms("Si2O4", scaled_positions=rng.random((6, 3)), cell=cell, pbc=pbc)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),
     shift=st.lists(st.integers(-3, 3), min_size=18, max_size=18),
@@ -34,7 +33,6 @@ def test_images_order_and_rounding_do_not_matter(seed: int, shift: list[int], wr
     assert first_same([crystal(seed + 5000), atoms, copy]) == [0, 1, 1]
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),
     atom=st.integers(0, 5),

@@ -400,7 +400,8 @@ def test_no_archive(content: bytes, tmp_path: Path) -> None:
 
 @pytest.fixture
 def lmdb_shards(frames: Frames, tmp_path: Path) -> Path:
-    backend = pytest.importorskip("ase_db_backends.aselmdb", reason="comes with the extra fairchem")
+    from ase_db_backends import aselmdb as backend
+
     folder = tmp_path / "omat"
     folder.mkdir()
     for shard in (0, 1):
@@ -411,6 +412,7 @@ def lmdb_shards(frames: Frames, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.backend("fairchem")
 def test_lmdb_files_and_folders(lmdb_shards: Path, reference: str) -> None:
     expected = fingerprint(load_source(reference))
     assert fingerprint(load_source(str(lmdb_shards))) == expected
@@ -418,6 +420,7 @@ def test_lmdb_files_and_folders(lmdb_shards: Path, reference: str) -> None:
     assert load_source(str(lmdb_shards))["source"][-1] == f"{lmdb_shards}/data.0001.aselmdb"
 
 
+@pytest.mark.backend("fairchem")
 def test_damaged_lmdb(lmdb_shards: Path) -> None:
     (lmdb_shards / "data.0002.aselmdb").write_bytes(b"x" * 5000)
     with pytest.raises(DataError, match=r"data\.0002\.aselmdb: cannot be read as aselmdb"):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.likely_units import CANDIDATES, Comparison, cosine, likely_unit, slope
@@ -71,13 +71,11 @@ def test_gradients(quantity: str) -> None:
     assert found.correlation < -0.9
 
 
-@settings(deadline=None)
 @given(quantity=st.sampled_from(sorted(CANDIDATES)), factor=st.floats(0.4, 2.5))
 def test_no_unit_explains_a_slope_near_one(quantity: str, factor: float) -> None:
     assert likely_unit(quantity, compared(factor)) is None
 
 
-@settings(deadline=None)
 @given(
     quantity=st.sampled_from(sorted(CANDIDATES)),
     exponent=st.one_of(st.floats(-4, -0.5), st.floats(0.5, 4)),

@@ -60,6 +60,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, cache: Path) -> None:
         load_source(os.fsdecode(path))
 
 
+@pytest.mark.default
 def test_a_hub_id_without_network(tmp_path: Path) -> None:
     code = "import sys; from blip_ft.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = [sys.executable, "-c", code, "check", "sio2_sevennet", "data.train=nobody/nothing-of-this-name"]
@@ -90,7 +91,7 @@ def binary(name: str, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([".traj", ".parquet", ".jsonl"]))
 def test_damaged_tables_and_trajectories(data: st.DataObject, name: str, tmp_path: Path) -> None:
     good = lines().encode() if name == ".jsonl" else binary(name, tmp_path)

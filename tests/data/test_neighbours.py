@@ -5,7 +5,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule, surface
 from ase.neighborlist import neighbor_list
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.neighbours import pairs_within
@@ -38,7 +38,6 @@ def test_pairs_are_those_of_ase(atoms: Atoms) -> None:
     same_pairs(atoms, 4.3)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 5), pbc=st.tuples(*[st.booleans()] * 3))
 def test_skewed_cells_and_atoms_outside(seed: int, n: int, pbc: tuple[bool, bool, bool]) -> None:
     rng = np.random.default_rng(seed)

@@ -6,13 +6,12 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.overlaps import OVERLAP, worst_overlap
 
 
-@settings(deadline=None, max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     n=st.integers(1, 12),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data import fit_references
@@ -43,7 +43,6 @@ def test_full_rank_recovers_the_energies_of_the_elements() -> None:
 counts = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(counts=counts, seed=st.integers(0, 100))
 def test_against_the_pseudoinverse(counts: list[tuple[int, int, int]], seed: int) -> None:
     elements = (1, 8, 14)
@@ -66,7 +65,6 @@ def test_against_the_pseudoinverse(counts: list[tuple[int, int, int]], seed: int
         assert references.warn_outside_span(f) is None
 
 
-@settings(deadline=None)
 @given(noise=st.floats(0.1, 1.0), seed=st.integers(0, 50))
 def test_residual_per_atom_is_what_is_minimised(noise: float, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.robust import robust_fit, robust_z, spread, trimmed_rms
@@ -17,7 +17,6 @@ def test_spread_is_the_std_of_a_gaussian_and_ignores_outliers() -> None:
     assert trimmed_rms(np.array([1.0, -1.0, 1.0, 100.0]), keep=0.75) == 1.0
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.0, 0.1, 0.25]))
 def test_a_quarter_of_wrong_targets_does_not_mislead(seed: int, share: float) -> None:
     rng = np.random.default_rng(seed)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from blip_ft.data import EpochBatchSampler
@@ -30,7 +30,6 @@ def epoch(n: int, batch_size: int, seed: int, world: int, rank: int, number: int
     return list(sampler)
 
 
-@settings(deadline=None)
 @given(plans())
 def test_ranks_together_do_what_one_process_does(plan: tuple[int, int, int, int, int]) -> None:
     n, batch_size, seed, world, number = plan
@@ -48,7 +47,6 @@ def test_ranks_together_do_what_one_process_does(plan: tuple[int, int, int, int,
         assert alone == together, "also in the same order"
 
 
-@settings(deadline=None)
 @given(plans())
 def test_an_epoch_is_a_function_of_seed_and_number(plan: tuple[int, int, int, int, int]) -> None:
     n, batch_size, seed, world, number = plan
@@ -105,7 +103,6 @@ def packings(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     return sizes, draw(st.integers(max(sizes), 600)), draw(st.integers(0, 3)), world
 
 
-@settings(deadline=None)
 @given(packings(), st.integers(0, 3))
 def test_packed_batches_hold_every_structure_once_and_never_too_much(
     packing: tuple[list[int], int, int, int], number: int

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -256,7 +256,6 @@ def test_split_names(name: str, expected: str) -> None:
     assert canonical_split(name) == expected
 
 
-@settings(deadline=None)
 @given(arrays(np.float64, (3, 3), elements=st.floats(-10, 10)))
 def test_voigt_order(matrix: np.ndarray) -> None:
     symmetric = matrix + matrix.T

@@ -2,7 +2,7 @@ import math
 
 import pytest
 from ase import units as u
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.data.units import DIMENSIONS, conversion, factors
@@ -77,7 +77,6 @@ def test_what_is_not_given_is_left_alone() -> None:
     assert factors({"stress": "GPa"})["forces"] == 1.0
 
 
-@settings(deadline=None)
 @given(
     energy=st.sampled_from(sorted(ENERGIES)),
     length=st.sampled_from(sorted(LENGTHS)),

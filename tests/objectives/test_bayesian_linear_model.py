@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -136,7 +136,6 @@ class TestEvidence:
         nelbo = n * problem.exact_nelbo(ElboScale(n, 1))
         torch.testing.assert_close(nelbo, -problem.log_evidence, rtol=1e-12, atol=1e-12)
 
-    @settings(deadline=None, max_examples=20)
     @given(
         n=st.integers(1, 8),
         d=st.integers(1, 4),

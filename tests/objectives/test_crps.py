@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scoringrules
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
@@ -32,7 +32,6 @@ def ensembles(draw):
     return samples, torch.randn(shape, generator=generator, dtype=DOUBLE).to(dtype)
 
 
-@settings(deadline=None)
 @given(ensembles())
 def test_against_brute_force_and_scoringrules(ensemble):
     samples, label = ensemble
@@ -45,7 +44,6 @@ def test_against_brute_force_and_scoringrules(ensemble):
     np.testing.assert_allclose(score.double().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(ensembles(), st.floats(0.1, 10), st.floats(-5, 5))
 def test_unit_and_origin(ensemble, scale, shift):
     samples, label = ensemble[0].double(), ensemble[1].double()

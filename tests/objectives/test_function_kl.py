@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
@@ -13,7 +13,6 @@ from blip_ft.objectives.function_kl import gaussian_kl
 DOUBLE = torch.float64
 
 
-@settings(deadline=None, max_examples=20)
 @given(
     mean=st.floats(-2, 2),
     spread=st.floats(0.01, 2),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Chi2, Normal, StudentT
 
@@ -36,7 +36,6 @@ def config(**changes):
     return ObjectiveConfig(energy_std=0.03, forces_std=0.2, stress_std=0.004, **changes)
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     seed=st.integers(0, 1000),

@@ -136,7 +136,7 @@ class TestModes:
             assert ((other.energy - first).abs() > 1e-6).all()
         assert torch.equal(evaluate(potential, structures(), mode).energy, first)
 
-    @settings(deadline=None, max_examples=10)
+    @settings(max_examples=10)
     @given(
         order=st.permutations(range(4)),
         kind=st.sampled_from([("weight", "local"), ("weight", "structure"), ("subspace", "structure")]),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -96,7 +96,6 @@ def test_narrower_scopes() -> None:
         reduced(1000, noise="radial")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     limit=st.integers(1, 2_000_000),
     rank=st.integers(1, 200),

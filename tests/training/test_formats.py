@@ -15,6 +15,7 @@ from blip_ft.data.convert import convert
 ENDINGS = (".extxyz", ".traj", ".db", ".parquet", ".jsonl")
 
 
+@pytest.mark.default
 def test_same_frames_in_five_formats(tmp_path: Path) -> None:
     frames = load_source("sio2_polymorphs@0:64")
     convert(frames, tmp_path / "source.extxyz")  # text with eight decimals: every format can hold it

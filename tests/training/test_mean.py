@@ -58,6 +58,7 @@ def test_a_mean_of_low_rank_is_trained(tmp_path: Path) -> None:
     assert potential.converted.layers["readout.0"].lora.r == {"default": 2}
 
 
+@pytest.mark.default
 def test_weight_decay_pulls_every_trained_parameter_to_where_it_started(tmp_path: Path) -> None:
     """Also those beside linear blocks, which are not trained as differences; here far from zero."""
     distances = []

@@ -248,7 +248,13 @@ class OneNumber(Backbone):
     config = graph = collate = stock_calculator = _unused
 
 
-@pytest.mark.parametrize("family", ["weight", "adaptive"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("weight", marks=pytest.mark.default),
+        pytest.param("adaptive", marks=pytest.mark.full),
+    ],
+)
 def test_crps_training_ends_at_the_true_mean_and_spread(family: str) -> None:
     """Labels N(1.2, 0.4^2); one weight with a keyed sample for every structure."""
     n, truth = 400, 0.4

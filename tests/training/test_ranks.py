@@ -67,16 +67,37 @@ def read(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("posterior", "kind"),
     [
-        ({"family": "pathwise", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0}, "elbo"),
-        ({"family": "weight", "prior_scale": 0.1, "init_std": 0.05}, "elbo"),
-        ({"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0}, "elbo"),
-        ({"family": "adaptive", "prior_scale": 0.1, "init_std": 0.05}, "elbo+crps"),
-        (
+        pytest.param(
+            {"family": "pathwise", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0},
+            "elbo",
+            marks=pytest.mark.default,
+            id="pathwise",
+        ),
+        pytest.param(
+            {"family": "weight", "prior_scale": 0.1, "init_std": 0.05},
+            "elbo",
+            marks=pytest.mark.full,
+            id="weight",
+        ),
+        pytest.param(
+            {"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0},
+            "elbo",
+            marks=pytest.mark.full,
+            id="subspace",
+        ),
+        pytest.param(
+            {"family": "adaptive", "prior_scale": 0.1, "init_std": 0.05},
+            "elbo+crps",
+            marks=pytest.mark.full,
+            id="adaptive",
+        ),
+        pytest.param(
             {"family": "channel", "prior_scale": 0.1, "init_std": 0.05, "empirical_bayes": True},
             "function_kl",
+            marks=pytest.mark.full,
+            id="function_kl",
         ),
     ],
-    ids=["pathwise", "weight", "subspace", "adaptive", "function_kl"],
 )
 def test_two_processes_give_the_loss_of_one(tmp_path: Path, posterior: dict[str, object], kind: str) -> None:
     one = train(tmp_path, devices=1, batch_size=8, posterior=posterior, kind=kind)

@@ -117,6 +117,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.backend("sevennet")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_on_sevennet(family: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import norm
@@ -70,7 +70,6 @@ def test_constant_spread_is_divided_by_the_prior():
     assert wide.aleatoric == 0.0
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     noise=st.floats(1e-3, 1),

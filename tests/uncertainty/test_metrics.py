@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm, rankdata, spearmanr
@@ -116,7 +116,6 @@ def test_keys_by_kind_of_model(make_prediction):
 # ---- scores ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
 @given(error=st.floats(-5, 5), std=st.floats(0.05, 5))
 def test_crps_is_its_integral(error, std):
     lower, upper = min(error, 0) - 12 * std, max(error, 0) + 12 * std

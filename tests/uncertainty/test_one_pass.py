@@ -158,7 +158,7 @@ def test_covariance_rotates_with_the_structure(family):
     torch.testing.assert_close(other.energy_std, one.energy_std, rtol=1e-9, atol=0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(k=st.integers(1, RANK), seed=st.integers(0, 2**31))
 def test_random_directions_are_unbiased_and_as_exact_as_stated(k, seed):
     rng = np.random.default_rng(seed)

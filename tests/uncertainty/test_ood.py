@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.backbone import Prediction
@@ -98,7 +98,6 @@ class TestDistance:
         assert np.isfinite(far).all()
         assert far.min() > 3 * max(near.max(), 0.1)
 
-    @settings(deadline=None, max_examples=25)
     @given(st.integers(0, 10**6), st.integers(1, 8), st.floats(1e-2, 1e2))
     def test_does_not_depend_on_axes_units_or_order(self, seed: int, f: int, unit: float) -> None:
         x, z, groups = atoms(60, f, seed=seed)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -82,7 +82,6 @@ class TestAlpha:
         torch.manual_seed(2)
         assert all(torch.equal(v, first[k]) for k, v in make()[1].state_dict().items())
 
-    @settings(deadline=None, max_examples=40)
     @given(bias=st.floats(-60, 60), seed=st.integers(0, 20))
     def test_stays_within_the_clamp(self, bias, seed):
         layer, posterior = make(spread=3.0, seed=seed)
@@ -120,7 +119,6 @@ class TestAlpha:
 
 
 class TestKl:
-    @settings(deadline=None, max_examples=30)
     @given(
         counts=st.lists(st.integers(0, 4), min_size=1, max_size=4),
         prior_scale=st.floats(0.01, 1.0),
@@ -180,7 +178,6 @@ class TestKl:
 class TestMoments:
     """Noise of one layer for fixed inputs: covariance sqrt(alpha_r alpha_s) x_r . x_s rms^2."""
 
-    @settings(deadline=None, max_examples=20)
     @given(
         shape=st.tuples(st.integers(1, 4), st.integers(1, 4)),
         rows=st.integers(1, 4),

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from ase.build import bulk, molecule
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,7 +90,6 @@ class TestReport:
         assert len(c.noisy) == n
         assert sum(d.requires_grad for d in c.deltas.values()) == n
 
-    @settings(deadline=None, max_examples=20)
     @given(chosen=st.sets(st.sampled_from(NAMES), min_size=1))
     def test_patterns_are_full_matches(self, chosen):
         patterns = [n.replace(".", r"\.") for n in chosen]

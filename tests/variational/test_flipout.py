@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -129,7 +129,6 @@ def test_uncorrelated_is_not_independent(bench):
     assert torch.corrcoef(torch.stack(squares).T)[0, 1] > 0.99
 
 
-@settings(deadline=None, max_examples=20)
 @given(order=st.permutations(range(4)))
 def test_signs_belong_to_the_structure(order):
     like = torch.zeros((), dtype=DOUBLE)

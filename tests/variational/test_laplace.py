@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -54,7 +54,6 @@ def covariance(posterior: LaplacePosterior) -> np.ndarray:
     return (flat.T @ flat).numpy()
 
 
-@settings(deadline=None, max_examples=20)
 @given(
     m=st.integers(1, 40),
     s=st.floats(0.02, 2.0),

@@ -247,7 +247,6 @@ class TestMoments:
         assert 0 < scalar.sum() < len(scalar)
         torch.testing.assert_close(b.layer.row_variance(x, variance), (weighted * scalar).sum(dim=-1))
 
-    @settings(max_examples=30, deadline=None)
     @given(
         shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
         rows=st.integers(1, 4),
@@ -271,7 +270,6 @@ class TestMoments:
         tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
         torch.testing.assert_close(covariance, expected, **tolerance)
 
-    @settings(max_examples=30, deadline=None)
     @given(counts=st.lists(st.integers(0, 3), min_size=2, max_size=4), seed=st.integers(0, 1000))
     def test_the_sample_of_one_structure_moves_no_other(self, bench, counts, seed):
         base = make_base("linear")
@@ -390,7 +388,7 @@ class TestEquivariance:
 
         return e3nn.o3.Irreps(draw() + "+2x0e+1x1o"), e3nn.o3.Irreps("2x1o+1x0e+" + draw())
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(
         seed=st.integers(0, 1000),
         counts=st.lists(st.integers(0, 2), min_size=1, max_size=3),

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
@@ -122,7 +122,6 @@ class TestRowNormal:
     def draw(self, keys, counts, *, seed=0, epoch=0, site="layer", width=3):
         return keyed_row_normal(seed, epoch, keys)(site, rows_of(counts), width, self.like)
 
-    @settings(max_examples=30, deadline=None)
     @given(
         counts=st.lists(st.integers(0, 4), min_size=2, max_size=5),
         order=st.permutations(range(5)),

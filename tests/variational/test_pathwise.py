@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -65,7 +65,6 @@ def covariance(posterior: PathwisePosterior) -> np.ndarray:
     return (flat.T @ flat).numpy()
 
 
-@settings(deadline=None, max_examples=15)
 @given(
     m=st.integers(1, 40),
     s=st.floats(0.05, 2.0),

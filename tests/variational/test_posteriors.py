@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
@@ -56,7 +56,6 @@ def example(family, **options):
 
 @pytest.mark.parametrize("family", FACTORISED)
 class TestKl:
-    @settings(deadline=None, max_examples=25)
     @given(setup=setups(), prior_scale=st.floats(0.01, 2.0), init_std=st.floats(0.001, 2.0))
     def test_against_torch_distributions(self, family, setup, prior_scale, init_std):
         sites, weights = setup
@@ -108,7 +107,6 @@ class TestKl:
 
 @pytest.mark.parametrize("family", FACTORISED)
 class TestSample:
-    @settings(deadline=None, max_examples=25)
     @given(setup=setups())
     def test_unit_latents_give_the_covariance(self, family, setup):
         """sample() is linear, so its value on unit vectors is a factor of the covariance."""

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -60,7 +60,6 @@ class TestScale:
 
 
 class TestKlOfTheMean:
-    @settings(deadline=None, max_examples=25)
     @given(scale=st.floats(0.01, 3.0), size=st.floats(0.0, 2.0), seed=st.integers(0, 50))
     def test_is_the_kl_of_two_gaussians_of_equal_width(self, scale, size, seed):
         sites, weights = two_sites()
@@ -159,7 +158,6 @@ class TestDropout:
         prior = DropoutPrior(sites, layers, prior_scale, list(sites))
         return prior, layers, FAMILIES[family](list(sites.values()), prior, init_std)
 
-    @settings(deadline=None, max_examples=25)
     @given(
         prior_scale=st.floats(0.05, 2.0),
         init_std=st.floats(0.01, 2.0),

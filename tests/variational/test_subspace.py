@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.variational import Block, PretrainedPrior, Site
@@ -96,7 +96,6 @@ def test_truncation_loses_least_of_the_stds() -> None:
         assert ours < lost_std(rng.normal(size=(4, 10)) @ x @ sigma, x, sigma)
 
 
-@settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_geometric_mean_of_matrices(n: int, seed: int) -> None:
     """The positive definite solution X of X A^-1 X = B; of commuting ones sqrt(A B)."""
@@ -146,7 +145,6 @@ def test_std_is_the_marginal_of_the_covariance() -> None:
     )
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 8), st.floats(0.05, 2.0), st.integers(0, 1000))
 def test_kl_against_torch(rank: int, s: float, seed: int) -> None:
     posterior = make(rank=rank)
@@ -232,7 +230,6 @@ def test_gram_matrix_of_float32_rows_keeps_small_eigenvalues() -> None:
     np.testing.assert_allclose(values, [1e2, 1.0, 1e-1, 3e-2], rtol=0.05)
 
 
-@settings(max_examples=20, deadline=None)
 @given(m=st.integers(1, 6), p=st.integers(1, 8), scale=st.floats(0.05, 20), seed=st.integers(0, 1000))
 def test_gauss_newton_steps_are_the_damped_least_squares_solutions(m, p, scale, seed):
     rng = np.random.default_rng(seed)
