@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scoringrules
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
