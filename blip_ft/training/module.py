@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.config import CLOSED, Recipe
+from blip_ft.conservative import weights_only
 from blip_ft.objectives import ElboScale, Likelihood, gaussian_crps
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.objective import Objective
@@ -70,6 +71,11 @@ class FineTuneModule(lightning.LightningModule):
         if self.objective.memory is not None:
             self._log("train/replay", 0.0 if step.replay is None else step.replay, batch=batch)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing."""
+        with weights_only():
+            loss.backward(*args, inputs=[p for p in self.parameters() if p.requires_grad], **kwargs)  # type: ignore[misc]
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbone import Batch
+from blip_ft.conservative import weights_only
 from blip_ft.potential import BayesianPotential
 from blip_ft.variational import Rows, normal
 
@@ -63,13 +64,14 @@ def output_gradients(
                 product = (out.forces * direction.to(out.forces)).sum(dim=1)
                 values.append(product.new_zeros(n).index_add(0, batch.structure, product))
             for i, value in enumerate(values):
-                grads = torch.autograd.grad(
-                    value.sum(),
-                    wanted,
-                    retain_graph=i + 1 < len(values),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+                with weights_only():
+                    grads = torch.autograd.grad(
+                        value.sum(),
+                        wanted,
+                        retain_graph=i + 1 < len(values),
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
                 yield value.detach(), torch.cat([g.reshape(n, -1) for g in grads], dim=1) * rms
     finally:
         state.clear()
