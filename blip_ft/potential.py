@@ -131,7 +131,8 @@ class BayesianPotential(nn.Module):
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        keyed = latent is None and draw is None and mode in ("structure", "local", "flipout")
+        drawn_each = mode == "structure" and isinstance(draw, Sequence)
+        keyed = latent is None and not drawn_each and mode in ("structure", "local", "flipout")
         if keyed and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
@@ -143,8 +144,8 @@ class BayesianPotential(nn.Module):
             if mode == "draw":
                 assert draw is None or isinstance(draw, int)
                 state.weights = self._weights_of(draw or 0)
-            elif mode == "structure" and draw is not None:
-                assert not isinstance(draw, int)
+            elif drawn_each:
+                assert isinstance(draw, Sequence)
                 drawn = {k: self._weights_of(k) for k in dict.fromkeys(draw)}
                 state.weights = {
                     s.name: torch.stack([drawn[k][s.name] for k in draw]) for s in self.posterior.sites

@@ -168,9 +168,7 @@ class TestNoise:
             torch.testing.assert_close(double.energy, 2 * single.energy, rtol=1e-13, atol=0)
             torch.testing.assert_close(double.forces, single.forces.repeat(2, 1), rtol=1e-11, atol=1e-11)
 
-    def test_without_spread_it_is_the_mean_bit_for_bit(
-        self, case: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_spread_it_is_the_mean(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         potential = make(case)
         if CASES[case]["family"] == "adaptive":
             posterior = potential.posterior
@@ -193,7 +191,9 @@ class TestNoise:
             noisy = evaluate(potential, structures(), mode)
             for name in ("energy", "forces", "stress"):
                 found, expected = (torch.nan_to_num(getattr(o, name)) for o in (noisy, off))
-                assert torch.equal(found, expected), mode
+                # bit for bit, but where every structure has a product of its own, which rounds by itself
+                close = 1e-14 if mode == "structure" else 0.0
+                torch.testing.assert_close(found, expected, rtol=100 * close, atol=close, msg=mode)
 
     def test_saved_and_loaded(self, case: str, tmp_path: Any) -> None:
         potential = make(case)

@@ -100,12 +100,14 @@ class TestModes:
 
     @pytest.mark.parametrize("mode", ["local", "structure", "draw"])
     @pytest.mark.parametrize("family", ["weight", "channel"])
-    def test_without_spread_every_mode_is_off_bit_for_bit(self, mode, family):
+    def test_without_spread_every_mode_is_off(self, mode, family):
+        """Bit for bit, but where every structure has a product of its own, which rounds by itself."""
         potential = make(family=family)
         with torch.no_grad():
             for p in potential.posterior.parameters():
                 p.fill_(-torch.inf)
-        same(evaluate(potential, structures(), mode), evaluate(potential, structures(), "off"))
+        rounding = 1e-14 if mode == "structure" else 0.0
+        same(evaluate(potential, structures(), mode), evaluate(potential, structures(), "off"), rounding)
 
     @pytest.mark.parametrize("mode", ["local", "structure", "draw"])
     def test_no_noisy_module(self, mode):
