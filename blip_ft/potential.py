@@ -131,8 +131,8 @@ class BayesianPotential(nn.Module):
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        drawn_each = mode == "structure" and isinstance(draw, Sequence)
-        keyed = latent is None and not drawn_each and mode in ("structure", "local", "flipout")
+        numbered_draws = isinstance(draw, Sequence)
+        keyed = latent is None and not numbered_draws and mode in ("structure", "local", "flipout")
         if keyed and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
@@ -144,8 +144,7 @@ class BayesianPotential(nn.Module):
             if mode == "draw":
                 assert draw is None or isinstance(draw, int)
                 state.weights = self._weights_of(draw or 0)
-            elif drawn_each:
-                assert isinstance(draw, Sequence)
+            elif mode == "structure" and isinstance(draw, Sequence):
                 drawn = {k: self._weights_of(k) for k in dict.fromkeys(draw)}
                 state.weights = {
                     s.name: torch.stack([drawn[k][s.name] for k in draw]) for s in self.posterior.sites

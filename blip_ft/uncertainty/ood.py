@@ -134,9 +134,13 @@ class FeatureDistance:
 
     # ---- files -----------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
-        """What a model file holds: float32, whatever the precision of the weights."""
+        """What a model file holds: float32, whatever the precision of the weights, in the layout of a file, with
+        which products round as well.
+        """
         return {
-            f.name: value if (value := getattr(self, f.name)).dtype == torch.int64 else value.float()
+            f.name: value
+            if (value := getattr(self, f.name)).dtype == torch.int64
+            else value.float().contiguous()
             for f in fields(self)
         }
 
