@@ -12,22 +12,26 @@ channels of one irrep of the output are side by side, as e3nn's ``Irreps.simplif
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blip_ft.conservative import geometry_is_wanted
+from blip_ft.side_by_side import side_by_side, width
 
 try:
     from blip_ft.adapters import _kernels
 except ImportError:  # a platform without llvmlite
     _kernels = None  # type: ignore[assignment]
+
+
+#: column of the first pair in a table of calls
+_BEGIN = 1 + 13
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Convolution:
         #: convolutions of one key share their couplings
         self.key = (harmonics.dim, *((p.i, p.k, p.m, p.odd) for p in self.paths))
         # paths from one irrep add to the same gradient; those from different ones can be done at the same time
-        self.groups = [[p for p in self.paths if p.x == x] for x in sorted({p.x for p in self.paths})]
+        places = sorted({p.x for p in self.paths})
+        self.groups = [[n for n, p in enumerate(self.paths) if p.x == x] for x in places]
+        self._tables: dict[tuple[str, str, torch.dtype], Any] = {}
 
     def couplings(self, harmonics: Tensor) -> Tensor:
         """(pairs, m) the spherical harmonics of every pair in the coupling coefficients of all paths."""
@@ -138,6 +144,33 @@ class Convolution:
             out: Tensor = _Value.apply(self, pairs, weight, x, couplings)
             return out
         return self.in_torch(weight, x, couplings, pairs)
+
+    def table(self, tangents: str, wanted: str, dtype: torch.dtype) -> _kernels.Table:
+        """Calls of all paths (``_kernels.run``), with offsets in bytes in place of pointers, and no pairs.
+
+        Args:
+            tangents: see ``_kernels.Wish``.
+            wanted: likewise.
+            dtype: float32 or float64.
+        """
+        key = tangents, wanted, dtype
+        if key not in self._tables:
+            double, size = dtype == torch.float64, dtype.itemsize
+            strides = self.n_weights, self.dim_in, self.coefficients.shape[1], self.dim_out
+            used = {*"wxM", *(f"t{n}" for n in tangents), *(f"d{n}" for n in wanted)} | (
+                {"g"} if set(wanted) & set("wxM") else set()
+            )
+            rows = []
+            for p in self.paths:
+                wish = _kernels.Wish(p.i, p.k, tangents, wanted, double, _kernels.lanes(p.u, double=double))
+                offset = {"w": p.w, "x": p.x, "M": p.m, "g": p.y}
+                places = [size * offset[name[-1]] if name in used else 0 for name in _kernels.ARRAYS]
+                sign = int(np.float64(-1.0 if p.odd else 1.0).view(np.int64))
+                edges, channels = (0, 0, 0, 0), (p.width_x, p.width_y)
+                rows.append([_kernels.address(wish), *places, *edges, p.u, *strides, *channels, sign])
+            self._tables[key] = np.array(rows, dtype=np.int64).reshape(-1, _kernels.WORDS)
+        out: _kernels.Table = self._tables[key]
+        return out
 
     def in_torch(self, weight: Tensor, x: Tensor, couplings: Tensor, pairs: Pairs) -> Tensor:
         """The same by products that torch knows, for any device."""
@@ -216,7 +249,7 @@ class Pairs:
             target: (pairs,).
             counts: pairs of every structure.
         """
-        pieces = torch.get_num_threads() if source.device.type == "cpu" else 1
+        pieces = width(source.device)
         total, after = sum(counts), list(itertools.accumulate(counts))
         ends = {total} | {
             min(after, key=lambda n, k=k: abs(n - k * total / pieces))  # type: ignore[misc]
@@ -281,41 +314,23 @@ class _First(torch.autograd.Function):
 
 def _run(conv: Convolution, pairs: Pairs, tangents: str, arrays: dict[str, Tensor]) -> None:
     """All paths of a convolution, in several threads where there are several pieces of work."""
-    some = arrays["x"]
-    double, size = some.dtype == torch.float64, some.element_size()
     wanted = "".join(n for n in "wxMg" if f"d{n}" in arrays)
-    pointers = [(name[-1], arrays[name].data_ptr() if name in arrays else None) for name in _kernels.ARRAYS]
-    ends = pairs.source.data_ptr(), pairs.target.data_ptr()
-    strides = arrays["w"].shape[1], some.shape[1], arrays["M"].shape[1], conv.dim_out
-
-    def work(paths: Sequence[Path], first: int, last: int) -> None:
-        for p in paths:
-            lanes = _kernels.lanes(p.u, double=double)
-            run = _kernels.kernel(_kernels.Wish(p.i, p.k, tangents, wanted, double, lanes))
-            offsets = {"w": p.w * size, "x": p.x * size, "M": p.m * size, "g": p.y * size}
-            places = [None if at is None else at + offsets[kind] for kind, at in pointers]
-            sign = -1.0 if p.odd else 1.0
-            run(*places, *ends, first, last, p.u, *strides, p.width_x, p.width_y, sign)
-
-    threads = torch.get_num_threads()
+    table = conv.table(tangents, wanted, arrays["x"].dtype).copy()
+    first = [arrays[name].data_ptr() if name in arrays else 0 for name in _kernels.ARRAYS]
+    table[:, 1:_BEGIN] += [*first, pairs.source.data_ptr(), pairs.target.data_ptr()]
+    total = len(pairs.source)
     pieces = list(zip((0, *pairs.parts), pairs.parts, strict=False))
-    if threads == 1 or len(pairs.source) < 64:
-        work(conv.paths, 0, len(pairs.source))
+    if total < 64 or width("cpu") == 1:
+        tasks = [_part(table, 0, total)]
     elif len(pieces) > 1:
-        _together([(conv.paths, *piece) for piece in pieces], work, threads)
+        tasks = [_part(table, *piece) for piece in pieces]
     else:
-        _together([(group, 0, len(pairs.source)) for group in conv.groups], work, threads)
+        tasks = [_part(table[rows], 0, total) for rows in conv.groups]
+    side_by_side(_kernels.run, tasks)
 
 
-_POOLS: dict[tuple[int, int], concurrent.futures.ThreadPoolExecutor] = {}
-
-
-def _together(tasks: list[Any], work: Any, threads: int) -> None:
-    """Run tasks in threads, the last of them in this one."""
-    key = os.getpid(), threads  # threads do not survive a fork
-    if key not in _POOLS:
-        _POOLS[key] = concurrent.futures.ThreadPoolExecutor(threads - 1, thread_name_prefix="convolution")
-    futures = [_POOLS[key].submit(work, *task) for task in tasks[:-1]]
-    work(*tasks[-1])
-    for future in futures:
-        future.result()
+def _part(table: _kernels.Table, first: int, last: int) -> _kernels.Table:
+    """The calls for some of the pairs."""
+    out = table.copy()
+    out[:, _BEGIN], out[:, _BEGIN + 1] = first, last
+    return out

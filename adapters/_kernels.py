@@ -5,8 +5,9 @@ The message pass of one path (l1, l2, l3) is linear in each of four things,
     Q(w, x, M, g) = sum over edges, i, k, u of w[e, u] x[from e, i, u] M[e, i, k] g[to e, k, u],
 
 and all that is ever wanted of it are derivatives of Q, or of Q(w', x, M, g) + Q(w, x', M, g) + Q(w, x, M', g), with
-respect to some of its four arguments. :func:`kernel` writes the loop for one such wish in LLVM's language and has it
+respect to some of its four arguments. :func:`address` writes the loop for one such wish in LLVM's language and has it
 compiled, some tens of milliseconds each; llvmlite, which numba too is built on, does both. Nothing is kept on disk.
+A convolution has ten to twenty paths, each a call of such a loop: :func:`run` makes all of them from one table.
 
 Every edge is a pair of neighbours and is used in both directions; in the second M has the sign of Y_l2(-r) / Y_l2(r).
 Channels u are the innermost loop and lie side by side in memory, so that they fill vector registers.
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 
 I64, I32 = ir.IntType(64), ir.IntType(32)
@@ -28,6 +31,9 @@ I64, I32 = ir.IntType(64), ir.IntType(32)
 FAST = ("reassoc", "nsz", "arcp", "contract")
 #: the arrays of a kernel in this order; those that a wish does not need are null. ``d...`` are added to.
 ARRAYS = ("w", "x", "M", "g", "tw", "tx", "tM", "dw", "dx", "dM", "dg")
+#: 8-byte words in a row of a table of calls
+WORDS = 1 + len(ARRAYS) + 2 + 9 + 1
+Table = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -138,14 +144,14 @@ class _Writer:
     # ---- the kernel ----------------------------------------------------------------------
     def write(self) -> ir.Module:
         """Arguments: the arrays, src, dst, first and last edge, U, four row lengths, U of l1, U of l3, sign."""
-        pointer = ir.PointerType()
-        types = [pointer] * (len(ARRAYS) + 2) + [I64] * 9 + [self.scalar]
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), types), "run")
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), _arguments()), "run")
         arrays = dict(zip(ARRAYS, function.args, strict=False))
         for argument in function.args[: len(ARRAYS)]:
             argument.add_attribute("noalias")
         src, dst, begin, end, n_u, *strides, width_1, width_3, sign = function.args[len(ARRAYS) :]
         self.b = ir.IRBuilder(function.append_basic_block())
+        if not self.wish.double:
+            sign = self.b.fptrunc(sign, self.scalar)
         row_w, row_x, row_m, row_g = strides
         rows = {"w": row_w, "x": row_x, "M": row_m, "g": row_g}
         one = ir.Constant(self.scalar, 1.0)
@@ -240,6 +246,34 @@ class _Writer:
             b.store(b.fadd(b.load(place, typ=self.scalar), value, flags=FAST), place)
 
 
+def _arguments() -> list[Any]:
+    """Types of a kernel's arguments, which a row of a table holds behind the kernel's address, 8 bytes each."""
+    return [ir.PointerType()] * (len(ARRAYS) + 2) + [I64] * 9 + [ir.DoubleType()]
+
+
+def _driver() -> ir.Module:
+    """A function that makes the calls of a table: (first row, number of rows)."""
+    module, types = ir.Module(name="blip_ft"), _arguments()
+    module.triple = llvm.get_process_triple()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.PointerType(), I64]), "run")
+    start, inside, end = (function.append_basic_block() for _ in range(3))
+    b = ir.IRBuilder(start)
+    b.cbranch(b.icmp_signed("<", I64(0), function.args[1]), inside, end)
+    b.position_at_end(inside)
+    n = b.phi(I64)
+    n.add_incoming(I64(0), start)
+    row = b.gep(function.args[0], [b.mul(n, I64(WORDS))], source_etype=I64)
+    words = [b.load(b.gep(row, [I64(k)], source_etype=I64), typ=t) for k, t in enumerate([I64, *types])]
+    kernel = b.inttoptr(words[0], ir.FunctionType(ir.VoidType(), types).as_pointer())
+    b.call(kernel, words[1:])
+    following = b.add(n, I64(1))
+    n.add_incoming(following, inside)
+    b.cbranch(b.icmp_signed("<", following, function.args[1]), inside, end)
+    b.position_at_end(end)
+    b.ret_void()
+    return module
+
+
 class _Compiler:
     """One compiler of the process, for this machine's processor."""
 
@@ -249,42 +283,55 @@ class _Compiler:
         features = llvm.get_host_cpu_features()
         self.bits = 512 if features.get("avx512f") else 256
         self.engines: list[Any] = []  # own the machine code
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self.compile(_driver()))
 
-    def compile(self, wish: Wish) -> Any:
+    def compile(self, module: ir.Module) -> int:
+        """Address of the function ``run`` of a module."""
         # a machine for every module, as an engine takes its own
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
         )
-        parsed = llvm.parse_assembly(str(_Writer(wish).write()))
+        parsed = llvm.parse_assembly(str(module))
         parsed.verify()
         engine = llvm.create_mcjit_compiler(parsed, machine)
         engine.finalize_object()
         self.engines.append(engine)
-        real = ctypes.c_double if wish.double else ctypes.c_float
-        types = [ctypes.c_void_p] * (len(ARRAYS) + 2) + [ctypes.c_int64] * 9 + [real]
-        return ctypes.CFUNCTYPE(None, *types)(engine.get_function_address("run"))
+        return int(engine.get_function_address("run"))
 
 
 _LOCK = threading.RLock()
-_KERNELS: dict[Wish, Any] = {}
+_KERNELS: dict[Wish, int] = {}
 _COMPILERS: list[_Compiler] = []
 
 
 def _compiler() -> _Compiler:
     """Made by one thread alone: the machine code of a second compiler would go with it."""
+    if _COMPILERS:
+        return _COMPILERS[0]
     with _LOCK:
         if not _COMPILERS:
             _COMPILERS.append(_Compiler())
         return _COMPILERS[0]
 
 
-def kernel(wish: Wish) -> Any:
-    """The compiled loop; it runs without Python's lock, so several threads can be in it."""
+def address(wish: Wish) -> int:
+    """Where the compiled loop is."""
     if wish not in _KERNELS:
         with _LOCK:
             if wish not in _KERNELS:
-                _KERNELS[wish] = _compiler().compile(wish)
+                _KERNELS[wish] = _compiler().compile(_Writer(wish).write())
     return _KERNELS[wish]
+
+
+def run(table: Table) -> None:
+    """Make the calls of a table, one after the other, without Python's lock: several threads can be in it.
+
+    Args:
+        table: a row for every call: the kernel's :func:`address`, pointers to the arrays, src and dst, first and last
+            edge, number of channels, lengths of rows of w, x, M and g, channels of l1 and of l3, and the bits of a
+            float64, the sign of the second direction.
+    """
+    _compiler().run(table.ctypes.data, len(table))
 
 
 def lanes(channels: int, *, double: bool) -> int:

@@ -33,12 +33,12 @@ from rich.table import Table
 
 from blip_ft.checkpoint import load_model, save_model
 from blip_ft.config import Recipe, parse_recipe
+from blip_ft.potential import drawing
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import draws_of
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import device_of, train
 from blip_ft.uncertainty.calibration import Calibration, calibrate
-from blip_ft.uncertainty.draws import drawing
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_set
 from blip_ft.uncertainty.results import SetPrediction

@@ -36,6 +36,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from blip_ft.errors import BlipError, DataError, MissingBackendError, nearest
+from blip_ft.side_by_side import cut
 
 if TYPE_CHECKING:
     from blip_ft.variational.layers import VariationalLayer
@@ -60,6 +61,7 @@ class Batch:
             table. Added by the data module.
         copies: ``m`` -> a batch of all structures m times over, without keys and labels, for several draws
             in one call; ``None`` where nobody has said how.
+        parts: the same structures in several batches, to be evaluated side by side on a CPU; may be empty.
     """
 
     graph: Any
@@ -69,6 +71,7 @@ class Batch:
     keys: list[int] = field(default_factory=list)
     labels: dict[str, Tensor] = field(default_factory=dict)
     copies: Callable[[int], Batch] | None = None
+    parts: tuple[Batch, ...] = ()
 
     @property
     def n_structures(self) -> int:
@@ -91,6 +94,7 @@ class Batch:
             keys=self.keys,
             labels={k: v.to(device) for k, v in self.labels.items()},
             copies=None if copies is None else lambda m: copies(m).to(device),
+            parts=self.parts if torch.device(device).type == "cpu" else (),
         )
 
 
@@ -289,11 +293,19 @@ class Backbone(nn.Module, ABC):
                 field="numbers",
             )
 
-    def batch(self, atoms: Sequence[Atoms]) -> Batch:
-        """Graphs and batch of several structures in one call."""
+    def batch(self, atoms: Sequence[Atoms], *, parts: int = 1) -> Batch:
+        """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``."""
         graphs = [self.graph(a) for a in atoms]
-        batch = self.collate(atoms, graphs)
-        batch.copies = self.copies(atoms, graphs)
+
+        def batch_of(some: range) -> Batch:
+            chosen = atoms[some.start : some.stop], graphs[some.start : some.stop]
+            batch = self.collate(*chosen)
+            batch.copies = self.copies(*chosen)
+            return batch
+
+        batch = batch_of(range(len(atoms)))
+        if len(pieces := cut([len(a) for a in atoms], parts)) > 1:
+            batch.parts = tuple(batch_of(piece) for piece in pieces)
         return batch
 
     def copies(self, atoms: Sequence[Atoms], graphs: Sequence[Any]) -> Callable[[int], Batch]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ def gradients(
     )
 
 
-_GEOMETRY = [True]
+_GEOMETRY = ContextVar("geometry", default=True)
 
 
 @contextmanager
@@ -123,16 +124,16 @@ def weights_only() -> Iterator[None]:
     they ask :func:`geometry_is_wanted`. Graphs may be made inside or outside; only calls of the engine that make no
     graph themselves are meant.
     """
-    _GEOMETRY.append(False)
+    token = _GEOMETRY.set(False)
     try:
         yield
     finally:
-        _GEOMETRY.pop()
+        _GEOMETRY.reset(token)
 
 
 def geometry_is_wanted() -> bool:
     """Whether a last derivative with respect to positions may be of use; see :func:`weights_only`."""
-    return _GEOMETRY[-1]
+    return _GEOMETRY.get()
 
 
 def sum_rows(values: Tensor, owner: Tensor, size: int) -> Tensor:

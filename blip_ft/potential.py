@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
+from blip_ft.parts import evaluate_parts
+from blip_ft.side_by_side import width
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
 from blip_ft.variational.build import make_posterior, make_prior
-from blip_ft.variational.drawn import DrawnWeights
+from blip_ft.variational.drawn import DrawnWeights, SamplesAhead
 from blip_ft.variational.lora import LowRank
 from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
 from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
@@ -36,6 +39,18 @@ if TYPE_CHECKING:
     from blip_ft.uncertainty.predict import Method
 
 MAX_ATOMIC_NUMBER = 119
+
+_DRAWING: ContextVar[tuple[BayesianPotential, int, float] | None] = ContextVar("drawing", default=None)
+
+
+@contextmanager
+def drawing(potential: BayesianPotential, n_draws: int, amplitude: float | None = None) -> Iterator[None]:
+    """With ``n_draws`` draws, on whose number each of them depends, and perhaps another width; in this thread alone."""
+    token = _DRAWING.set((potential, n_draws, potential.amplitude if amplitude is None else amplitude))
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
 
 
 class BayesianPotential(nn.Module):
@@ -75,9 +90,6 @@ class BayesianPotential(nn.Module):
         )
         self.prior = make_prior(self.converted, posterior)
         self.posterior = make_posterior(self.converted, self.prior, posterior)
-        #: (B,) KL of each structure's own weights in the last call with training noise, nats;
-        #: None for families whose weights are shared by all structures
-        self.structure_kl: Tensor | None = None
         self.references: dict[int, float] = {}
         self.calibration: Calibration | None = None
         #: where the training atoms are in feature space; None before the end of a fit
@@ -87,8 +99,8 @@ class BayesianPotential(nn.Module):
         #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt
         self.fit_reports: list[dict[str, Any]] = []
         self._drawn = DrawnWeights()
-        self._draws: Tensor | None = None
-        self._draws_of: tuple[int, int, torch.dtype] | None = None
+        self._ahead = SamplesAhead()
+        self._draws: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     # ---- parts ---------------------------------------------------------------------------
     @property
@@ -114,6 +126,19 @@ class BayesianPotential(nn.Module):
         return table[batch.numbers]
 
     # ---- noise ---------------------------------------------------------------------------
+    @property
+    def structure_kl(self) -> Tensor | None:
+        """(B,) KL of each structure's own weights in this thread's last call with training noise, nats; ``None`` for
+        families whose weights are shared by all structures.
+        """
+        return self.converted.noise.structure_kl
+
+    @property
+    def drawing(self) -> tuple[int, float]:
+        """Number and width of the draws: ``n_draws`` and ``amplitude``, or what :func:`drawing` has put in their place."""
+        other = _DRAWING.get()
+        return (self.n_draws, self.amplitude) if other is None or other[0] is not self else other[1:]
+
     @contextmanager
     def noise(
         self,
@@ -137,8 +162,8 @@ class BayesianPotential(nn.Module):
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
         recorder: Recorder | None = None
-        self.structure_kl = None
         state.clear()
+        state.structure_kl = None
         if mode != "off" and self.posterior.ready:
             dtype, device = self.backbone.dtype, self.backbone.device
             if mode == "draw":
@@ -156,13 +181,21 @@ class BayesianPotential(nn.Module):
                 if latent is not None:
                     keys = []
                 elif mode == "structure":
-                    keys = [("structure", self.seed, epoch, key, *numbered(sample)) for key in batch.keys]
+                    keys = self._noise_keys(batch.keys, epoch, sample)
                 else:
                     keys = [("flipout", self.seed, step, *numbered(sample))]
                     state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
-                if latent is None:
-                    latent = self.posterior.latent(keys, dtype)
-                state.weights = self.posterior.sample(self.amplitude * latent.to(device, dtype))
+                ahead = (
+                    self._ahead_of(batch.keys, epoch, sample)
+                    if latent is None and mode == "structure"
+                    else None
+                )
+                if ahead is not None:
+                    state.weights = ahead
+                else:
+                    if latent is None:
+                        latent = self.posterior.latent(keys, dtype)
+                    state.weights = self.posterior.sample(self.drawing[1] * latent.to(device, dtype))
             if mode != "draw":
                 n = batch.n_structures
                 state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
@@ -173,27 +206,55 @@ class BayesianPotential(nn.Module):
         try:
             yield
             if recorder is not None:
-                self.structure_kl = recorder.kl()
+                state.structure_kl = recorder.kl()
         finally:
             state.clear()
 
+    def expect(self, structures: Sequence[int]) -> None:
+        """Say which structures the next batches of training bring, by their keys: noise is then made for many at once."""
+        self._ahead.expect(() if self.posterior.factorised else structures)
+
+    def _noise_keys(self, structures: Sequence[int], epoch: int, sample: int) -> list[tuple[object, ...]]:
+        return [("structure", self.seed, epoch, key, *numbered(sample)) for key in structures]
+
+    def _ahead_of(self, structures: Sequence[int], epoch: int, sample: int) -> dict[str, Tensor] | None:
+        """Samples of expected structures."""
+        dtype, device, width = self.backbone.dtype, self.backbone.device, self.drawing[1]
+
+        def make(keys: Sequence[int]) -> dict[str, Tensor]:
+            latent = self.posterior.latent(self._noise_keys(keys, epoch, sample), dtype)
+            return self.posterior.sample(width * latent.to(device))
+
+        return self._ahead.get(
+            structures,
+            (epoch, sample),
+            make,
+            size=self.posterior.n_weights * dtype.itemsize,
+            tensors=self._made_of(),
+            values=(width, dtype, device),
+        )
+
+    def _made_of(self) -> list[Tensor]:
+        """All tensors that a sample of the posterior depends on."""
+        parts = (self.posterior, self.prior)
+        return [t for part in parts for t in (*part.parameters(), *part.buffers())]
+
     def _weights_of(self, draw: int) -> dict[str, Tensor]:
         """{site name: (*site.shape)} perturbation of a fixed draw, which families of correlated weights make once."""
-        latents = self.draw_latents(self.n_draws)
+        n_draws, amplitude = self.drawing
+        latents = self.draw_latents(n_draws)
 
         def make() -> dict[str, Tensor]:
-            latent = self.amplitude * latents[[draw]].to(self.backbone.device, self.backbone.dtype)
+            latent = amplitude * latents[[draw]].to(self.backbone.device, self.backbone.dtype)
             return {name: w[0] for name, w in self.posterior.sample(latent).items()}
 
         if self.posterior.factorised:  # one product per weight, and parameters that may want gradients
             return make()
-        parts = (self.posterior, self.prior)
-        made_of = [t for part in parts for t in (*part.parameters(), *part.buffers())]
         return self._drawn.get(
             draw,
             make,
-            tensors=[latents, *made_of],
-            values=(self.amplitude, self.backbone.dtype, self.backbone.device),
+            tensors=[latents, *self._made_of()],
+            values=(amplitude, self.backbone.dtype, self.backbone.device),
         )
 
     def draw_latents(self, n: int) -> Tensor:
@@ -225,15 +286,17 @@ class BayesianPotential(nn.Module):
                 field="n_draws",
             )
         wanted = (n, self.seed, self.backbone.dtype)
-        if self._draws is None or self._draws_of != wanted:
-            keys = [("draw", self.seed, k) for k in range(n // 2 if paired else n)]
-            latent = self.posterior.latent(keys, self.backbone.dtype)
-            if paired:
-                self._draws = torch.stack([latent, -latent], dim=1).flatten(0, 1)
-            else:
-                self._draws = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
-            self._draws_of = wanted
-        return self._draws
+        kept = self._draws  # one object, as another thread may put another in its place
+        if kept is not None and kept[0] == wanted:
+            return kept[1]
+        keys = [("draw", self.seed, k) for k in range(n // 2 if paired else n)]
+        latent = self.posterior.latent(keys, self.backbone.dtype)
+        if paired:
+            latent = torch.stack([latent, -latent], dim=1).flatten(0, 1)
+        else:
+            latent = (latent - latent.mean(dim=0)) * math.sqrt(n / (n - 1))
+        self._draws = wanted, latent
+        return latent
 
     # ---- evaluation ----------------------------------------------------------------------
     def forward(
@@ -269,9 +332,28 @@ class BayesianPotential(nn.Module):
             Energies, also those of the atoms, in float64 on the user's reference; other
             quantities as the backbone gives them (``blip_ft.backbone``).
         """
-        with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample, latent=latent):
-            out: Prediction = self.backbone(batch, forces=forces, stress=stress, create_graph=create_graph)
+
+        def evaluate(batch: Batch) -> tuple[Prediction, Tensor | None]:
+            with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample, latent=latent):
+                out: Prediction = self.backbone(
+                    batch, forces=forces, stress=stress, create_graph=create_graph
+                )
+            return out, self.structure_kl
+
+        if self._in_parts(batch, draw, latent):
+            out, own = evaluate_parts(evaluate, batch.parts, self.parameters())
+            self.converted.noise.structure_kl = own
+        else:
+            out, _ = evaluate(batch)
         return self.on_reference(out, batch)
+
+    def _in_parts(self, batch: Batch, draw: int | Sequence[int] | None, latent: Tensor | None) -> bool:
+        """Whether the parts of a batch are evaluated in its place."""
+        whole = (
+            isinstance(draw, Sequence) or latent is not None
+        )  # numbered by the structures of the whole batch
+        # `adaptive` keeps means over the rows of a step
+        return len(batch.parts) > 1 and not whole and self.posterior.draws_are_weights and width("cpu") > 1
 
     def on_reference(self, out: Prediction, batch: Batch) -> Prediction:
         """The backbone's prediction with its energies in float64 on the user's reference."""

@@ -27,8 +27,31 @@ def check_recipe(recipe: Recipe, file: Path | None) -> None:
     _check_data(recipe.data, file)
 
 
+#: arguments of Lightning's Trainer that recipes have, known without its seconds of imports
+COMMON = {
+    "accelerator",
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "devices",
+    "enable_progress_bar",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "log_every_n_steps",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "num_nodes",
+    "precision",
+    "strategy",
+}
+
+
 def _check_trainer(options: dict[str, Any], file: Path | None) -> None:
-    """Keys of ``trainer`` against Lightning's own, which only this check imports."""
+    """Keys of ``trainer`` against Lightning's own, which is imported for others than the common ones."""
+    if COMMON.issuperset(options):
+        return
     from lightning import Trainer
 
     valid = [p for p in inspect.signature(Trainer.__init__).parameters if p != "self"]

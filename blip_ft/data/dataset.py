@@ -35,6 +35,7 @@ from torch import Tensor
 
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.data.sources import grid
+from blip_ft.side_by_side import cut
 
 _ONE = torch.ones((), dtype=torch.float64)
 
@@ -105,6 +106,14 @@ class FrameDataset(torch.utils.data.Dataset[Item]):
                 self._items[index] = item
         return item
 
+    def key(self, index: int) -> int:
+        """Identity of a structure, without its graph."""
+        item = self._items[index]
+        if item is not None:
+            return item.key
+        row = self.frames[index]
+        return content_key(row["numbers"], row["positions"], row["cell"])
+
     def select(self, index: Sequence[int]) -> FrameDataset:
         """Some of the frames, with the graphs that exist."""
         out = FrameDataset(self.frames.select(index), self.backbone, self.cache)
@@ -154,8 +163,15 @@ def make_item(row: Mapping[str, Any], backbone: Backbone) -> Item:
     )
 
 
-def collate(backbone: Backbone, items: Sequence[Item]) -> Batch:
-    """A batch with labels and keys; leaves the items unchanged."""
+def collate(backbone: Backbone, items: Sequence[Item], *, parts: int = 1, copies: bool = False) -> Batch:
+    """A batch with labels and keys; leaves the items unchanged.
+
+    Args:
+        backbone: makes the batch.
+        items: structures.
+        parts: also put them into up to so many batches of about as many atoms (``Batch.parts``).
+        copies: also say how to make copies (``Batch.copies``).
+    """
     batch = backbone.collate([item.atoms for item in items], [item.graph for item in items])
     batch.keys = [item.key for item in items]
     batch.labels = {
@@ -170,6 +186,11 @@ def collate(backbone: Backbone, items: Sequence[Item]) -> Batch:
             ]
         ),
     }
+    if copies:
+        batch.copies = backbone.copies([item.atoms for item in items], [item.graph for item in items])
+    pieces = cut([len(item.atoms) for item in items], parts)
+    if len(pieces) > 1:
+        batch.parts = tuple(collate(backbone, items[p.start : p.stop], copies=copies) for p in pieces)
     return batch
 
 

@@ -71,6 +71,8 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
         self.epoch = 0
+        #: parts of a batch that are worked on at the same time
+        self.parts = 1
         if frames < world:
             raise DataError(
                 f"{frames} training structures cannot be shared by {world} processes",
@@ -112,7 +114,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
                     if alone
                     else np.array_split(np.arange(len(drawn)), self.world)[self.rank]
                 )
-                yield collate(self.backbone, [self._item(drawn[i]) for i in share])
+                yield collate(self.backbone, [self._item(drawn[i]) for i in share], parts=self.parts)
 
     def _own_parts(self) -> range:
         """Parts of a group that this rank reads: its share where they can be divided evenly, or all."""

@@ -27,7 +27,13 @@ from blip_ft.training.progress import progress
 from blip_ft.training.rows import GradientRows
 from blip_ft.uncertainty.predict import predict_set
 from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows, as_good, gauss_newton_steps
+from blip_ft.variational.posteriors.linear import (
+    ClosedFormData,
+    Rows,
+    as_good,
+    choose_scales,
+    gauss_newton_steps,
+)
 from blip_ft.variational.posteriors.subspace import geometric_mean
 
 #: scales of a Gauss-Newton step that are tried, shares of the prior's. Validation frames, which resemble the training
@@ -110,15 +116,21 @@ class ClosedFormFitter:
             number = len(steps)
             rows = None  # as large as all that follows: free it before the next
             rows = self._make_rows(number, final=final)
-            report = self._fit_posterior(rows)
-            if number == wanted:
-                break
-            steps.append(self.move_mean(rows, report["prior_scale"]))
-            if self.moved is not None:
-                self.moved()
+            last = number == wanted
             # gradients of another mean do not cancel where those of this one do: near the data a posterior from
             # before the step is too wide. In training it only steers the noise.
-            if not final or not steps[-1]:
+            if last or not final:
+                report = self._fit_posterior(rows)
+            if last:
+                break
+            scale = report["prior_scale"] if report else choose_scales(self._data(rows), {})[0]
+            steps.append(self.move_mean(rows, scale))
+            if self.moved is not None:
+                self.moved()
+            if not final:
+                break
+            if not steps[-1]:
+                report = self._fit_posterior(rows)
                 break
         report["mean_steps"] = steps
         return self.settle(report, final=final)
@@ -131,13 +143,14 @@ class ClosedFormFitter:
             )
 
     def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
-        scale, posterior = self.recipe.posterior.prior_scale, self.potential.posterior
-        return posterior.fit(
-            ClosedFormData(
-                rows=rows,
-                prior_scale=None if scale == "auto" else float(scale),
-                temperature=self.recipe.objective.kl_temperature,
-            )
+        return self.potential.posterior.fit(self._data(rows))
+
+    def _data(self, rows: Rows) -> ClosedFormData:
+        scale = self.recipe.posterior.prior_scale
+        return ClosedFormData(
+            rows=rows,
+            prior_scale=None if scale == "auto" else float(scale),
+            temperature=self.recipe.objective.kl_temperature,
         )
 
     def projections(self, *, last: bool) -> int | None:

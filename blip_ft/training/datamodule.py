@@ -13,6 +13,7 @@ from blip_ft.backbone import Backbone, Batch
 from blip_ft.data.dataset import FrameDataset, Item, collate
 from blip_ft.data.sampler import EpochBatchSampler, PackedBatchSampler
 from blip_ft.data.stream import FrameStream
+from blip_ft.side_by_side import width
 
 
 class FrameDataModule(lightning.LightningDataModule):
@@ -56,6 +57,10 @@ class FrameDataModule(lightning.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _parts(self) -> int:
+        """Parts of a batch that are worked on at the same time."""
+        return width(self.trainer.strategy.root_device if self.trainer else self.backbone.device)
+
     def sampler(self, world: int = 1, rank: int = 0) -> EpochBatchSampler | PackedBatchSampler:
         """Batch sampler of one rank."""
         if self.batch_by == "structures":
@@ -73,7 +78,9 @@ class FrameDataModule(lightning.LightningDataModule):
         """Batches of this rank; the epoch is set by ``SetEpoch``."""
         if self.stream is not None:
             # new workers in every epoch: each holds a copy of the stream with its epoch
-            return DataLoader(self.stream(*self._ranks()), batch_size=None, num_workers=self.num_workers)
+            stream = self.stream(*self._ranks())
+            stream.parts = self._parts()
+            return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
         return self._loader(self.train, batch_sampler=self.sampler(*self._ranks()))
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -91,7 +98,7 @@ class FrameDataModule(lightning.LightningDataModule):
         return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_sampler=batch_sampler,  # type: ignore[arg-type]
-            collate_fn=partial(_collate, self.backbone),
+            collate_fn=partial(_collate, self.backbone, self._parts()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -110,5 +117,5 @@ def in_order(frames: list[int], sizes: list[int], limit: int) -> list[list[int]]
     return batches
 
 
-def _collate(backbone: Backbone, items: list[Item]) -> Batch:
-    return collate(backbone, items)
+def _collate(backbone: Backbone, parts: int, items: list[Item]) -> Batch:
+    return collate(backbone, items, parts=parts)

@@ -26,6 +26,7 @@ from blip_ft.data.dataset import Item, collate, make_item, to_atoms
 from blip_ft.data.references import fit_references
 from blip_ft.data.splits import load_role
 from blip_ft.potential import BayesianPotential
+from blip_ft.side_by_side import width
 from blip_ft.uncertainty.predict import predict_atoms
 
 
@@ -63,7 +64,8 @@ class Memory:
         first = batch_index * self.per_step
         places = range(first, first + self.per_step)[self.rank :: self.world]
         chosen = [self._at(epoch, place) for place in places]
-        return collate(self.potential.backbone, chosen) if chosen else None
+        backbone = self.potential.backbone
+        return collate(backbone, chosen, parts=width(backbone.device)) if chosen else None
 
     def _at(self, epoch: int, place: int) -> Item:
         """Item of a place in an endless row of permutations."""

@@ -50,6 +50,17 @@ class FineTuneModule(lightning.LightningModule):
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
 
     # ---- training ------------------------------------------------------------------------
+    def on_train_epoch_start(self) -> None:
+        """The order of an epoch is known: noise of structures that follow each other is made together."""
+        loader: Any = self.trainer.train_dataloader
+        if not self.plain and loader.batch_sampler is not None:  # a stream is not known
+            items = loader.dataset
+            self.potential.expect([items.key(i) for batch in loader.batch_sampler for i in batch])
+
+    def on_train_epoch_end(self) -> None:
+        """Frees the noise."""
+        self.potential.expect(())
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share of a step (``ElboScale.loss``)."""
         step = self.objective(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ def progress(console: Console, what: str, total: int, *, bar: bool = True) -> It
         bar: ``False`` for lines on a terminal too, where a training draws its own bar.
 
     Yields:
-        To be called with the number of frames that were done since the last call.
+        To be called with the number of frames that were done since the last call, from any thread.
     """
     if bar and console.is_terminal:
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -33,15 +34,16 @@ def progress(console: Console, what: str, total: int, *, bar: bool = True) -> It
             yield lambda n: drawn.advance(task, n)
         return
     started = said = time.monotonic()
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def advance(n: int) -> None:
         nonlocal done, said
-        done += n
-        now = time.monotonic()
-        if now - said >= EVERY and done < total:
-            said = now
-            left = (now - started) / done * (total - done)
-            console.print(f"{what}: {done}/{total} frames  {left:.0f} s left")
+        with lock:
+            done += n
+            now = time.monotonic()
+            if now - said >= EVERY and done < total:
+                said = now
+                left = (now - started) / done * (total - done)
+                console.print(f"{what}: {done}/{total} frames  {left:.0f} s left")
 
     yield advance

@@ -19,6 +19,7 @@ from blip_ft.data.splits import load_role
 from blip_ft.objectives import Likelihood
 from blip_ft.objectives.likelihood import compared
 from blip_ft.potential import BayesianPotential
+from blip_ft.side_by_side import width
 
 #: structures per call when the pretrained model is asked
 BATCH = 8
@@ -48,7 +49,8 @@ class Replay:
         """Structures of this rank in one of the ``steps`` steps of an epoch; ``None`` if there are none."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
         index = order[batch_index::steps][self.rank :: self.world]
-        return collate(self.potential.backbone, [self.items[i] for i in index]) if len(index) else None
+        backbone, chosen = self.potential.backbone, [self.items[i] for i in index]
+        return collate(backbone, chosen, parts=width(backbone.device)) if chosen else None
 
 
 def replayed(

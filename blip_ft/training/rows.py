@@ -7,7 +7,8 @@ projections of them that stand for all (``uncertainty.jacobian.random_signs``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,12 +20,23 @@ from blip_ft.data import FrameDataset
 from blip_ft.data.dataset import Item, collate
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
+from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
 from blip_ft.variational.posteriors.linear import Rows
 from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
-#: structures per backward call
+#: structures whose graphs are held at the same time
 BATCH = 6
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What belongs to the rows of some frames: see ``Rows``."""
+
+    targets: np.ndarray
+    errors: np.ndarray
+    scored: np.ndarray
+    groups: list[str]
 
 
 class GradientRows:
@@ -71,7 +83,6 @@ class GradientRows:
         frames = [*self.labelled, *(self.context if context else ())]
         sizes = np.array([len(i.atoms) for i in frames])
         counts = 1 + (3 * sizes if projections is None else np.full_like(sizes, projections))
-        targets, errors, groups, scored = [], [], [], []
         # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
         backbone, sites = self.potential.backbone, self.potential.posterior.sites
         gradients = torch.empty(
@@ -80,31 +91,51 @@ class GradientRows:
             dtype=backbone.dtype,
             device=backbone.device,
         )
-        done = 0
-        for index, batch, directions, values, rows in self._gradients(frames, projections, number):
-            known, has = bool(batch.labels), batch.n_atoms
-            moved = self._change(batch, directions) if known else []
-            outputs = zip(values, rows, self._labels(batch, directions), strict=True)
-            for k, (value, gradient, (label, noise)) in enumerate(outputs):
-                # smaller frames of the batch have no such component
-                mine = torch.ones_like(has, dtype=torch.bool) if projections or not k else k <= 3 * has
-                n = int(mine.sum())
-                gradients[done : done + n] = (gradient / noise[:, None])[mine]
-                done += n
-                error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
-                errors.append(error[mine].cpu().numpy())
-                # label minus the model linearised at its mean, moved back to the pretrained weights
-                target = error + moved[k] / noise if known else error
-                targets.append(target[mine].cpu().numpy())
-                groups += [
-                    self.groups[i] if known else "" for i, m in zip(index, mine.tolist(), strict=True) if m
-                ]
-                scored += [k > 0] * n
-            progress(len(index))
-        labels, counted = np.concatenate(targets), np.array(scored)
+        ends = [0, *np.cumsum(counts).tolist()]
+
+        def work(part: range) -> _Outputs:
+            place = gradients[ends[part.start] : ends[part.stop]]
+            outputs = self._fill(place, [frames[i] for i in part], part, projections, number)
+            progress(len(part))
+            return outputs
+
+        done = side_by_side(work, self._parts(frames), threads=width(backbone.device))
+        labels = np.concatenate([d.targets for d in done])
+        counted = np.concatenate([d.scored for d in done])
         if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
             counted[:] = True
-        return Rows(gradients, labels, np.array(groups), counted, np.concatenate(errors))
+        groups = np.array([g for d in done for g in d.groups])
+        return Rows(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
+
+    def _fill(
+        self, place: Tensor, items: Sequence[Item], part: range, projections: int | None, number: int
+    ) -> _Outputs:
+        """Rows of one batch of frames, energies first, and what belongs to them."""
+        batch = self._batch(items)
+        directions = self._directions(batch, projections, number)
+        known, has = bool(batch.labels), batch.n_atoms
+        moved = self._change(batch, directions) if known else []
+        labels = self._labels(batch, directions)
+        targets, errors, groups, scored, done = [], [], [], [], 0
+        for k, (value, gradient) in enumerate(output_gradients(self.potential, batch, directions)):
+            value, (label, noise) = value.double(), labels[k]
+            # smaller frames of the batch have no such component
+            mine = torch.ones_like(has, dtype=torch.bool) if projections or not k else k <= 3 * has
+            n = int(mine.sum())
+            torch.div(
+                gradient if n == len(mine) else gradient[mine],
+                noise[mine].to(gradient)[:, None],
+                out=place[done : done + n],
+            )
+            done += n
+            error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
+            errors.append(error[mine].cpu().numpy())
+            # label minus the model linearised at its mean, moved back to the pretrained weights
+            target = error + moved[k] / noise if known else error
+            targets.append(target[mine].cpu().numpy())
+            groups += [self.groups[i] if known else "" for i, m in zip(part, mine.tolist(), strict=True) if m]
+            scored += [k > 0] * n
+        return _Outputs(np.concatenate(targets), np.concatenate(errors), np.array(scored), groups)
 
     def hessian(self, projections: int | None, draw: int) -> np.ndarray:
         """H = sum over training rows of g g^T in the latent space, each structure at a draw of its own.
@@ -115,16 +146,27 @@ class GradientRows:
             projections: R per frame; ``None`` for every force component.
             draw: number of the draw.
         """
-        posterior = self.potential.posterior
+        posterior, dtype = self.potential.posterior, self.potential.backbone.dtype
         assert isinstance(posterior, SubspacePosterior)
-        total: np.ndarray = np.zeros((posterior.rank, posterior.rank))
-        latent = posterior.directions.T
-        for _, batch, directions, values, rows in self._gradients(self.labelled, projections, 0, draw=draw):
+        directions_of_weights = posterior.directions.T
+
+        def work(part: range) -> np.ndarray:
+            total: np.ndarray = np.zeros((posterior.rank, posterior.rank))
+            batch = self._batch([self.labelled[i] for i in part])
+            keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
+            latent = self.potential.amplitude * posterior.latent(keys, dtype)
+            directions = self._directions(batch, projections, 0)
             labels = self._labels(batch, directions)
-            for value, gradient, (label, noise) in zip(values, rows, labels, strict=True):
-                g = ((gradient @ latent).double() / noise[:, None])[torch.isfinite(label - value)]
+            outputs = output_gradients(self.potential, batch, directions, latent=latent)
+            for (value, gradient), (label, noise) in zip(outputs, labels, strict=True):
+                g = (gradient @ directions_of_weights).double() / noise[:, None]
+                g = g[torch.isfinite(label - value.double())]
                 total += (g.T @ g).cpu().numpy()
-        return total
+            return total
+
+        parts = side_by_side(work, self._parts(self.labelled), threads=width(self.potential.backbone.device))
+        out: np.ndarray = np.sum(parts, axis=0)
+        return out
 
     def _change(self, batch: Batch, directions: Sequence[Tensor]) -> list[Tensor]:
         """Linearised change of each output (B,) from the pretrained weights to the present mean.
@@ -174,32 +216,12 @@ class GradientRows:
         )
         return [d * root for d in chosen]
 
-    def _gradients(
-        self,
-        items: Sequence[Item],
-        projections: int | None,
-        number: int,
-        *,
-        draw: int | None = None,
-    ) -> Iterator[tuple[range, Batch, list[Tensor], list[Tensor], list[Tensor]]]:
-        """(frame indices, batch, directions of the forces, outputs, gradients) of frames in batches of equal labels."""
-        backbone = self.potential.backbone
+    def _parts(self, items: Sequence[Item]) -> list[range]:
+        """Batches of frames that all have labels, or none; those that are in work together have :data:`BATCH` frames."""
+        size = max(1, BATCH // width(self.potential.backbone.device))
         labelled = sum(bool(item.labels) for item in items)
-        parts = [range(i, min(i + BATCH, labelled)) for i in range(0, labelled, BATCH)]
-        parts += [range(i, min(i + BATCH, len(items))) for i in range(labelled, len(items), BATCH)]
-        for part in parts:
-            chosen = [items[i] for i in part]
-            batch = self._batch(chosen)
-            latent = None
-            if draw is not None:
-                keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
-                latent = self.potential.amplitude * self.potential.posterior.latent(keys, backbone.dtype)
-            values, rows = [], []
-            directions = self._directions(batch, projections, number)
-            for value, gradient in output_gradients(self.potential, batch, directions, latent=latent):
-                values.append(value.double())
-                rows.append(gradient)
-            yield part, batch, directions, values, rows
+        parts = [range(i, min(i + size, labelled)) for i in range(0, labelled, size)]
+        return parts + [range(i, min(i + size, len(items))) for i in range(labelled, len(items), size)]
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         """A batch of frames that all have labels, or none, on the model's device."""

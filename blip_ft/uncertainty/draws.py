@@ -9,14 +9,12 @@ draw's weights are then the same for all structures, one matrix product instead 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from blip_ft.backbone import Batch, Prediction
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential import BayesianPotential, drawing
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 
 #: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device: on one CPU
@@ -38,7 +36,7 @@ def evaluate_draws(
         stress: also predict stress.
     """
     together = _together(potential, batch, n_draws)
-    with torch.no_grad(), drawing(potential, n_draws):
+    with torch.no_grad(), drawing(potential, n_draws, potential.drawing[1]):
         if together < 2 or batch.copies is None:
             return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n_draws)]
         out: list[Prediction] = []
@@ -64,12 +62,12 @@ def moments_of_draws(
 
     Spreads are those around the mean, or of half the differences of pairs, which are free of second order.
     """
-    draws = evaluate_draws(potential, batch, n_draws, stress=stress)
+    draws, (_, amplitude) = evaluate_draws(potential, batch, n_draws, stress=stress), potential.drawing
 
     def deviations(values: Tensor) -> Tensor:
         paired = potential.posterior.paired
         off = (values[::2] - values[1::2]) / 2 if paired else values - values.mean(dim=0)
-        return off / potential.amplitude
+        return off / amplitude
 
     def over(field: str) -> tuple[Tensor | None, Tensor | None]:
         """Mean and deviations (K, ...) of what the model predicts."""
@@ -115,16 +113,3 @@ def _split(prediction: Prediction, n: int) -> list[Prediction]:
     fields = ("energy", "forces", "stress", "node_energy", "node_features")
     columns = zip(*(parts(getattr(prediction, f)) for f in fields), strict=True)
     return [Prediction(**dict(zip(fields, column, strict=True))) for column in columns]
-
-
-@contextmanager
-def drawing(potential: BayesianPotential, n_draws: int, amplitude: float | None = None) -> Iterator[None]:
-    """With ``n_draws`` draws, on whose number each of them depends, and perhaps another width."""
-    before = potential.n_draws, potential.amplitude
-    potential.n_draws = n_draws
-    if amplitude is not None:
-        potential.amplitude = amplitude
-    try:
-        yield
-    finally:
-        potential.n_draws, potential.amplitude = before

@@ -72,7 +72,7 @@ def output_gradients(
                         allow_unused=True,
                         materialize_grads=True,
                     )
-                yield value.detach(), torch.cat([g.reshape(n, -1) for g in grads], dim=1) * rms
+                yield value.detach(), torch.cat([g.reshape(n, -1) for g in grads], dim=1).mul_(rms)
     finally:
         state.clear()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from blip_ft.backbone import Prediction
@@ -33,6 +36,15 @@ class BatchMoments:
     sampling_error: float = 0.0
     ood_score: Tensor | None = None
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[BatchMoments]) -> BatchMoments:
+        """Those of several batches, made alike, as of one."""
+        return cls(
+            mean=Prediction(**_concatenated([vars(part.mean) for part in parts])),
+            sampling_error=parts[0].sampling_error,
+            **_concatenated([{k: getattr(part, k) for k in _TENSORS} for part in parts]),
+        )
+
     @property
     def forces_std(self) -> Tensor | None:
         """(n, 3) std of each force component in the lab frame, eV/Å."""
@@ -46,6 +58,14 @@ class BatchMoments:
         if self.forces_cov is None:
             return None
         return self.forces_cov.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).sqrt()
+
+
+_TENSORS = ("energy_std", "forces_cov", "stress_std", "node_energy_std", "ood_score")
+
+
+def _concatenated(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
 
 
 def to_double(prediction: Prediction) -> Prediction:

@@ -23,6 +23,7 @@ from torch import Tensor
 from blip_ft.backbone import Batch
 from blip_ft.data.dataset import FrameDataset, collate
 from blip_ft.potential import BayesianPotential
+from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
@@ -56,6 +57,12 @@ def predict_batch(
     The out-of-distribution score comes from the features of the same calls: with draws from their mean
     over draws, which are those of the mean weights to first order, since draws are centred.
     """
+    if len(batch.parts) > 1 and width(potential.backbone.device) > 1:
+
+        def work(part: Batch) -> BatchMoments:
+            return predict_batch(potential, part, n_draws=n_draws, stress=stress, method=method)
+
+        return BatchMoments.concatenate(side_by_side(work, batch.parts))
     out = _moments(potential, batch, n_draws=n_draws, stress=stress, method=method)
     features = out.mean.node_features
     if potential.ood is not None and features is not None:
@@ -112,9 +119,8 @@ def predict_set(
     for start in range(0, len(dataset), batch_size):
         index = range(start, min(start + batch_size, len(dataset)))
         items = [dataset[i] for i in index]
-        batch = collate(potential.backbone, items)
-        batch.copies = potential.backbone.copies([i.atoms for i in items], [i.graph for i in items])
-        batch = batch.to(potential.backbone.device)
+        backbone = potential.backbone
+        batch = collate(backbone, items, parts=width(backbone.device), copies=True).to(backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress, method=method)
         parts.append(_to_arrays(moments, batch, name, names[start : start + batch_size]))
         if progress is not None:
@@ -189,7 +195,8 @@ def predict_atoms(
     for group in _chunks(atoms, batch_size):
         for a in group:
             potential.backbone.check(a)
-        batch = potential.backbone.batch(group).to(potential.backbone.device)
+        backbone = potential.backbone
+        batch = backbone.batch(group, parts=width(backbone.device)).to(backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws, method=method)
         out += _split(moments, batch, potential.calibration or Calibration.identity())
         if progress is not None:

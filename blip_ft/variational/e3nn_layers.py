@@ -5,11 +5,13 @@ e3nn itself is not imported: what its modules say of their irreps and instructio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer
@@ -34,43 +36,21 @@ class VariationalIrrepsLinear(VariationalLayer):
     #: whether features are (component, channel) within each irrep, and not e3nn's (channel, component)
     inner: ClassVar[bool] = False
 
-    def _paths(self) -> list[tuple[Block, Any, float]]:
-        """(block, instruction, path weight) of every path."""
-        base: Any = self.base
-        live = [i for i in base.instructions if i.i_in != -1 and 0 not in i.path_shape]
-        return [(block, i, float(i.path_weight)) for block, i in zip(self.site.blocks, live, strict=True)]
+    def _paths(self) -> list[tuple[Block, Path]]:
+        return list(zip(self.site.blocks, _plan(self.base).paths, strict=True))
 
     def _split(self, irreps: Any, x: Tensor) -> list[Tensor]:
         """(rows, dim) -> for every irrep (rows, 2l + 1, channels)."""
-        if not self.inner:
-            return _outer_parts(irreps, x)
-        parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
-        return [part.reshape(len(x), ir.dim, mul) for part, (mul, ir) in zip(parts, irreps, strict=True)]
-
-    def _sum(self, x: Tensor, product: Callable[[Tensor, Block, float], Tensor]) -> Tensor:
-        """The map whose path from (rows, 2l + 1, mul_in) to (rows, 2l + 1, mul_out) is ``product``."""
-        base: Any = self.base
-        parts = self._split(base.irreps_in, x)
-        out: dict[int, Tensor] = {}
-        for block, ins, scale in self._paths():
-            v = product(parts[ins.i_in], block, scale)
-            v = (v if self.inner else v.transpose(1, 2)).flatten(1)
-            start = base.irreps_out.slices()[ins.i_out].start
-            out[start] = out[start] + v if start in out else v
-        return _join(base.irreps_out, out, x.new_zeros(len(x), 0))
+        return _inner_parts(irreps, x) if self.inner else _outer_parts(irreps, x)
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         out: Tensor = self.base(x, weight)
         return out
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
-        flat = weight.reshape(len(weight), -1)
-
-        def product(u: Tensor, block: Block, scale: float) -> Tensor:
-            w = flat[:, block.start : block.start + block.numel].reshape(-1, *block.shape) * scale
-            return grouped_matmul(u, w, rows)
-
-        return self._sum(x, product)
+        base: Any = self.base
+        parts, flat = self._split(base.irreps_in, x), weight.reshape(len(weight), -1)
+        return _path_sum(base, parts, flat, lambda u, w: grouped_matmul(u, w, rows), inner=self.inner)
 
     def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         out = self.sampled(x, weight, rows)
@@ -79,24 +59,21 @@ class VariationalIrrepsLinear(VariationalLayer):
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         base: Any = self.base
         inputs, grads = self._split(base.irreps_in, x), self._split(base.irreps_out, grad)
-        parts = [
-            scale * grouped_outer(inputs[ins.i_in], grads[ins.i_out], rows).flatten(1)
-            for _, ins, scale in self._paths()
-        ]
-        return torch.cat(parts, dim=1)
+        plan = _plan(base)
+        parts = [grouped_outer(inputs[p.i_in], grads[p.i_out], rows).flatten(1) for p in plan.paths]
+        return torch.cat(parts, dim=1) * plan.scales.to(x)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """Scalar paths only: noise per component of l > 0 would not rotate with the structure."""
         out: dict[int, Tensor] = {}
         base: Any = self.base
-        flat, into, outof = variance.reshape(-1), base.irreps_in.slices(), base.irreps_out.slices()
-        for block, ins, scale in self._paths():
+        flat, into = variance.reshape(-1), base.irreps_in.slices()
+        for block, path in self._paths():
             if block.scalar:
-                w = flat[block.start : block.start + block.numel].reshape(block.shape) * scale**2
-                v = x[:, into[ins.i_in]].square() @ w
-                start = outof[ins.i_out].start
-                out[start] = out[start] + v if start in out else v
-        return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
+                w = flat[block.start : block.start + block.numel].reshape(block.shape) * path.scale**2
+                v = x[:, into[path.i_in]].square() @ w
+                out[path.i_out] = out[path.i_out] + v if path.i_out in out else v
+        return _join(base.irreps_out, out, x)
 
     def channels(self) -> tuple[Tensor, Tensor]:
         """One channel per multiplicity of every irrep."""
@@ -138,20 +115,95 @@ def inner_linear(base: Any, x: Tensor, weight: Tensor) -> Tensor:
         x: (rows, dim_in).
         weight: flat, in the vendor's order.
     """
-    parts = x.split([mul * ir.dim for mul, ir in base.irreps_in], dim=1)
-    out: dict[int, Tensor] = {}
-    first = 0
-    for ins in base.instructions:
-        if ins.i_in == -1 or 0 in ins.path_shape:
-            continue
-        (mul, ir), (mul_out, _) = base.irreps_in[ins.i_in], base.irreps_out[ins.i_out]
-        w = weight[first : first + mul * mul_out].view(mul, mul_out) * float(ins.path_weight)
-        first += mul * mul_out
-        v = (parts[ins.i_in].reshape(len(x) * ir.dim, mul) @ w).reshape(len(x), ir.dim * mul_out)
-        start = base.irreps_out.slices()[ins.i_out].start
-        out[start] = out[start] + v if start in out else v
-    whole = _join(base.irreps_out, out, x.new_zeros(len(x), 0))
+    whole = _path_sum(base, _inner_parts(base.irreps_in, x), weight, _product, inner=True)
     return whole + _biases(base, whole) if base.bias.numel() else whole
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """(rows, 2l + 1, i) times (i, o)."""
+    rows, components, width = x.shape
+    return (x.reshape(rows * components, width) @ weight).view(rows, components, -1)
+
+
+def _path_sum(
+    base: Any,
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor],
+    *,
+    inner: bool,
+) -> Tensor:
+    """Sum over the paths of a linear map.
+
+    Args:
+        base: the vendor's module.
+        parts: (rows, 2l + 1, channels) of every irrep of the input.
+        weight: (..., weights), flat, in the vendor's order.
+        product: of (rows, 2l + 1, i) and the matrix (..., i, o) of a path.
+        inner: order of the output.
+    """
+    plan, out = _plan(base), dict[int, Tensor]()
+    matrices = (weight * plan.scales.to(weight)).split(plan.sizes, dim=-1)
+    for path, matrix in zip(plan.paths, matrices, strict=True):
+        v = product(parts[path.i_in], matrix.unflatten(-1, path.shape))
+        v = (v if inner else v.transpose(1, 2)).flatten(1)
+        out[path.i_out] = out[path.i_out] + v if path.i_out in out else v
+    return _join(base.irreps_out, out, parts[0])
+
+
+class Path(NamedTuple):
+    """A path of a linear map: numbers of its irreps, (channels in, channels out) and factor."""
+
+    i_in: int
+    i_out: int
+    shape: tuple[int, int]
+    scale: float
+
+
+class _Plan:
+    """What a linear map does, looked up once: e3nn works out slices and dimensions at every question."""
+
+    def __init__(self, base: Any) -> None:
+        self.paths = [
+            Path(i.i_in, i.i_out, tuple(i.path_shape), float(i.path_weight))
+            for i in base.instructions
+            if i.i_in != -1 and 0 not in i.path_shape
+        ]
+        self.sizes = [math.prod(p.shape) for p in self.paths]
+        self.scales = _Kept(
+            torch.cat(
+                [
+                    torch.full((n,), p.scale, dtype=torch.float64)
+                    for n, p in zip(self.sizes, self.paths, strict=True)
+                ]
+            )
+            if self.paths
+            else torch.zeros(0, dtype=torch.float64)
+        )
+
+
+class _Kept:
+    """A constant in every type and on every device that it was asked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._values = {(value.dtype, value.device): value}
+        self._value = value
+
+    def to(self, like: Tensor) -> Tensor:
+        """As ``like`` is."""
+        key = like.dtype, like.device
+        if key not in self._values:
+            self._values[key] = self._value.to(like)
+        return self._values[key]
+
+
+_PLANS: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+
+
+def _plan(base: nn.Module) -> _Plan:
+    if (plan := _PLANS.get(base)) is None:
+        plan = _PLANS[base] = _Plan(base)
+    return plan
 
 
 def _biases(base: Any, like: Tensor) -> Tensor:
@@ -212,9 +264,8 @@ class VariationalTensorProduct(VariationalLayer):
                     right[:, base.irreps_in2.slices()[ins.i_in2]],
                     w * float(ins.path_weight) ** 2,
                 )
-                start = base.irreps_out.slices()[ins.i_out].start
-                out[start] = out[start] + v if start in out else v
-        return _join(base.irreps_out, out, x.new_zeros(x.shape[0], 0))
+                out[ins.i_out] = out[ins.i_out] + v if ins.i_out in out else v
+        return _join(base.irreps_out, out, x)
 
     def channels(self) -> None:
         """None: a sign per channel of either factor is not one per input of the weight."""
@@ -249,23 +300,40 @@ def _invariants(irreps: Any, parts: Sequence[Tensor]) -> Tensor:
     )
 
 
+def _sizes(irreps: Any) -> tuple[tuple[int, int], ...]:
+    """(channels, 2l + 1) of every irrep; e3nn's are hashable, and slow to ask."""
+    if irreps not in _SIZES:
+        _SIZES[irreps] = tuple((mul, ir.dim) for mul, ir in irreps)
+    return _SIZES[irreps]
+
+
+_SIZES: dict[Any, tuple[tuple[int, int], ...]] = {}
+
+
+def _inner_parts(irreps: Any, x: Tensor) -> list[Tensor]:
+    """(rows, dim) in inner order -> for every irrep (rows, 2l + 1, channels)."""
+    sizes = _sizes(irreps)
+    parts = x.split([mul * dim for mul, dim in sizes], dim=1)
+    return [part.reshape(len(x), dim, mul) for part, (mul, dim) in zip(parts, sizes, strict=True)]
+
+
 def _outer_parts(irreps: Any, x: Tensor) -> list[Tensor]:
     """(rows, dim) in the vendor's order -> for every irrep (rows, 2l + 1, channels)."""
-    parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
+    sizes = _sizes(irreps)
+    parts = x.split([mul * dim for mul, dim in sizes], dim=1)
     return [
-        part.reshape(len(x), mul, ir.dim).transpose(1, 2)
-        for part, (mul, ir) in zip(parts, irreps, strict=True)
+        part.reshape(len(x), mul, dim).transpose(1, 2) for part, (mul, dim) in zip(parts, sizes, strict=True)
     ]
 
 
-def _join(irreps: Any, parts: dict[int, Tensor], empty: Tensor) -> Tensor:
-    """Concatenate output slices given by their start; slices without a path are zero."""
+def _join(irreps: Any, parts: dict[int, Tensor], like: Tensor) -> Tensor:
+    """Concatenate the output's irreps, given by their numbers; those without a path are zero."""
     pieces = [
-        parts[s.start] if s.start in parts else empty.new_zeros(*empty.shape[:-1], s.stop - s.start)
-        for s in irreps.slices()
-        if s.stop > s.start
+        parts[n] if n in parts else like.new_zeros(len(like), mul * dim)
+        for n, (mul, dim) in enumerate(_sizes(irreps))
+        if mul
     ]
-    return torch.cat(pieces, dim=-1) if pieces else empty
+    return torch.cat(pieces, dim=1) if pieces else like.new_zeros(len(like), 0)
 
 
 class VariationalRadialLayer(VariationalLayer):

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -196,10 +197,11 @@ class Tap:
 
 
 @dataclass
-class NoiseState:
+class NoiseState(threading.local):
     """What all converted layers of a model read in their forward pass.
 
-    One object is shared by the layers of a model; the model sets it before each evaluation.
+    One object is shared by the layers of a model; the model sets it before each evaluation. Every thread has values of
+    its own, so that several can evaluate one model at the same time. A copy starts without any.
 
     Attributes:
         mode: see the module's table.
@@ -212,6 +214,8 @@ class NoiseState:
         row_amplitude: ``(layer, input rows) -> (rows, 1)`` factor of every row's perturbation, for
             families whose spread depends on the input; ``None`` for the others.
         taps: where layers leave their inputs and outputs, one entry per call; ``None``: nowhere.
+        structure_kl: (B,) KL of each structure's own weights in the last evaluation, for families that have them; stays
+            until the next one.
     """
 
     mode: Mode = "off"
@@ -222,6 +226,11 @@ class NoiseState:
     signs: Callable[[str, int, int, Tensor], tuple[Tensor, Tensor]] | None = None
     row_amplitude: Callable[[Any, Tensor], Tensor] | None = None
     taps: list[Tap] | None = None
+    structure_kl: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[NoiseState], tuple[()]]:
+        """What belongs to a thread cannot be copied."""
+        return NoiseState, ()
 
     def clear(self) -> None:
         """Back to ``off``; frees the sampled weights."""

@@ -256,14 +256,16 @@ def test_every_wish_is_a_derivative_of_the_form(size, tangents):
     expected = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     out = {name: np.zeros_like(array) for name, array in inputs.items()}
     arrays = inputs | {f"t{n}": a for n, a in given.items()} | {f"d{n}": a for n, a in out.items()}
-    pointers = [arrays[n].ctypes.data if n in arrays else None for n in _kernels.ARRAYS]
+    pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in _kernels.ARRAYS]
     strides = [inputs[name].shape[1] for name in "wxMg"]
     for lanes in (1, 4):
         for array in out.values():
             array[:] = 0
-        run = _kernels.kernel(_kernels.Wish(i, k, tangents, "wxMg", double=True, lanes=lanes))
+        address = _kernels.address(_kernels.Wish(i, k, tangents, "wxMg", double=True, lanes=lanes))
         ends = (source.ctypes.data, target.ctypes.data, 0, n_edges)
-        run(*pointers, *ends, u, *strides, width_1, width_3, -1.0)
+        sign = int(np.float64(-1.0).view(np.int64))
+        call = [address, *pointers, *ends, u, *strides, width_1, width_3, sign]
+        _kernels.run(np.array([call], dtype=np.int64))
         for name, gradient in zip("wxMg", expected, strict=True):
             wanted = np.zeros_like(out[name]) if gradient is None else gradient.numpy()
             np.testing.assert_allclose(out[name], wanted, rtol=0, atol=1e-12)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
-from blip_ft.uncertainty.draws import drawing
+from blip_ft.potential import BayesianPotential, drawing
 from blip_ft.variational.drawn import DrawnWeights
 from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 

@@ -207,8 +207,8 @@ def test_pairs_cancel_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 2 * potential.posterior.latent_numel
     # every unit vector, and its negative, times sqrt(r): the exact covariance, and centred too
     unit = math.sqrt(n / 2) * torch.eye(n // 2, dtype=DOUBLE)
-    potential._draws = torch.stack([unit, -unit], dim=1).flatten(0, 1)
-    potential._draws_of = (n, potential.seed, potential.backbone.dtype)
+    latents = torch.stack([unit, -unit], dim=1).flatten(0, 1)
+    potential._draws = (n, potential.seed, potential.backbone.dtype), latents
     exact_ = predict_one_pass(potential, batch, method="linear")
     pairs = moments_of_draws(potential, batch, n, stress=False)
     torch.testing.assert_close(pairs.energy_std, exact_.energy_std, rtol=0.1, atol=0)
