@@ -64,16 +64,6 @@ def require() -> None:
         import_backend("fairchem", "fairchem.core.models.uma.escn_moe")
 
 
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def find(checkpoint: str) -> Path:
     """Path of a file or of a published model, which the vendor's loader downloads if need be.
 

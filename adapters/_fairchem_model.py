@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from blip_ft.adapters._fairchem import default_dtype, importing, require
+from blip_ft.adapters._fairchem import importing, require
 from blip_ft.adapters._fairchem_tasks import Head
+from blip_ft.adapters._vendor import default_dtype
 from torch import Tensor, nn
 
 from blip_ft.errors import CheckpointError
@@ -251,6 +253,10 @@ def _one_hot(wrapper: Any, task: str) -> Tensor:
     return out
 
 
+#: held by the thread that evaluates layers which mix experts: the vendor keeps the shares inside the model
+MIXING = threading.RLock()
+
+
 @contextlib.contextmanager
 def head_mixture(model: Any, head: Head, task: str, n_atoms: Tensor, like: Tensor) -> Iterator[None]:
     """Set the coefficients of a head's mixtures for one evaluation; nothing for other heads."""
@@ -259,12 +265,13 @@ def head_mixture(model: Any, head: Head, task: str, n_atoms: Tensor, like: Tenso
         yield
         return
     mixing = wrapper.global_mole_tensors
-    mixing.mole_sizes = n_atoms.cpu()
-    mixing.expert_mixing_coefficients = _one_hot(wrapper, task).to(like).expand(len(n_atoms), -1)
-    try:
-        yield
-    finally:
-        mixing.expert_mixing_coefficients = None
+    with MIXING:
+        mixing.mole_sizes = n_atoms.cpu()
+        mixing.expert_mixing_coefficients = _one_hot(wrapper, task).to(like).expand(len(n_atoms), -1)
+        try:
+            yield
+        finally:
+            mixing.expert_mixing_coefficients = None
 
 
 def rank_two(parts: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from blip_ft.adapters._fairchem import class_names, default_dtype, importing
+from blip_ft.adapters._fairchem import class_names, importing
+from blip_ft.adapters._vendor import default_dtype
 from torch import Tensor
 
 from blip_ft.errors import CheckpointError, DataError, RecipeError, nearest

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from blip_ft.adapters._vendor import import_backend, quiet
+from blip_ft.adapters._vendor import default_dtype, import_backend, quiet
 from torch import Tensor, nn
 
 from blip_ft import edges
@@ -137,13 +137,12 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
     """Default type of new tensors, which some of the vendor's layers compute in; afterwards it, and the
     precision of matrix products that the vendor's loader sets for the whole process, are what they were.
     """
-    before, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-        torch.set_float32_matmul_precision(products)
+    products = torch.get_float32_matmul_precision()
+    with default_dtype(dtype):
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
 
 
 def build(architecture: str, sizes: Mapping[str, int]) -> nn.Module:

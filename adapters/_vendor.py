@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from blip_ft.backbone import missing_backend
@@ -82,3 +84,49 @@ def copy_kernels_as_they_are(model: nn.Module) -> nn.Module:
         if hasattr(module, "__codegen__"):
             vars(module)["__codegen__"] = []
     return model
+
+
+class _DefaultType:
+    """Turns of threads at torch's default type, which is one for the whole process."""
+
+    def __init__(self) -> None:
+        self.free = threading.Condition()
+        self.dtype, self.before, self.users = torch.float32, torch.float32, 0
+        self.mine = threading.local()
+
+    @contextlib.contextmanager
+    def __call__(self, dtype: torch.dtype) -> Iterator[None]:
+        """Default type of new tensors, as some of the vendors' layers compute in it.
+
+        Threads that want the same one have it together, others wait for them.
+        """
+        outer = getattr(self.mine, "dtype", None)
+        if outer == dtype:
+            yield
+            return
+        if outer is not None:  # within its own turn a thread waits for nobody
+            torch.set_default_dtype(dtype)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(outer)
+            return
+        with self.free:
+            self.free.wait_for(lambda: not self.users or self.dtype == dtype)
+            if not self.users:
+                self.before, self.dtype = torch.get_default_dtype(), dtype
+                torch.set_default_dtype(dtype)
+            self.users += 1
+        self.mine.dtype = dtype
+        try:
+            yield
+        finally:
+            self.mine.dtype = None
+            with self.free:
+                self.users -= 1
+                if not self.users:
+                    torch.set_default_dtype(self.before)
+                    self.free.notify_all()
+
+
+default_dtype = _DefaultType()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -261,11 +262,13 @@ class _EscnBackbone(Backbone):
             edge_index=batch.graph["edge_index"].flip(0),
             edge_vec=edge_vec,
         )
-        try:
-            embedding: Tensor = backbone(data)["node_embedding"]
-        finally:
-            if hasattr(backbone, "global_mole_tensors"):  # part of the graph, which no copy can take along
-                backbone.global_mole_tensors.expert_mixing_coefficients = None
+        mixes = hasattr(backbone, "global_mole_tensors")
+        with escn.MIXING if mixes else nullcontext():
+            try:
+                embedding: Tensor = backbone(data)["node_embedding"]
+            finally:
+                if mixes:  # part of the graph, which no copy can take along
+                    backbone.global_mole_tensors.expert_mixing_coefficients = None
         return embedding
 
     def _read_out(self, batch: Batch, embedding: Tensor) -> tuple[Tensor, Tensor]:

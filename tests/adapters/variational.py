@@ -19,6 +19,7 @@ from blip_ft.checkpoint import save_model
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.export import member
 from blip_ft.potential import BayesianPotential
+from blip_ft.side_by_side import side_by_side
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
@@ -112,6 +113,33 @@ class VariationalContract:
             np.testing.assert_allclose(array(ours.forces), theirs.get_forces(), rtol=0, atol=1e-9)
 
     # ---- noise ---------------------------------------------------------------------------
+    def test_several_threads_at_the_same_time(self, potential, quartz, ethanol):
+        """As parts of a batch are evaluated: each thread has its noise and its gradients."""
+        before = torch.get_num_threads()
+        frames = [quartz.copy(), ethanol.copy(), quartz.copy(), ethanol.copy()]
+        for n, atoms in enumerate(frames):
+            atoms.rattle(0.02, seed=n)
+        deltas = [d for d in potential.converted.deltas.values() if d.requires_grad]
+
+        def values(n: int) -> list[torch.Tensor]:
+            batch = potential.backbone.batch([frames[n]])
+            batch.keys = [n]
+            out = potential(batch, mode="structure", create_graph=True)
+            loss = out.energy.sum() + out.forces.square().sum()
+            grads = torch.autograd.grad(loss, deltas, allow_unused=True)
+            return [out.energy, out.forces, *(g for g in grads if g is not None)]
+
+        torch.set_num_threads(2)
+        try:
+            found = side_by_side(values, list(range(4)) * 2)
+        finally:
+            torch.set_num_threads(before)
+        expected = [values(n) for n in range(4)]
+        for ours, theirs in zip(found, expected * 2, strict=True):
+            assert len(ours) == len(theirs) > 2
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * float(b.detach().abs().max() + 1))
+
     def test_a_draw_is_the_stock_model_with_other_weights(self, potential, quartz):
         batch = potential.backbone.batch([quartz])
         energies = []
