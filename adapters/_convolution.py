@@ -88,6 +88,7 @@ class Convolution:
         into, harmonics, outof = product.irreps_in1, product.irreps_in2, product.irreps_out
         start, before = _merged(outof)
         paths, blocks, w, m = [], [], 0, 0
+        of_entry: dict[int, Path] = {}
         for ins in product.instructions:
             (mul, ir_x), (one, ir_y) = into[ins.i_in1], harmonics[ins.i_in2]
             mul_out, ir_out = outof[ins.i_out]
@@ -114,15 +115,20 @@ class Convolution:
             coupling = _coefficients(product, ir_x.l, ir_y.l, ir_out.l) * float(ins.path_weight)
             block[harmonics.slices()[ins.i_in2]] = coupling.permute(1, 0, 2).flatten(1)
             blocks.append(block)
+            of_entry[ins.i_out] = paths[-1]
             w, m = w + mul, m + ir_x.dim * ir_out.dim
         self.paths, self.dim_in, self.dim_out, self.n_weights = tuple(paths), into.dim, outof.dim, w
         self.coefficients = torch.cat(blocks, dim=1)
         #: convolutions of one key share their couplings
         self.key = (harmonics.dim, *((p.i, p.k, p.m, p.odd) for p in self.paths))
+        #: where the numbers of e3nn's output stand in ours; numbers without a path are the column behind the last
+        self.order_out = torch.cat(
+            [_columns(of_entry.get(n), mul, ir.dim, self.dim_out) for n, (mul, ir) in enumerate(outof)]
+        )
         # paths from one irrep add to the same gradient; those from different ones can be done at the same time
         places = sorted({p.x for p in self.paths})
         self.groups = [[n for n, p in enumerate(self.paths) if p.x == x] for x in places]
-        self._tables: dict[tuple[str, str, torch.dtype], Any] = {}
+        self._tables: dict[tuple[str, str, torch.dtype, bool], Any] = {}
 
     def couplings(self, harmonics: Tensor) -> Tensor:
         """(pairs, m) the spherical harmonics of every pair in the coupling coefficients of all paths."""
@@ -145,15 +151,16 @@ class Convolution:
             return out
         return self.in_torch(weight, x, couplings, pairs)
 
-    def table(self, tangents: str, wanted: str, dtype: torch.dtype) -> _kernels.Table:
+    def table(self, tangents: str, wanted: str, dtype: torch.dtype, *, both: bool) -> _kernels.Table:
         """Calls of all paths (``_kernels.run``), with offsets in bytes in place of pointers, and no pairs.
 
         Args:
             tangents: see ``_kernels.Wish``.
             wanted: likewise.
             dtype: float32 or float64.
+            both: see ``_kernels.Wish``.
         """
-        key = tangents, wanted, dtype
+        key = tangents, wanted, dtype, both
         if key not in self._tables:
             double, size = dtype == torch.float64, dtype.itemsize
             strides = self.n_weights, self.dim_in, self.coefficients.shape[1], self.dim_out
@@ -162,7 +169,8 @@ class Convolution:
             )
             rows = []
             for p in self.paths:
-                wish = _kernels.Wish(p.i, p.k, tangents, wanted, double, _kernels.lanes(p.u, double=double))
+                lanes = _kernels.lanes(p.u, double=double)
+                wish = _kernels.Wish(p.i, p.k, tangents, wanted, double, lanes, both)
                 offset = {"w": p.w, "x": p.x, "M": p.m, "g": p.y}
                 places = [size * offset[name[-1]] if name in used else 0 for name in _kernels.ARRAYS]
                 sign = int(np.float64(-1.0 if p.odd else 1.0).view(np.int64))
@@ -174,21 +182,32 @@ class Convolution:
 
     def in_torch(self, weight: Tensor, x: Tensor, couplings: Tensor, pairs: Pairs) -> Tensor:
         """The same by products that torch knows, for any device."""
-        both = torch.cat((pairs.source, pairs.target)), torch.cat((pairs.target, pairs.source))
+        ends, both = (pairs.source, pairs.target), pairs.both
+        if both:
+            ends = torch.cat(ends), torch.cat(ends[::-1])
         inputs = {}
         for p in self.paths:
             if p.x not in inputs:
                 part = x[:, p.x : p.x + p.i * p.width_x]
-                inputs[p.x] = part.reshape(-1, p.i, p.width_x).index_select(0, both[0])
+                inputs[p.x] = part.reshape(-1, p.i, p.width_x).index_select(0, ends[0])
         blocks: dict[int, list[Tensor]] = {}
         for p in sorted(self.paths, key=lambda p: p.y):
             m = couplings[:, p.m : p.m + p.i * p.k].reshape(-1, p.i, p.k).transpose(1, 2)
-            m = torch.cat((m, -m if p.odd else m))
             w = weight[:, None, p.w : p.w + p.u]
-            messages = torch.bmm(m, torch.cat((w, w)) * inputs[p.x])
-            total = x.new_zeros(len(x), p.k, p.u).index_add(0, both[1], messages)
+            if both:
+                m, w = torch.cat((m, -m if p.odd else m)), torch.cat((w, w))
+            messages = torch.bmm(m, w * inputs[p.x])
+            total = x.new_zeros(len(x), p.k, p.u).index_add(0, ends[1], messages)
             blocks.setdefault(p.block, []).append(total)
         return torch.cat([torch.cat(parts, dim=2).flatten(1) for parts in blocks.values()], dim=1)
+
+
+def _columns(path: Path | None, mul: int, dim: int, none: int) -> Tensor:
+    """(mul * dim,) where the numbers of one entry of the output, in e3nn's order, stand in ours."""
+    if path is None:
+        return torch.full((mul * dim,), none)
+    channel, component = torch.arange(mul)[:, None], torch.arange(dim)[None]
+    return (path.y + channel + component * path.width_y).flatten()
 
 
 def _merged(irreps: Any) -> tuple[dict[str, int], list[int]]:
@@ -226,6 +245,37 @@ def _coefficients(product: Any, first: int, second: int, last: int) -> Tensor:
     return exact
 
 
+class EdgeConvolution:
+    """Stands in for the ``forward`` of an e3nn ``TensorProduct`` and for the sum over neighbours behind it.
+
+    Arguments and result are in e3nn's order, edges have a direction each: models whose code takes a product and a sum
+    in one (``mace``: ``conv_fusion``) need no other change. The modules, their names and buffers stay what they are.
+
+    Args:
+        product: see :class:`Convolution`.
+
+    Raises:
+        ValueError: it is of another kind, or several paths lead to one entry of its output.
+    """
+
+    def __init__(self, product: Any) -> None:
+        self.convolution = Convolution(product)
+        if len({ins.i_out for ins in product.instructions}) < len(product.instructions):
+            raise ValueError("several paths lead to one entry of the output")
+        self.order_in = inner_order(product.irreps_in1)
+
+    def __call__(self, x: Tensor, harmonics: Tensor, weight: Tensor, edge_index: Tensor) -> Tensor:
+        """(atoms, dim_in), (edges, dim_2), (edges, w), (2, edges) from and to -> (atoms, dim_out)."""
+        convolution, (source, target) = self.convolution, edge_index
+        pairs = Pairs(source.contiguous(), target.contiguous(), (len(source),), both=False)
+        couplings = convolution.couplings(harmonics)
+        y = convolution(weight, x[:, self.order_in.to(x.device)], couplings, pairs)
+        order = convolution.order_out.to(x.device)
+        if len(order) and int(order.max()) >= convolution.dim_out:
+            y = torch.cat((y, y.new_zeros(len(y), 1)), dim=1)
+        return y[:, order]
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of neighbours, each once, structure after structure.
@@ -234,11 +284,13 @@ class Pairs:
         source: (pairs,) int64, the sender in a pair's own direction.
         target: (pairs,) int64, the receiver.
         parts: ends of pieces of the pairs that have no atom in common.
+        both: whether each is used in both directions; else every edge is one of ``source`` to ``target``.
     """
 
     source: Tensor
     target: Tensor
     parts: tuple[int, ...]
+    both: bool = True
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor, counts: Sequence[int]) -> Pairs:
@@ -315,7 +367,7 @@ class _First(torch.autograd.Function):
 def _run(conv: Convolution, pairs: Pairs, tangents: str, arrays: dict[str, Tensor]) -> None:
     """All paths of a convolution, in several threads where there are several pieces of work."""
     wanted = "".join(n for n in "wxMg" if f"d{n}" in arrays)
-    table = conv.table(tangents, wanted, arrays["x"].dtype).copy()
+    table = conv.table(tangents, wanted, arrays["x"].dtype, both=pairs.both).copy()
     first = [arrays[name].data_ptr() if name in arrays else 0 for name in _kernels.ARRAYS]
     table[:, 1:_BEGIN] += [*first, pairs.source.data_ptr(), pairs.target.data_ptr()]
     total = len(pairs.source)

@@ -9,7 +9,8 @@ respect to some of its four arguments. :func:`address` writes the loop for one s
 compiled, some tens of milliseconds each; llvmlite, which numba too is built on, does both. Nothing is kept on disk.
 A convolution has ten to twenty paths, each a call of such a loop: :func:`run` makes all of them from one table.
 
-Every edge is a pair of neighbours and is used in both directions; in the second M has the sign of Y_l2(-r) / Y_l2(r).
+Every edge is a pair of neighbours and is used in both directions, in the second M has the sign of Y_l2(-r) / Y_l2(r); or
+it has a direction (``Wish.both``).
 Channels u are the innermost loop and lie side by side in memory, so that they fill vector registers.
 """
 
@@ -47,6 +48,7 @@ class Wish:
         wanted: of w, x, M, g those to differentiate by.
         double: float64, else float32.
         lanes: channels in one vector register; their number is a multiple of it.
+        both: every edge is a pair of neighbours, used in both directions; else it has one.
     """
 
     i: int
@@ -55,6 +57,7 @@ class Wish:
     wanted: str
     double: bool
     lanes: int
+    both: bool = True
 
 
 class _Writer:
@@ -173,7 +176,7 @@ class _Writer:
             self._edge(row, flip, n_u, width_1, width_3)
             return none
 
-        self.loop(self.b.shl(begin, I64(1)), self.b.shl(end, I64(1)), 1, turn, [])
+        self.loop(self.b.shl(begin, I64(1)), self.b.shl(end, I64(1)), 1 if self.wish.both else 2, turn, [])
         self.b.ret_void()
         return self.module
 

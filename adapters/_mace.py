@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blip_ft.adapters._convolution import EdgeConvolution
 from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
@@ -235,6 +236,23 @@ def build(architecture: dict[str, Any], *, stock: bool = False) -> nn.Module:
         model: nn.Module = getattr(modules, kind)(**arguments)
     model = model.to(getattr(torch, dtype))
     return model if stock else copy_kernels_as_they_are(model)
+
+
+def fuse(model: Any) -> int:
+    """Put :class:`EdgeConvolution` in the place of every tensor product and the sum behind it; their number.
+
+    The vendor's blocks ask for both in one call where ``conv_fusion`` is set, as it is for its GPU kernels.
+    """
+    n = 0
+    for block in model.interactions:
+        try:
+            product = EdgeConvolution(block.conv_tp)
+        except (ValueError, AttributeError):  # of another kind, or one of those kernels
+            continue
+        vars(block.conv_tp)["forward"] = product
+        block.conv_fusion = True
+        n += 1
+    return n
 
 
 def _as_scale_shift(model: Any) -> Any:

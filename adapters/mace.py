@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 import torch
 from ase import Atoms
 from blip_ft.adapters import _mace as vendor
+from blip_ft.adapters._activations import smooth
 from blip_ft.adapters._files import open_file
+from blip_ft.adapters._graphs import rearrange
 from blip_ft.adapters._mace_layers import VariationalContraction
 from blip_ft.adapters._vendor import parameter_names, quiet, refuse_options
 from torch import Tensor, nn
@@ -203,6 +205,12 @@ class MACEBackbone(ConservativeBackbone):
             raise RuntimeError("the stock calculator must be made before the model is converted")
         dtype = str(self.dtype).removeprefix("torch.")
         return vendor.calculator(self.head, self.device, dtype, models=[copy.deepcopy(self.model)])
+
+    def rearrange(self) -> None:
+        """Activations, what e3nn's own code does, and the product with the sum over neighbours in one."""
+        rearrange(self.model)
+        smooth(self.model)
+        vendor.fuse(self.model)
 
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
