@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import http.client
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from blip_ft.adapters._convolution import EdgeConvolution
+from blip_ft.adapters._mace_layers import forward as contract
 from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
@@ -239,11 +241,15 @@ def build(architecture: dict[str, Any], *, stock: bool = False) -> nn.Module:
 
 
 def fuse(model: Any) -> int:
-    """Put :class:`EdgeConvolution` in the place of every tensor product and the sum behind it; their number.
+    """Put :class:`EdgeConvolution` in the place of every tensor product and the sum behind it, their number; and sum the
+    paths of symmetric contractions element by element.
 
-    The vendor's blocks ask for both in one call where ``conv_fusion`` is set, as it is for its GPU kernels.
+    The vendor's blocks ask for product and sum in one call where ``conv_fusion`` is set, as it is for its GPU kernels.
     """
     n = 0
+    for module in model.modules():
+        if type(module).__name__ == "Contraction":
+            vars(module)["forward"] = functools.partial(contract, module)
     for block in model.interactions:
         try:
             product = EdgeConvolution(block.conv_tp)

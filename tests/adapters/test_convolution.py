@@ -11,7 +11,7 @@ import pytest
 import torch
 from blip_ft.adapters import _kernels
 from blip_ft.adapters._activations import silu, smooth
-from blip_ft.adapters._convolution import Convolution, Pairs, inner_order, outer_order
+from blip_ft.adapters._convolution import Convolution, EdgeConvolution, Pairs, inner_order, outer_order
 from torch import Tensor, nn
 
 from blip_ft.conservative import weights_only
@@ -129,6 +129,50 @@ class KernelContract:
         problem = Problem(layer, 40, torch.float64)
         ours = problem.derivatives(lambda *inputs: problem.by_kernels(*inputs, in_torch=True))
         check_alike(ours, problem.derivatives(problem.by_e3nn), 1e-12)
+
+    @pytest.mark.parametrize("in_torch", [False, True])
+    @pytest.mark.parametrize("n_edges", [0, 1, 50])
+    @pytest.mark.parametrize("layer", LAYERS)
+    def test_edges_with_a_direction_in_the_order_of_e3nn(self, layer, n_edges, in_torch, monkeypatch):
+        problem = Problem(layer, n_edges, torch.float64)
+        edge_index = torch.stack((problem.source, problem.target))
+        fused = EdgeConvolution(problem.product)
+        if in_torch:
+            monkeypatch.setattr("blip_ft.adapters._convolution._kernels", None)
+
+        def ours(w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+            return fused(x, problem.harmonics(vectors), w, edge_index)
+
+        def theirs(w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+            messages = problem.product(x[problem.source], problem.harmonics(vectors), w)
+            return x.new_zeros(len(x), messages.shape[1]).index_add(0, problem.target, messages)
+
+        check_alike(problem.derivatives(ours), problem.derivatives(theirs), 1e-12)
+
+    def test_entries_of_the_output_without_a_path_are_zero(self):
+        from e3nn.o3 import Irreps, TensorProduct
+
+        options = {"shared_weights": False, "internal_weights": False}
+        irreps = Irreps("4x0e+2x1o"), Irreps("0e+1o"), Irreps("4x0e+3x2e+4x1o")
+        product = TensorProduct(*irreps, [(0, 0, 0, "uvu", True), (0, 1, 2, "uvu", True)], **options).double()
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(5, n, dtype=torch.float64, generator=generator) for n in (10, 4))
+        w = torch.randn(5, product.weight_numel, dtype=torch.float64, generator=generator)
+        edge_index = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 0, 4, 3]])
+        expected = torch.zeros(5, 31, dtype=torch.float64)
+        expected.index_add_(0, edge_index[1], product(x[edge_index[0]], y, w))
+        ours = EdgeConvolution(product)(x, y, w, edge_index)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+        assert not ours[:, 4:19].any()
+
+    def test_several_paths_to_one_entry_are_refused(self):
+        from e3nn.o3 import Irreps, TensorProduct
+
+        options = {"shared_weights": False, "internal_weights": False}
+        irreps = Irreps("4x0e+4x0e"), Irreps("0e"), Irreps("4x0e")
+        product = TensorProduct(*irreps, [(0, 0, 0, "uvu", True), (1, 0, 0, "uvu", True)], **options)
+        with pytest.raises(ValueError, match="several paths"):
+            EdgeConvolution(product)
 
     def test_order_of_the_edges_does_not_matter(self):
         problem = Problem("middle", 30, torch.float64)
