@@ -15,11 +15,14 @@ from torch import Tensor
 
 from blip_ft.backbone import Batch, Prediction
 from blip_ft.potential import BayesianPotential, drawing
+from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 
-#: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device: on one CPU
-#: core 8 draws of NH3 (12 edges) take 2.6 to 3.2 calls instead of 10, of quartz (some 500 edges) 10 instead of 8
+#: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device
 TOGETHER = {"cpu": 512, "cuda": 65536}
+#: the same for one structure alone: on one CPU core 8 draws of quartz (9 atoms) take 2.0 (small MACE) to 5.6 (UMA) calls
+#: in place of 8 to 9, 8.5 with CHGNet as without; several structures share what a call costs already
+TOGETHER_ALONE = {"cpu": 16384, "cuda": 65536}
 #: structures of all copies: each has weights of its own
 COPIES = 64
 
@@ -35,19 +38,21 @@ def evaluate_draws(
         n_draws: K.
         stress: also predict stress.
     """
-    together = _together(potential, batch, n_draws)
+    together, copies = _together(potential, batch, n_draws), batch.copies
+    threads = width(potential.backbone.device) if _rows(batch) <= TOGETHER_ALONE["cpu"] else 1
+    size = 1 if copies is None else max(1, min(together, -(-n_draws // threads)))
+
+    def work(chosen: range) -> list[Prediction]:
+        if len(chosen) < 2 or copies is None:
+            return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in chosen]
+        # copy k of the whole batch follows copy k - 1
+        of_each = [k for k in chosen for _ in range(batch.n_structures)]
+        out = potential(copies(len(chosen)), mode="structure", draw=of_each, stress=stress)
+        return _split(to_double(out), len(chosen))
+
+    pieces = [range(k, min(k + size, n_draws)) for k in range(0, n_draws, size)]
     with torch.no_grad(), drawing(potential, n_draws, potential.drawing[1]):
-        if together < 2 or batch.copies is None:
-            return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in range(n_draws)]
-        out: list[Prediction] = []
-        for first in range(0, n_draws, together):
-            chosen = range(first, min(first + together, n_draws))
-            # copy k of the whole batch follows copy k - 1
-            of_each = [k for k in chosen for _ in range(batch.n_structures)]
-            copies = batch.copies(len(chosen))
-            prediction = to_double(potential(copies, mode="structure", draw=of_each, stress=stress))
-            out += _split(prediction, len(chosen))
-        return out
+        return [draw for some in side_by_side(work, pieces, threads=threads) for draw in some]
 
 
 def sampling_error(n_draws: int, *, paired: bool = False) -> float:
@@ -99,9 +104,14 @@ def _together(potential: BayesianPotential, batch: Batch, n_draws: int) -> int:
     """Draws per call."""
     if not potential.posterior.draws_are_weights:
         return 1
-    rows = max(len(index) for index in batch.rows.values())
-    fitting = TOGETHER.get(potential.backbone.device.type, 0) // max(1, rows)
+    most = TOGETHER_ALONE if batch.n_structures == 1 else TOGETHER
+    fitting = most.get(potential.backbone.device.type, 0) // max(1, _rows(batch))
     return min(n_draws, fitting, COPIES // batch.n_structures)
+
+
+def _rows(batch: Batch) -> int:
+    """Rows of the most frequent kind."""
+    return max(len(index) for index in batch.rows.values())
 
 
 def _split(prediction: Prediction, n: int) -> list[Prediction]:
