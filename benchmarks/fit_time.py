@@ -216,6 +216,8 @@ def main() -> None:
     if arguments.answer:
         answer()
         return
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles need two or more")
     if not arguments.base:
         parser.error("--base REV: with which revision?")
     console = Console()

@@ -146,7 +146,7 @@ class VariationalLayer(nn.Module, ABC):
         x = self.pack(*inputs)
         state, name = self.noise, self.site.name
         if state.mode == "structure" and name in state.weights and state.row_amplitude is None:
-            out = self.combined(x, self.weight + state.weights[name], self._layout(x))
+            out = self.around(x, self.weight, state.weights[name], self._layout(x))
         else:
             out = self.mean(x, self.weight)
             noise = self._perturbation(x)
@@ -220,6 +220,10 @@ class VariationalLayer(nn.Module, ABC):
         """:meth:`mean` of each structure with its whole weight, mean and noise, (B, *shape): one product for both."""
         out = self.sampled(x, weight, rows)
         return out if self.bias is None else out + self.bias
+
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+        """:meth:`combined` with the weights ``mean`` (*shape) + ``noise`` (B, *shape)."""
+        return self.combined(x, mean + noise, rows)
 
     @abstractmethod
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.variational.base import VariationalLayer
-from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer
+from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer, shared_matmul
 from blip_ft.variational.sites import Block
 
 
@@ -50,11 +50,17 @@ class VariationalIrrepsLinear(VariationalLayer):
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         base: Any = self.base
         parts, flat = self._split(base.irreps_in, x), weight.reshape(len(weight), -1)
-        return _path_sum(base, parts, flat, lambda u, w: grouped_matmul(u, w, rows), inner=self.inner)
+        return _path_sum(base, parts, (flat,), lambda u, w: grouped_matmul(u, w, rows), inner=self.inner)
 
-    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
-        out = self.sampled(x, weight, rows)
-        return out if self.bias is None else out + _biases(self.base, out)
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        base: Any = self.base
+        parts, weights = self._split(base.irreps_in, x), (mean.reshape(-1), noise.reshape(len(noise), -1))
+
+        def product(u: Tensor, m: Tensor, n: Tensor) -> Tensor:
+            return shared_matmul(u, m, n, rows)
+
+        out = _path_sum(base, parts, weights, product, inner=self.inner)
+        return out if self.bias is None else out + _biases(base, out)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         base: Any = self.base
@@ -115,7 +121,7 @@ def inner_linear(base: Any, x: Tensor, weight: Tensor) -> Tensor:
         x: (rows, dim_in).
         weight: flat, in the vendor's order.
     """
-    whole = _path_sum(base, _inner_parts(base.irreps_in, x), weight, _product, inner=True)
+    whole = _path_sum(base, _inner_parts(base.irreps_in, x), (weight,), _product, inner=True)
     return whole + _biases(base, whole) if base.bias.numel() else whole
 
 
@@ -128,8 +134,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 def _path_sum(
     base: Any,
     parts: Sequence[Tensor],
-    weight: Tensor,
-    product: Callable[[Tensor, Tensor], Tensor],
+    weights: Sequence[Tensor],
+    product: Callable[..., Tensor],
     *,
     inner: bool,
 ) -> Tensor:
@@ -138,14 +144,14 @@ def _path_sum(
     Args:
         base: the vendor's module.
         parts: (rows, 2l + 1, channels) of every irrep of the input.
-        weight: (..., weights), flat, in the vendor's order.
-        product: of (rows, 2l + 1, i) and the matrix (..., i, o) of a path.
+        weights: (..., weights) each, flat, in the vendor's order.
+        product: of (rows, 2l + 1, i) and the matrix (..., i, o) of a path, from each of the weights.
         inner: order of the output.
     """
     plan, out = _plan(base), dict[int, Tensor]()
-    matrices = (weight * plan.scales.to(weight)).split(plan.sizes, dim=-1)
-    for path, matrix in zip(plan.paths, matrices, strict=True):
-        v = product(parts[path.i_in], matrix.unflatten(-1, path.shape))
+    matrices = [(w * plan.scales.to(w)).split(plan.sizes, dim=-1) for w in weights]
+    for path, *of_path in zip(plan.paths, *matrices, strict=True):
+        v = product(parts[path.i_in], *(m.unflatten(-1, path.shape) for m in of_path))
         v = (v if inner else v.transpose(1, 2)).flatten(1)
         out[path.i_out] = out[path.i_out] + v if path.i_out in out else v
     return _join(base.irreps_out, out, parts[0])
@@ -354,6 +360,11 @@ class VariationalRadialLayer(VariationalLayer):
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight / self._norm(), rows)
+
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        return shared_matmul(
+            x / self._norm(), mean, noise, rows
+        )  # rows are fewer than weights of all structures
 
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_outer(x, grad, rows) / self._norm()

@@ -13,7 +13,7 @@ from blip_ft.variational.e3nn_layers import (
     VariationalRadialLayer,
     VariationalTensorProduct,
 )
-from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer
+from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer, shared_matmul
 from blip_ft.variational.sites import Block
 
 __all__ = [
@@ -39,6 +39,10 @@ class VariationalLinear(VariationalLayer):
 
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight.transpose(1, 2), rows)
+
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+        out = shared_matmul(x, mean.T, noise.transpose(1, 2), rows)
+        return out if self.bias is None else out + self.bias
 
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_outer(grad, x, rows)

@@ -141,6 +141,47 @@ def grouped_outer(x: Tensor, y: Tensor, rows: Rows) -> Tensor:
     return torch.bmm(rows.pad(x).flatten(1, -2).transpose(1, 2), rows.pad(y).flatten(1, -2))
 
 
+def shared_matmul(x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+    """``grouped_matmul(x, mean + noise, rows)`` whose gradient by the mean is one product, not a sum over structures.
+
+    Args:
+        x: (rows, ..., i).
+        mean: (i, o), of all structures.
+        noise: (B, i, o).
+        rows: layout of ``x``.
+    """
+    if len(noise) == 1 or x.device.type != "cpu":
+        return grouped_matmul(x, mean + noise, rows)
+    with torch.no_grad():
+        whole = mean + noise
+    out: Tensor = _Shared.apply(x.reshape(-1, x.shape[-1]), mean, noise, whole, rows.spread(x))
+    return out.reshape(*x.shape[:-1], mean.shape[1])
+
+
+class _Shared(torch.autograd.Function):
+    """Rows of structure b times mean + noise[b], which ``whole`` is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, noise: Tensor, whole: Tensor, counts: tuple[int, ...]
+    ) -> Tensor:
+        out = x.new_empty(x.shape[0], whole.shape[2])
+        for rows, result, w in zip(x.split(counts), out.split(counts), whole, strict=True):
+            torch.mm(rows, w, out=result)
+        ctx.save_for_backward(x, mean, noise, whole)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (x, mean, noise, whole), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        turned = (mean.T, noise.transpose(1, 2), whole.transpose(1, 2))
+        by_x = _Shared.apply(grad, *turned, ctx.counts) if needs[0] else None
+        by_mean = x.T @ grad if needs[1] else None
+        by_noise = _Outer.apply(x, grad, ctx.counts) if needs[2] else None
+        return by_x, by_mean, by_noise, None, None
+
+
 class _Products(torch.autograd.Function):
     """Rows of structure b times W[b], one product after the other: on a CPU cheaper than rows of zeros."""
 
