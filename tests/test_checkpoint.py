@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -448,3 +449,19 @@ class TestRequireSpace:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(CheckpointError, match="cannot write here"):
             require_space(tmp_path / "file" / "run", 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_folders_of_earlier_formats_open(version):
+    """As they were written: the options of every family in one flat mapping."""
+    stored = Path(__file__).parent / "models" / f"format{version}"
+    meta = json.loads((stored / "model/model.json").read_text())
+    assert meta["format_version"] == version
+    assert {"rank", "min_std", "storage", "empirical_bayes"} <= meta["posterior"].keys()
+    expected = json.loads((stored / "predictions.json").read_text())
+    found = predictions(load_model(stored))
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            if value is not None:
+                np.testing.assert_allclose(one[key], value, rtol=1e-9, atol=1e-12, err_msg=key)
