@@ -25,12 +25,13 @@ from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.ood import FeatureDistance
 
-#: 2: may hold the tensors of the out-of-distribution score
-FORMAT_VERSION = 2
+#: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family
+FORMAT_VERSION = 3
 #: prefix of these tensors
 OOD = "ood."
 TENSORS, META = "model.safetensors", "model.json"
@@ -212,6 +213,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             file=file,
             remedy="pip install --upgrade blip-ft",
         )
+    if version < 3 and isinstance(meta.get("posterior"), dict):
+        meta["posterior"] = without_foreign_keys(meta["posterior"])
     return meta
 
 

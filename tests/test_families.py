@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
+from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior
 
 import blip_ft
 from blip_ft.backbone import Prediction
@@ -17,12 +18,11 @@ from blip_ft.config import ModelConfig, PosteriorConfig, parse_recipe
 from blip_ft.errors import BlipError, ConversionError, RecipeError
 from blip_ft.export import export_native
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.subspace.posterior import SubspacePosterior
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
-from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
-from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
 DOUBLE = torch.float64
 #: std of a subspace's latent numbers: 472 weights in 6 directions move as much as with the others

@@ -1,41 +1,17 @@
-"""Posterior families, one file each, all with the same functions in the same order.
+"""Posterior families, one folder each: ``options.py`` and ``posterior.py``.
+
+``options.py`` has the keys of the recipe that are the family's own, what others may ask about it (closed form,
+paired draws, ...) and how it is fitted into ``posterior.max_bytes``; it imports no torch. ``posterior.py`` has its
+mathematics, a class with the same functions in the same order for all:
 
 ===============  =============================================================================
-``init``         (``__init__``) from the sites, the prior and the starting std
-``fit``          set what has a closed form from the data; factorised families have nothing
+``init``         (``__init__``) from the sites, the prior and the starting std; ``make`` from a recipe
+``fit``          set what has a closed form from the data; ``ClosedFormPosterior`` only
 ``latent``       keyed standard normal numbers, one row per key
 ``sample``       latent numbers -> perturbation of every site
 ``kl``           KL of the spread from the prior, nats
 ``std``          marginal std of every weight
 ===============  =============================================================================
+
+``base`` has what families share. :mod:`blip_ft.families.registry` finds them by name, also those of other packages.
 """
-
-from __future__ import annotations
-
-from blip_ft.variational.posteriors.adaptive import AdaptivePosterior
-from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.channel import ChannelPosterior
-from blip_ft.variational.posteriors.laplace import LaplacePosterior
-from blip_ft.variational.posteriors.pathwise import PathwisePosterior
-from blip_ft.variational.posteriors.subspace import SubspacePosterior
-from blip_ft.variational.posteriors.weight import WeightPosterior
-
-FAMILIES: dict[str, type[Posterior]] = {
-    "adaptive": AdaptivePosterior,
-    "channel": ChannelPosterior,
-    "pathwise": PathwisePosterior,
-    "posthoc_laplace": LaplacePosterior,
-    "subspace": SubspacePosterior,
-    "weight": WeightPosterior,
-}
-
-__all__ = [
-    "FAMILIES",
-    "AdaptivePosterior",
-    "ChannelPosterior",
-    "LaplacePosterior",
-    "PathwisePosterior",
-    "Posterior",
-    "SubspacePosterior",
-    "WeightPosterior",
-]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.potential import BayesianPotential, drawing
 from blip_ft.variational.drawn import DrawnWeights
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 FAMILIES = ("pathwise", "subspace", "posthoc_laplace")
 

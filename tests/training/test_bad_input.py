@@ -11,10 +11,10 @@ import pytest
 import yaml
 from ase import Atoms
 from ase.io import write
+from blip_ft.variational.posteriors import FAMILIES
 
 from blip_ft.cli import main
 from blip_ft.config.posterior import PAIRED
-from blip_ft.variational.posteriors import FAMILIES
 
 from .labelled import frames
 

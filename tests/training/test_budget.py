@@ -222,8 +222,8 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
     from blip_ft.config import ModelConfig, PosteriorConfig
+    from blip_ft.families.base.linear import ClosedFormData, Rows
     from blip_ft.potential import BayesianPotential
-    from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
     def of(storage: str) -> torch.Tensor:
         potential = BayesianPotential(

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
+from blip_ft.variational.posteriors import PathwisePosterior
 from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, Recipe, parse_recipe
 from blip_ft.data.dataset import Item, collate
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.objectives import ElboScale, Likelihood, fair_crps
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.objective import Objective
 from blip_ft.training.replay import Replay
-from blip_ft.variational.posteriors import PathwisePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 DOUBLE = torch.float64
 N = 7

@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from ase.io import write
+from blip_ft.variational.posteriors import PathwisePosterior, SubspacePosterior
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
@@ -18,7 +19,6 @@ from blip_ft.training.closed_form import ClosedFormFitter, Misfit
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import PathwisePosterior, SubspacePosterior
 
 from .labelled import frames
 

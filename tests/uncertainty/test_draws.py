@@ -9,10 +9,10 @@ from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import draws
 from blip_ft.uncertainty.draws import evaluate_draws
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 
 def make(family: str) -> BayesianPotential:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from blip_ft.variational.posteriors import FAMILIES, Posterior
 from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone
 from blip_ft.variational.layers import VariationalLayer, layer_type
 from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
-from blip_ft.variational.posteriors import FAMILIES, Posterior
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from blip_ft.variational.posteriors import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from blip_ft.variational.posteriors import FAMILIES
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Block, Site
 

@@ -3,12 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blip_ft.variational.posteriors import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from blip_ft.variational.posteriors import FAMILIES
 from blip_ft.variational.prior import EMPIRICAL_BAYES_WEIGHTS, DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Block, Site
 
