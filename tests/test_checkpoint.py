@@ -16,6 +16,7 @@ from blip_ft.checkpoint import find_model, load_model, require_space, save_model
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.ood import FeatureDistance
@@ -32,7 +33,11 @@ def make(*, family="weight", prior_scale=0.3, seed=3, n_draws=3, **model):
     potential = BayesianPotential(
         backbone,
         ModelConfig(adapter="fake", checkpoint="tiny", **model),
-        PosteriorConfig(family=family, prior_scale=prior_scale, init_std=0.05, rank=8),
+        PosteriorConfig(
+            **without_foreign_keys(
+                {"family": family, "prior_scale": prior_scale, "init_std": 0.05, "rank": 8}
+            )
+        ),
         seed=seed,
         n_draws=n_draws,
     )

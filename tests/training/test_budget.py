@@ -20,7 +20,8 @@ from blip_ft.cli import main
 from blip_ft.config import Recipe, load_recipe, parse_recipe
 from blip_ft.errors import RecipeError
 from blip_ft.fake import FakeBackbone
-from blip_ft.training.budget import MIN_PROJECTIONS, MIN_RANK, fit_to_budget, megabytes, row_bytes
+from blip_ft.families.base.budget import MIN_PROJECTIONS, MIN_RANK, megabytes, row_bytes
+from blip_ft.training.budget import fit_to_budget
 from blip_ft.variational.convert import plan
 
 from .labelled import frames

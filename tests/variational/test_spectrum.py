@@ -8,11 +8,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from blip_ft.variational.posteriors import gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import cho_solve, cholesky
 
+from blip_ft.families.base import gram
 from blip_ft.families.base.gram import as_many_threads_as_torch, combine, gram_matrix
 from blip_ft.families.base.linear import PRIOR_SCALES, Rows, gauss_newton_steps
 from blip_ft.families.base.spectrum import left_out_nll, left_out_scores
