@@ -31,6 +31,7 @@ from rich.table import Table
 from blip_ft.backbone import Backbone, Batch, get_adapter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_recipe
 from blip_ft.data.dataset import collate
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import Likelihood
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.closed_form import ClosedFormFitter
@@ -94,7 +95,9 @@ def potential_of(backbone: Backbone, name: str, family: str, noise: str) -> Baye
     potential = BayesianPotential(
         copy.deepcopy(backbone),
         ModelConfig(adapter=BACKENDS[name].adapter, checkpoint=BACKENDS[name].checkpoint, noise=noise),
-        PosteriorConfig(family=family, rank=RANK, prior_scale=0.1, init_std=0.003),
+        PosteriorConfig(
+            **without_foreign_keys({"family": family, "rank": RANK, "prior_scale": 0.1, "init_std": 0.003})
+        ),
         n_draws=8,
     )
     if family == "subspace":  # any directions cost the same

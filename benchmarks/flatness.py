@@ -21,11 +21,11 @@ from rich.table import Table
 
 from blip_ft.checkpoint import load_model
 from blip_ft.config import load_recipe
+from blip_ft.families.base.linear import ClosedFormData
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.evaluate import judge
 from blip_ft.training.fit import prepare
 from blip_ft.training.loop import device_of
-from blip_ft.variational.posteriors.linear import ClosedFormData
 
 HERE = Path(__file__).parent
 #: in units of the chosen value

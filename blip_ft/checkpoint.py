@@ -25,12 +25,13 @@ from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
+from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.ood import FeatureDistance
 
-#: 2: may hold the tensors of the out-of-distribution score
-FORMAT_VERSION = 2
+#: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family
+FORMAT_VERSION = 3
 #: prefix of these tensors
 OOD = "ood."
 TENSORS, META = "model.safetensors", "model.json"
@@ -212,6 +213,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
             file=file,
             remedy="pip install --upgrade blip-ft",
         )
+    options = meta.get("posterior")
+    if isinstance(options, dict):
+        if (family := options.get("family")) not in FAMILIES:
+            raise CheckpointError(
+                f"there is no posterior family '{family}' here",
+                file=file,
+                remedy="install the package that it comes from, or copy the whole folder again",
+            )
+        if version < 3:
+            meta["posterior"] = without_foreign_keys(options)
     return meta
 
 

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone, Batch, Prediction
-from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.config import ModelConfig
 from blip_ft.errors import BlipError
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.base.posterior import RowRecorder
+from blip_ft.families.build import make_posterior, make_prior
 from blip_ft.parts import evaluate_parts
 from blip_ft.side_by_side import width
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
-from blip_ft.variational.build import make_posterior, make_prior
 from blip_ft.variational.drawn import DrawnWeights, SamplesAhead
 from blip_ft.variational.lora import LowRank
 from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
-from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 
 if TYPE_CHECKING:
     from blip_ft.calculator import BlipCalculator
@@ -59,7 +60,7 @@ class BayesianPotential(nn.Module):
     Args:
         backbone: a freshly loaded backbone; converted in place.
         model: which weights are trained and which carry noise.
-        posterior: family and scales.
+        posterior: family and its options (``blip_ft.config.PosteriorConfig``).
         seed: of all noise.
         n_draws: fixed draws to predict with.
 
@@ -72,7 +73,7 @@ class BayesianPotential(nn.Module):
         self,
         backbone: Backbone,
         model: ModelConfig,
-        posterior: PosteriorConfig,
+        posterior: FamilyOptions,
         *,
         seed: int = 0,
         n_draws: int = 16,
@@ -161,7 +162,7 @@ class BayesianPotential(nn.Module):
         if keyed and len(batch.keys) != batch.n_structures:
             raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
-        recorder: Recorder | None = None
+        recorder: RowRecorder | None = None
         state.clear()
         state.structure_kl = None
         if mode != "off" and self.posterior.ready:
@@ -199,9 +200,8 @@ class BayesianPotential(nn.Module):
             if mode != "draw":
                 n = batch.n_structures
                 state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
-            if isinstance(self.posterior, AdaptivePosterior):
-                recorder = Recorder(self.posterior, state.rows) if mode != "draw" else None
-                state.row_amplitude = recorder or self.posterior.amplitude
+            recorder = self.posterior.recorder(state.rows) if mode != "draw" else None
+            state.row_amplitude = recorder or self.posterior.row_amplitude
             state.mode = mode
         try:
             yield
@@ -352,7 +352,7 @@ class BayesianPotential(nn.Module):
         whole = (
             isinstance(draw, Sequence) or latent is not None
         )  # numbered by the structures of the whole batch
-        # `adaptive` keeps means over the rows of a step
+        # families of another kind keep means over the rows of a step
         return len(batch.parts) > 1 and not whole and self.posterior.draws_are_weights and width("cpu") > 1
 
     def on_reference(self, out: Prediction, batch: Batch) -> Prediction:

@@ -36,7 +36,7 @@ def rewrite_report(folder: str | Path) -> Path:
         predictions.setdefault(model, {})[name] = SetPrediction.load(path)
     return write_report(
         folder,
-        recipe=load_recipe(str(folder / "recipe.yaml")),
+        recipe=load_recipe(str(folder / "recipe.yaml"), finished=True),
         metrics=metrics,
         predictions=predictions,
         calibration=calibration,

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blip_ft.config import Recipe, recipe_summary, shipped
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.registry import DEFAULT, FAMILIES
 
 PAGE = Path(__file__).with_name("recipes.md")
 
@@ -81,9 +83,10 @@ def shipped_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str) -> str:
-    """One heading with a table of the keys of a section, then its subsections."""
-    lines = ["", f"## `{prefix.rstrip('.')}`" if prefix else "## Top level", ""]
+def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str, family: str = "") -> str:
+    """One heading with a table of the keys of a section, then its subsections; or of those of a family."""
+    heading = f"## `{prefix.rstrip('.')}`" if prefix else "## Top level"
+    lines = ["", f"### `posterior.family: {family}`" if family else heading, ""]
     lines += [
         one_line(node.get("description", "")),
         "",
@@ -92,12 +95,14 @@ def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str) -> s
     ]
     nested: list[tuple[str, dict[str, Any]]] = []
     for key, field in node["properties"].items():
+        if prefix + key == "posterior.family":
+            field |= {"enum": FAMILIES.names(), "default": DEFAULT}
         if "$ref" in field:
             nested.append((f"{prefix}{key}.", definitions[field["$ref"].rpartition("/")[2]]))
             continue
         if prefix + key == "trainer":
             continue
-        required = key in node.get("required", [])
+        required = key in node.get("required", []) and "default" not in field
         cells = [
             f"`{prefix}{key}`",
             type_text(field),
@@ -105,7 +110,22 @@ def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str) -> s
             one_line(field.get("description", "")),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n" + "".join(section(d, definitions, p) for p, d in nested)
+    more = families(prefix) if prefix == "posterior." and not family else ""
+    return "\n".join(lines) + "\n" + more + "".join(section(d, definitions, p) for p, d in nested)
+
+
+def families(prefix: str) -> str:
+    """One heading with a table of its own keys for every family of the package."""
+    common = FamilyOptions.model_fields
+    out = ""
+    for name in FAMILIES.names():
+        options = FAMILIES[name]
+        if not options.__module__.startswith("blip_ft."):
+            continue
+        schema = options.model_json_schema()
+        own = {k: v for k, v in schema["properties"].items() if k not in common}
+        out += section(schema | {"properties": own}, schema.get("$defs", {}), prefix, family=name)
+    return out
 
 
 def type_text(field: dict[str, Any]) -> str:

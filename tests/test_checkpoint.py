@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from blip_ft.checkpoint import find_model, load_model, require_space, save_model
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.ood import FeatureDistance
@@ -31,7 +33,11 @@ def make(*, family="weight", prior_scale=0.3, seed=3, n_draws=3, **model):
     potential = BayesianPotential(
         backbone,
         ModelConfig(adapter="fake", checkpoint="tiny", **model),
-        PosteriorConfig(family=family, prior_scale=prior_scale, init_std=0.05, rank=8),
+        PosteriorConfig(
+            **without_foreign_keys(
+                {"family": family, "prior_scale": prior_scale, "init_std": 0.05, "rank": 8}
+            )
+        ),
         seed=seed,
         n_draws=n_draws,
     )
@@ -448,3 +454,19 @@ class TestRequireSpace:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(CheckpointError, match="cannot write here"):
             require_space(tmp_path / "file" / "run", 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_folders_of_earlier_formats_open(version):
+    """As they were written: the options of every family in one flat mapping."""
+    stored = Path(__file__).parent / "models" / f"format{version}"
+    meta = json.loads((stored / "model/model.json").read_text())
+    assert meta["format_version"] == version
+    assert {"rank", "min_std", "storage", "empirical_bayes"} <= meta["posterior"].keys()
+    expected = json.loads((stored / "predictions.json").read_text())
+    found = predictions(load_model(stored))
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            if value is not None:
+                np.testing.assert_allclose(one[key], value, rtol=1e-9, atol=1e-12, err_msg=key)

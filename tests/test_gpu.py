@@ -29,6 +29,7 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.dataset import FrameDataset, collate, to_atoms
 from blip_ft.data.sources import load_source
 from blip_ft.export import export_native
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.moments import BatchMoments
@@ -86,7 +87,11 @@ def models() -> dict[tuple[str, str], BayesianPotential]:
         potential = BayesianPotential(
             get_adapter("sevennet").load("7net-0"),
             ModelConfig(adapter="sevennet", checkpoint="7net-0", noise="scalar"),
-            PosteriorConfig(family=family, rank=RANK, prior_scale=0.1, init_std=0.003),
+            PosteriorConfig(
+                **without_foreign_keys(
+                    {"family": family, "rank": RANK, "prior_scale": 0.1, "init_std": 0.003}
+                )
+            ),
             n_draws=8,
         )
         out[CPU, family] = with_spread(potential)
@@ -436,7 +441,9 @@ def test_families_and_objectives(case: str, tmp_path: Path, monkeypatch: pytest.
             "name": device,
             "data": {"train": "train.extxyz", "batch_size": 4} | options.get("data", {}),
             "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"} | options.get("model", {}),
-            "posterior": {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"],
+            "posterior": without_foreign_keys(
+                {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"]
+            ),
             "objective": {"temperature": 1e-4} | options.get("objective", {}),
             "optimizer": options.get("optimizer", {}),
             "uncertainty": {"n_draws": 4, "linearity_draws": 4},

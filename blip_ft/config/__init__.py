@@ -16,7 +16,7 @@ from blip_ft.config.data import (
     StressOrder,
 )
 from blip_ft.config.loading import apply_override, load_recipe, parse_recipe, recipe_summary, shipped
-from blip_ft.config.posterior import CLOSED, PosteriorConfig
+from blip_ft.config.posterior import PosteriorConfig
 from blip_ft.config.recipe import (
     LoraOptions,
     ModelConfig,
@@ -28,7 +28,6 @@ from blip_ft.config.recipe import (
 )
 
 __all__ = [
-    "CLOSED",
     "DataConfig",
     "LoraOptions",
     "ModelConfig",

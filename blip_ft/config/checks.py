@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from blip_ft.config.data import DataConfig
-from blip_ft.config.posterior import CLOSED, PAIRED
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
+from blip_ft.families.base.options import Refuse
+from blip_ft.families.registry import FAMILIES
+from blip_ft.terms import TermSpec, objective_spec
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:
@@ -66,97 +68,51 @@ def _check_trainer(options: dict[str, Any], file: Path | None) -> None:
 
 
 def _check_family(recipe: Recipe, file: Path | None) -> None:
-    """Options that only some posterior families and objectives have."""
+    """What the posterior family, the terms of the objective and other sections want of each other."""
     options, objective = recipe.posterior, recipe.objective
-    closed = options.family in CLOSED
+    family, kind, spec = options.family, objective.kind, objective_spec(objective.kind)
+    compares = any(term.compares for term in spec.specs)
 
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
 
-    for key, default, families in (("max_bytes", None, CLOSED), ("storage", "auto", ("subspace",))):
-        if options.family not in families and getattr(options, key) != default:
-            refuse(
-                f"posterior.{key} is for {', '.join(families)}, not for '{options.family}'",
-                f"posterior.{key}",
-                "remove the key",
-            )
+    options.check(refuse)
     for key in ("n_draws", "calibration_draws", "linearity_draws"):
-        if options.family in PAIRED and (n := getattr(recipe.uncertainty, key)) % 2:
+        if options.paired and (n := getattr(recipe.uncertainty, key)) % 2:
             refuse(
-                f"draws of posterior.family={options.family} come in pairs, and {n} is odd",
+                f"draws of posterior.family={family} come in pairs, and {n} is odd",
                 f"uncertainty.{key}",
                 f"use {n - 1} or {n + 1}" if n > 3 else f"use {n + 1}",
             )
-    if recipe.data.context is not None and options.family != "subspace" and objective.kind != "function_kl":
+    if recipe.data.context is not None and not options.needs_context and not compares:
         refuse(
-            f"nothing reads these structures: posterior.family={options.family} puts noise on all noisy weights and "
+            f"nothing reads these structures: posterior.family={family} puts noise on all noisy weights and "
             "chooses no directions",
             "data.context",
             "remove the key, or use posterior.family=subspace or objective.kind=function_kl",
         )
-    if closed and options.mode != "structure":
+    if options.after_plain and not spec.as_plain:
         refuse(
-            f"'{options.mode}' noise needs independent weights, the {options.family} posterior correlates them",
-            "posterior.mode",
-            "use posterior.mode=structure",
-        )
-    if closed and options.prior == "dropout":
-        refuse(
-            f"the closed form of posterior.family={options.family} needs a prior of fixed width",
-            "posterior.prior",
-            "use posterior.prior=pretrained, or posterior.family=weight",
-        )
-    if options.empirical_bayes and (
-        options.family not in ("channel", "weight") or options.prior == "dropout"
-    ):
-        refuse(
-            "empirical Bayes scales need a 'pretrained' prior and posterior.family 'channel' or 'weight', not "
-            f"'{options.prior}' and '{options.family}'",
-            "posterior.empirical_bayes",
-            "remove the key"
-            + (": prior_scale=auto already chooses the scale from the data" if closed else ""),
-        )
-    if options.family == "adaptive" and not options.min_std < options.init_std < options.max_std:
-        refuse(
-            f"init_std {options.init_std} is not between min_std {options.min_std} and max_std {options.max_std}",
-            "posterior.init_std",
-            "change one of the three",
-        )
-    if options.family == "posthoc_laplace" and objective.kind != "elbo":
-        refuse(
-            f"posthoc_laplace is a covariance after plain fine-tuning, not after '{objective.kind}'",
+            f"{family} is a covariance after plain fine-tuning, not after '{kind}'",
             "objective.kind",
             "remove the key",
         )
-    if closed and "crps" in objective.kind:
+    for term in spec.specs:
+        _check_term(term, recipe, refuse)
+    if objective.replay is not None and not compares:
         refuse(
-            f"objective.kind '{objective.kind}' learns the spread step by step, that of '{options.family}' has "
-            "a closed form",
-            "objective.kind",
-            "use objective.kind=elbo, or posterior.family=channel, weight or adaptive",
-        )
-    if "crps" in objective.kind and objective.draws == 1:
-        refuse("the fair CRPS needs two draws or more", "objective.draws", "use objective.draws=2 or more")
-    if "crps" in objective.kind and objective.learn_noise:
-        refuse(
-            "the CRPS is measured in units of the label noise, which cannot be learned from it",
-            "objective.learn_noise",
-            "use objective.kind=elbo, or fixed noise",
-        )
-    if objective.replay is not None and objective.kind != "function_kl":
-        refuse(
-            f"objective.kind '{objective.kind}' replays no frames",
+            f"objective.kind '{kind}' replays no frames",
             "objective.replay",
             "use objective.kind=function_kl, or remove the key",
         )
     given = objective.replay is not None or recipe.data.context is not None
-    if objective.kind == "function_kl" and not given and options.context == 0:
+    if compares and not given and options.context == 0:
         refuse(
-            "objective.kind 'function_kl' has no frames to compare on",
+            f"objective.kind '{kind}' has no frames to compare on",
             "objective.replay",
             "give frames here or as data.context, or posterior.context > 0",
         )
-    if closed:
+    if options.closed_form:
         return
     for key, value in (
         ("posterior.prior_scale", options.prior_scale),
@@ -164,10 +120,40 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     ):
         if value == "auto":
             refuse(
-                f"'auto' has a closed form for posterior.family={', '.join(CLOSED)}, not for '{options.family}'",
+                f"'auto' has a closed form for posterior.family={', '.join(_closed_forms())}, not for '{family}'",
                 key,
                 "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )
+
+
+def _closed_forms() -> list[str]:
+    """Families whose covariance has a closed form."""
+    return [name for name in FAMILIES.names() if FAMILIES[name].closed_form]
+
+
+def _check_term(term: TermSpec, recipe: Recipe, refuse: Refuse) -> None:
+    """What one term of the objective needs."""
+    objective = recipe.objective
+    if term.learns_spread and recipe.posterior.closed_form:
+        others = ", ".join(name for name in FAMILIES.names() if name not in _closed_forms())
+        refuse(
+            f"objective.kind '{objective.kind}' learns the spread step by step, that of "
+            f"'{recipe.posterior.family}' has a closed form",
+            "objective.kind",
+            f"use objective.kind=elbo, or posterior.family={others}",
+        )
+    if objective.draws is not None and objective.draws < term.least_draws:
+        refuse(
+            f"the term '{term.name}' needs {term.least_draws} draws or more",
+            "objective.draws",
+            f"use objective.draws={term.least_draws} or more",
+        )
+    if term.fixed_noise and objective.learn_noise:
+        refuse(
+            f"the term '{term.name}' is measured in units of the label noise, which cannot be learned from it",
+            "objective.learn_noise",
+            "use objective.kind=elbo, or fixed noise",
+        )
 
 
 def _check_data(data: DataConfig, file: Path | None) -> None:

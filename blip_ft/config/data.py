@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from blip_ft.config.base import Fraction, Positive, Strict
+from blip_ft.strict import Fraction, Positive, Strict
 
 Quantity = Literal["energy", "length", "forces", "stress", "virial"]
 StressOrder = Literal["ase", "vasp"]

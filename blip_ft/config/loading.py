@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from blip_ft.config.checks import check_recipe
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
+from blip_ft.families.registry import DEFAULT, families_with, options_class, without_foreign_keys
 
 
 def shipped() -> dict[str, Path]:
@@ -34,8 +35,14 @@ def recipe_summary(path: Path) -> tuple[str, str]:
     return f"{model['adapter']}:{model['checkpoint']}", " ".join(line[2:].strip() for line in words)
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, finished: bool = False) -> Recipe:
     """Read a recipe and apply ``key.subkey=value`` overrides (values are YAML).
+
+    Args:
+        name_or_path: a shipped recipe or a YAML file.
+        overrides: applied in turn.
+        finished: it is that of a finished run, perhaps of an earlier version of the program, which wrote the keys of
+            all posterior families: those of others are dropped.
 
     Raises:
         RecipeError: no such recipe, not YAML, unknown key (with the nearest valid name), or a
@@ -57,6 +64,8 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         apply_override(tree, override)
+    if finished and isinstance(tree.get("posterior"), dict):
+        tree["posterior"] = without_foreign_keys(tree["posterior"])
     return parse_recipe(tree, file=path)
 
 
@@ -105,7 +114,7 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
             location = _location(item["loc"], tree)
             key = ".".join(location)
             if item["type"] == "extra_forbidden":
-                text = f"unknown key '{key}': {nearest(location[-1], _siblings(location))}"
+                text = f"unknown key '{key}': {_nearest(location, tree)}"
             else:
                 text = f"'{key}': {item['msg'].lower()} (got {item['input']!r})"
             # the branches of a union each complain; one line per key is enough
@@ -133,9 +142,23 @@ def _location(parts: tuple[int | str, ...], tree: Any) -> list[str]:
     return out or [str(p) for p in parts]
 
 
-def _siblings(location: list[str]) -> list[str]:
+def _nearest(location: list[str], tree: Any) -> str:
+    """The nearest valid name, and who has this one: a key of another posterior family is none of this."""
+    key, name = location[-1], DEFAULT
+    if location[:-1] != ["posterior"]:
+        return nearest(key, _siblings(location, name))
+    name = tree["posterior"].get("family", DEFAULT)
+    found, others = nearest(key, _siblings(location, name)), families_with(key)
+    return (
+        f"it belongs to posterior.family={', '.join(others)}, not to '{name}'; {found}" if others else found
+    )
+
+
+def _siblings(location: list[str], family: str) -> list[str]:
     """Valid keys at the depth of an unknown key."""
     section: type[BaseModel] = Recipe
+    if location[:1] == ["posterior"]:
+        section, location = options_class(family), location[1:]
     for part in location[:-1]:
         field = section.model_fields.get(part)
         if field is None or not isinstance(field.annotation, type):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from blip_ft.config.base import Fraction, Positive, Strict
 from blip_ft.config.data import DataConfig, Source
-from blip_ft.config.posterior import PosteriorConfig
+from blip_ft.config.posterior import PosteriorConfig, PosteriorSection
+from blip_ft.strict import Fraction, Positive, Strict
+from blip_ft.terms import OBJECTIVES, objective_spec
 
 
 class LoraOptions(Strict):
@@ -50,15 +51,24 @@ class ModelConfig(Strict):
     """open pickled files that are not on the list of published releases"""
 
 
+def _known(kind: str) -> str:
+    """``objective.kind`` names registered objectives and terms."""
+    objective_spec(kind)
+    return kind
+
+
 class ObjectiveConfig(Strict):
     """What training minimises."""
 
-    kind: Literal["elbo", "crps", "elbo+crps", "function_kl"] = "elbo"
+    kind: Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": [*OBJECTIVES.names()]})] = (
+        "elbo"
+    )
     """``elbo``: expected NLL and T/N times the KL from the prior; ``crps``: fair CRPS of ``draws``
     samples over the label noise, with the KL of the mean alone: the spread learns the errors of the
     training frames; ``elbo+crps``: their sum; ``function_kl``: expected NLL, and the KL of the
     predictions from the pretrained model's on unlabelled frames in place of the KL of the weights.
-    With CRPS only for ``channel``, ``weight`` and ``adaptive``, whose spread is learned step by step"""
+    With CRPS only for ``channel``, ``weight`` and ``adaptive``, whose spread is learned step by step.
+    Terms of other packages are joined by ``+``"""
     draws: Annotated[int, Field(ge=1)] | None = None
     """independent noise samples per step, each a pass through the model; by default 1 for ``elbo``,
     2 for the others (CRPS needs two or more)"""
@@ -154,7 +164,7 @@ class Recipe(Strict):
     """replace an existing run of this name instead of refusing"""
     data: DataConfig
     model: ModelConfig
-    posterior: PosteriorConfig = PosteriorConfig()
+    posterior: PosteriorSection = Field(default_factory=PosteriorConfig)
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     plain: PlainConfig = PlainConfig()

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from blip_ft.families.base.posterior import Posterior
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.module import FineTuneModule
 from blip_ft.uncertainty.results import SetPrediction
-from blip_ft.variational.posteriors import AdaptivePosterior
 
 
 class SetEpoch(Callback):
@@ -172,19 +172,19 @@ class UpdatePrior(Callback):
         return self.potential.prior.update(deltas, self.potential.posterior.std())
 
 
-class WatchClamp(Callback):
-    """Keep the share of rows of the last epoch whose spread the clamp of ``adaptive`` holds back."""
+class WatchPosterior(Callback):
+    """Keep what the posterior reports of the last epoch; ``None`` for families that report nothing."""
 
-    def __init__(self, posterior: AdaptivePosterior) -> None:
+    def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
-        self.shares: dict[str, float] = {}
+        self.report: dict[str, float] | None = None
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log ``posterior/clamped_message`` and ``posterior/clamped_update``."""
-        self.shares = self.posterior.clamped()
+        """Log it as ``posterior/...``."""
+        self.report = self.posterior.epoch_report()
         if trainer.is_global_zero:
-            for kind, share in self.shares.items():
-                pl_module.log(f"posterior/clamped_{kind}", share, rank_zero_only=True)
+            for name, value in (self.report or {}).items():
+                pl_module.log(f"posterior/{name}", value, rank_zero_only=True)
 
 
 class History(Callback):

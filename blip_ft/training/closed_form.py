@@ -1,7 +1,7 @@
 """Fits the posteriors that have a closed form to a model and its training frames.
 
-Their mathematics is in ``variational.posteriors``; here are the steps of a fit: gradient rows, scales and
-covariance, Gauss-Newton steps of the mean, and for ``subspace`` the Gauss-Newton matrix averaged over draws.
+Their mathematics is in ``blip_ft.families``; here are the steps of a fit: gradient rows, scales and
+covariance, Gauss-Newton steps of the mean, and the Gauss-Newton matrix at draws for families that ask for it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,23 @@ from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import Item, content_key
-from blip_ft.potential import BayesianPotential
-from blip_ft.training.budget import projections_of
-from blip_ft.training.progress import progress
-from blip_ft.training.rows import GradientRows
-from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import LaplacePosterior, PathwisePosterior, SubspacePosterior
-from blip_ft.variational.posteriors.linear import (
+from blip_ft.families.base.linear import (
     ClosedFormData,
     Rows,
     as_good,
     choose_scales,
     gauss_newton_steps,
 )
-from blip_ft.variational.posteriors.subspace import geometric_mean
+from blip_ft.families.base.options import ClosedFormOptions
+from blip_ft.families.base.posterior import ClosedFormPosterior
+from blip_ft.potential import BayesianPotential
+from blip_ft.training.progress import progress
+from blip_ft.training.rows import GradientRows
+from blip_ft.uncertainty.predict import predict_set
 
 #: scales of a Gauss-Newton step that are tried, shares of the prior's. Validation frames, which resemble the training
 #: frames, would take the widest that there is; a phase that is left out wants a fourth of s (docs/decisions.md)
 STEP_SCALES = (1 / 16, 1 / 8, 1 / 4)
-#: rounds of the last covariance of ``subspace`` over draws, one draw per training structure each
-FINAL_ROUNDS = 2
-#: projections per frame, where the recipe wants every component, of fits that only steer the noise in training
-#: or move the mean
-STEERING = 8
 
 
 @dataclass
@@ -55,8 +49,8 @@ class ClosedFormFitter:
         potential: its posterior is set.
         sets: needs ``train`` and ``validation``.
         console: for progress.
-        unlabelled: structures (``data.context``) whose directions ``subspace`` has beside those of
-            perturbed training frames.
+        unlabelled: structures (``data.context``) for families that need context, beside perturbed training
+            frames.
         moved: called after every Gauss-Newton step of the mean.
     """
 
@@ -70,7 +64,7 @@ class ClosedFormFitter:
     def __post_init__(self) -> None:
         options, train = self.recipe.posterior, self.sets["train"]
         context: list[Item] = []
-        if self.with_context:
+        if options.needs_context:
             atoms = [train[i].atoms for i in range(len(train))]
             backbone = self.potential.backbone
             made = make_context(atoms, math.ceil(options.context * len(train)), self.recipe.seed)
@@ -81,9 +75,18 @@ class ClosedFormFitter:
         self.rows = GradientRows(self.recipe.objective, self.potential, train, context, seed=self.recipe.seed)
 
     @property
-    def with_context(self) -> bool:
-        """Whether frames without labels matter: only ``subspace`` chooses among directions."""
-        return isinstance(self.potential.posterior, SubspacePosterior)
+    def options(self) -> ClosedFormOptions:
+        """Of the family."""
+        options = self.recipe.posterior
+        assert isinstance(options, ClosedFormOptions)
+        return options
+
+    @property
+    def posterior(self) -> ClosedFormPosterior:
+        """That is fitted."""
+        posterior = self.potential.posterior
+        assert isinstance(posterior, ClosedFormPosterior)
+        return posterior
 
     @property
     def mean_is_free(self) -> bool:
@@ -100,13 +103,10 @@ class ClosedFormFitter:
         """Gauss-Newton steps of the mean, then scales and covariance where they have led to.
 
         Args:
-            final: with all rows, steps until one is refused, and for ``subspace`` an average over more draws. Else one
-                step, after the covariance.
+            final: with all rows, steps until one is refused, and an average over more draws. Else one step, after
+                the covariance.
         """
-        recipe, posterior = self.recipe, self.potential.posterior
-        # a covariance after plain fine-tuning leaves the mean where it is
-        fixed = isinstance(posterior, LaplacePosterior) or not self.mean_is_free
-        wanted = 0 if fixed else recipe.posterior.mean_steps
+        wanted = self.options.most_mean_steps if self.mean_is_free else 0
         if not final:
             wanted = min(wanted, 1)
         steps: list[float] = []
@@ -139,75 +139,49 @@ class ClosedFormFitter:
         frames = len(self.rows.labelled) + len(self.rows.context)  # made only where they are used
         with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
             return self.rows.rows(
-                self.projections(last=final), number=number, context=self.with_context, progress=advance
+                self.options.projections_of_fit(last=final),
+                number=number,
+                context=self.options.needs_context,
+                progress=advance,
             )
 
     def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
-        return self.potential.posterior.fit(self._data(rows))
+        return self.posterior.fit(self._data(rows))
 
     def _data(self, rows: Rows) -> ClosedFormData:
-        scale = self.recipe.posterior.prior_scale
+        scale = self.options.prior_scale
         return ClosedFormData(
             rows=rows,
             prior_scale=None if scale == "auto" else float(scale),
             temperature=self.recipe.objective.kl_temperature,
         )
 
-    def projections(self, *, last: bool) -> int | None:
-        """R of a fit, ``None`` for every force component; fits that are not the last make do with fewer."""
-        wanted = self.recipe.posterior.projections
-        if isinstance(self.potential.posterior, SubspacePosterior):
-            r = projections_of(self.recipe.posterior)
-            return r if last else max(1, r // 2)
-        if wanted == "all":
-            return None if last else STEERING
-        return wanted if last else min(wanted, STEERING)
-
     def settle(self, report: dict[str, Any], *, final: bool) -> dict[str, Any]:
-        """Width of the draws; for ``subspace`` the covariance from real draws along its directions.
+        """Width of the draws, and the covariance from real draws where the family wants that.
 
         Args:
             report: of the posterior's fit: ``prior_scale`` and ``temperature``; completed and returned.
             final: average over more draws.
         """
-        posterior = self.potential.posterior
-        assert isinstance(posterior, LaplacePosterior | PathwisePosterior | SubspacePosterior)
+        posterior = self.posterior
         s = report["prior_scale"]
         if final:
             # in training the mean keeps the wide prior it started with: an s from the first fit's few
             # projections can be several times too small, and would pull the mean back
             self.potential.prior.prior_scale = s
-        self.potential.amplitude = self.recipe.posterior.amplitude
-        if isinstance(posterior, SubspacePosterior):
-            self._average_over_draws(posterior, s, report["temperature"], final=final)
-            what = (
-                f"{posterior.rank} directions of {report['n_rows']} gradients hold "
-                f"{100 * report['captured']:.0f} % of the spread"
-            )
-        else:
-            what = f"all {posterior.n_weights:,} noisy weights, {report['n_train_rows']} gradients of labels"
+        self.potential.amplitude = self.options.amplitude
+        projections = self.options.projections_of_fit(last=False)
+        posterior.settle(report, lambda basis, draw: self.rows.hessian(basis, projections, draw), final=final)
         report |= {
             "amplitude": self.potential.amplitude,
             "effective_parameters": posterior.effective_parameters(),
         }
         self.potential.fit_reports.append({"final": final} | report)
         self.console.print(
-            f"posterior: {what}; prior scale {s:.3g}, {report['effective_parameters']:.0f} effective "
+            f"posterior: {posterior.describe(report)}; prior scale {s:.3g}, {report['effective_parameters']:.0f} effective "
             f"parameters, draws at {self.potential.amplitude:.2g} of the width"
         )
         return report
-
-    def _average_over_draws(
-        self, posterior: SubspacePosterior, s: float, temperature: float, *, final: bool
-    ) -> None:
-        # draws of the linearised covariance can leave the linear regime: gradients are larger there and the
-        # next covariance too narrow, the one after it too wide again; their geometric mean is neither
-        projections = self.projections(last=False)
-        for draw in range(FINAL_ROUNDS if final else 1):
-            before = posterior.precision()
-            posterior.set_covariance(self.rows.hessian(projections, draw), s, temperature)
-            if draw:
-                posterior.set_precision(geometric_mean(before, posterior.precision()))
 
     # ---- the mean --------------------------------------------------------------------------
     def move_mean(self, rows: Rows, scale: float) -> float:

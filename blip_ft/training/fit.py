@@ -7,7 +7,7 @@ check has passed:
 2. compare labels with the pretrained model (units, signs);
 3. convert, prove that step 0 is the pretrained model, fit the energy references;
 4. plain fine-tuning, for comparison; then the objective from the pretrained weights again
-   (``posthoc_laplace``: the covariance around the plain model);
+   (families that come after it: the covariance around the plain model);
 5. fit the error bars on the calibration frames, judge on the test frames, write the run.
 
 Stages 1 to 3 are :mod:`blip_ft.training.prepare`.
@@ -126,12 +126,12 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
         prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
     drift: dict[str, dict[str, float]] = {}
-    posthoc = recipe.posterior.family == "posthoc_laplace"
+    posthoc = recipe.posterior.after_plain
     compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
     if compared or posthoc:
         logs = folder / "plain" if compared else folder
         history["plain"] = train(
-            recipe, potential, sets, logs, console, plain=True, stream=prepared.stream, memory=prepared.memory
+            recipe, potential, sets, logs, console, plain=True, stream=prepared.stream, frames=prepared.frames
         )
         if compared and is_rank_zero():
             results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
@@ -149,10 +149,9 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
             folder,
             console,
             plain=False,
-            replay=prepared.replay,
+            frames=prepared.frames,
             context=prepared.context,
             stream=prepared.stream,
-            memory=prepared.memory,
         )
     if not is_rank_zero():
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from rich.console import Console
 
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
-from blip_ft.data.dataset import Item
 from blip_ft.data.stream import FrameStream
 from blip_ft.errors import BlipError, RecipeError
-from blip_ft.objectives import ElboScale
+from blip_ft.families.base.options import ClosedFormOptions
+from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential import BayesianPotential
+from blip_ft.terms import objective_spec
 from blip_ft.training.callbacks import (
     AverageMean,
     FitPosterior,
@@ -29,27 +30,17 @@ from blip_ft.training.callbacks import (
     KeepBest,
     SetEpoch,
     UpdatePrior,
-    WatchClamp,
+    WatchPosterior,
 )
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.device import device_of
-from blip_ft.training.memory import make_memory
 from blip_ft.training.module import FineTuneModule
-from blip_ft.training.replay import make_replay
+from blip_ft.training.objective import make_objective
+from blip_ft.training.terms import Start
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import AdaptivePosterior
 
 DEFAULT_EPOCHS = 24
-#: share of the rows from which on a clamp is worth a line
-CLAMP_SHARE = 0.01
-#: kinds of objectives in words
-OBJECTIVES = {
-    "elbo": "the ELBO",
-    "crps": "the CRPS",
-    "elbo+crps": "the ELBO and the CRPS",
-    "function_kl": "the likelihood and the KL of the predictions",
-}
 
 
 def train(
@@ -60,10 +51,9 @@ def train(
     console: Console,
     *,
     plain: bool,
-    replay: Sequence[Atoms] = (),
+    frames: Mapping[str, Sequence[Any]] | None = None,
     context: Sequence[Atoms] = (),
     stream: Callable[[int, int], FrameStream] | None = None,
-    memory: Sequence[Item] = (),
 ) -> list[dict[str, float]]:
     """Train, and leave the potential in the state of its best epoch on the validation frames.
 
@@ -74,10 +64,9 @@ def train(
         folder: for ``metrics.csv`` and the TensorBoard log.
         console: for progress where there is no terminal.
         plain: without noise and KL.
-        replay: structures on which the pretrained model, which the potential must then still be, is to
-            be remembered.
-        context: unlabelled structures for the subspace posterior.
-        memory: labelled frames of ``data.replay``.
+        frames: {term: frames that it has loaded}; a term that labels them by the pretrained model needs the
+            potential to be it still.
+        context: unlabelled structures, for families that want them.
         stream: makes the batches of one rank where the training set is a stream.
 
     Returns:
@@ -89,7 +78,7 @@ def train(
     console.print(
         "plain fine-tuning"
         if plain
-        else f"training by {OBJECTIVES[recipe.objective.kind]} ({recipe.posterior.family} posterior)"
+        else f"training by {objective_spec(recipe.objective.kind).words} ({recipe.posterior.family} posterior)"
     )
     data = FrameDataModule(
         potential.backbone,
@@ -109,41 +98,36 @@ def train(
         average = AverageMean(potential.mean_parameters, decay)
         callbacks.append(average)  # behind `best`, which is to keep the average
     fitter = None
-    if not plain and recipe.posterior.family in ("pathwise", "subspace"):
+    options = recipe.posterior
+    if not plain and isinstance(options, ClosedFormOptions):
         fitter = ClosedFormFitter(recipe, potential, sets, console, context)
-        start = int(recipe.posterior.start * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
+        start = int(options.first_fit * recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
         fit: Callable[[], object] = fitter.fit
         if average is not None:
             fit = partial(average.around, fitter.fit)
         callbacks.append(FitPosterior(fit, start))
-    prior = UpdatePrior(potential) if not plain and recipe.posterior.empirical_bayes else None
-    clamp = None
-    if not plain and isinstance(potential.posterior, AdaptivePosterior):
-        clamp = WatchClamp(potential.posterior)
-    callbacks += [c for c in (prior, clamp) if c is not None]
+    prior = UpdatePrior(potential) if not plain and options.scale_of_each_path else None
+    watch = WatchPosterior(potential.posterior) if not plain else None
+    callbacks += [c for c in (prior, watch) if c is not None]
     trainer = make_trainer(recipe, folder, callbacks, terminal=terminal)
     objective = recipe.objective
     steps = data.steps(trainer.world_size)
     scale = ElboScale(sets["train"].total_weight, steps, objective.kl_temperature, objective.kl_warmup)
-    module = FineTuneModule(potential, recipe, scale, plain=plain)
+    first = Start(
+        recipe,
+        potential,
+        Likelihood(objective),
+        scale,
+        sets["train"],
+        world=trainer.world_size,
+        rank=trainer.global_rank,
+    )
+    module = FineTuneModule(make_objective(first, plain=plain, frames=frames))
     if not any(p.requires_grad for p in module.parameters()):
         console.print("the mean is frozen and the posterior has a closed form: no epochs needed")
         if fitter is not None:
             fitter.fit(final=True)
         return []
-    module.objective.memory = make_memory(
-        recipe, potential, list(memory), world=trainer.world_size, rank=trainer.global_rank
-    )
-    if not plain and objective.kind == "function_kl":
-        module.objective.replay = make_replay(
-            potential,
-            replay,
-            sets["train"],
-            module.likelihood,
-            seed=recipe.seed,
-            world=trainer.world_size,
-            rank=trainer.global_rank,
-        )
     try:
         with warnings.catch_warnings():
             # few steps per epoch, few workers: right for data sets of this size
@@ -164,15 +148,11 @@ def train(
     if prior is not None:
         scales = [s for paths in prior.update().values() for s in paths]
         console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")
-    if clamp is not None:
-        potential.fit_reports.append({"clamped": clamp.shares})
-    for kind, share in (clamp.shares if clamp is not None else {}).items():
-        if share > CLAMP_SHARE:
-            console.print(
-                f"the std of {kind} blocks meets its clamp on {100 * share:.0f} % of the rows: "
-                "see posterior.min_std and posterior.max_std",
-                style="yellow",
-            )
+    if watch is not None and watch.report is not None:
+        entry, sentences = potential.posterior.describe_epoch(watch.report)
+        potential.fit_reports.append(entry)
+        for sentence in sentences:
+            console.print(sentence, style="yellow")
     if fitter is not None:
         potential.to(device_of(recipe))  # Lightning has moved it to the CPU
         fitter.moved = lambda: history.after(

@@ -1,6 +1,6 @@
 """Replay against forgetting: frames of a second source in every step, and how far a model has drifted.
 
-The loss of a step is that of the objective plus
+The frames are the term ``rehearsal`` of the loss, which stands beside every objective. It adds
 
     weight ratio mean over replayed frames of NLL,
 
@@ -13,8 +13,9 @@ that one model can fit all.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from blip_ft.config import Recipe
 from blip_ft.data.dataset import Item, collate, make_item, to_atoms
 from blip_ft.data.references import fit_references
 from blip_ft.data.splits import load_role
+from blip_ft.objectives import Likelihood
 from blip_ft.potential import BayesianPotential
 from blip_ft.side_by_side import width
+from blip_ft.training.terms import Part, Sources, Start, Step, Term, expected_nll
 from blip_ft.uncertainty.predict import predict_atoms
 
 
@@ -77,6 +80,39 @@ class Memory:
     def scale(self) -> float:
         """Factor of the sum of a rank's NLL: ranks are averaged, hence times their number."""
         return self.weight * self.ratio * self.world / self.per_step
+
+
+@dataclass
+class Rehearsal(Term):
+    """``rehearsal``: NLL of replayed frames.
+
+    Args:
+        memory: these frames.
+        likelihood: of their labels.
+    """
+
+    memory: Memory
+    likelihood: Likelihood
+
+    @classmethod
+    def load(cls, sources: Sources) -> list[Item]:
+        """See :func:`load_memory`."""
+        return load_memory(sources.recipe, sources.potential)
+
+    @classmethod
+    def build(cls, start: Start, frames: Sequence[Any]) -> Self | None:
+        """See :func:`make_memory`."""
+        memory = make_memory(start.recipe, start.potential, list(frames), world=start.world, rank=start.rank)
+        return None if memory is None else cls(memory, start.likelihood)
+
+    def __call__(self, step: Step) -> Part:
+        """Beside the objective, not scaled by N."""
+        share = self.memory.batch(step.epoch, step.index)
+        if share is None:
+            return Part("replay", alone=step.zero)
+        share = share.to(step.batch.n_atoms.device)
+        nll = expected_nll(self.likelihood, step.predict(share), share)
+        return Part("replay", alone=nll.sum() * self.memory.scale)
 
 
 @dataclass

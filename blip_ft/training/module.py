@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbone import Batch
-from blip_ft.config import CLOSED, Recipe
 from blip_ft.conservative import weights_only
-from blip_ft.objectives import ElboScale, Likelihood, gaussian_crps
-from blip_ft.potential import BayesianPotential
+from blip_ft.objectives import gaussian_crps
 from blip_ft.training.objective import Objective
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.variational.prior import PretrainedPrior
@@ -24,29 +22,23 @@ VALIDATION_DRAWS = 4
 
 
 class FineTuneModule(lightning.LightningModule):
-    """Fine-tunes a :class:`BayesianPotential` by the ELBO, or its mean alone.
+    """Fine-tunes a :class:`BayesianPotential` by an objective, or its mean alone.
 
     Args:
-        potential: the model; its posterior and mean are changed.
-        recipe: options.
-        scale: constants of the loss.
-        plain: plain fine-tuning: no noise, no KL; the same likelihood, optimiser and steps.
+        objective: what is minimised, with the model, whose posterior and mean are changed. Plain fine-tuning
+            has no noise and no KL; the same likelihood, optimiser and steps.
 
-    Logged per step: ``train/loss``, ``train/nll``, ``train/kl``; per epoch: ``val/crps`` (force
+    Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names; per epoch: ``val/crps`` (force
     CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
     the energy MAE in meV/atom), ``val/force_mae``
     (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
     """
 
-    def __init__(
-        self, potential: BayesianPotential, recipe: Recipe, scale: ElboScale, *, plain: bool = False
-    ) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.potential = potential
-        self.recipe, self.scale, self.plain = recipe, scale, plain
-        self.likelihood = Likelihood(recipe.objective)
-        # set by `train`, which knows the ranks and the frames to replay
-        self.objective = Objective(potential, self.likelihood, scale, recipe, plain=plain)
+        self.objective = objective
+        self.potential, self.likelihood = objective.potential, objective.likelihood
+        self.recipe, self.plain = objective.recipe, objective.plain
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
 
     # ---- training ------------------------------------------------------------------------
@@ -77,10 +69,8 @@ class FineTuneModule(lightning.LightningModule):
                 "posterior.init_std, and look at the data report for outliers"
             )
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
-        self._log("train/nll", step.data, batch=batch)
-        self._log("train/kl", step.kl, batch=batch)
-        if self.objective.memory is not None:
-            self._log("train/replay", 0.0 if step.replay is None else step.replay, batch=batch)
+        for name, value in step.parts.items():
+            self._log(f"train/{name}", value, batch=batch)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -96,7 +86,7 @@ class FineTuneModule(lightning.LightningModule):
         """Collect errors and spreads; autograd forces need gradients also here."""
         del batch_idx
         # a closed form is fitted anew at the end: the epochs before and after its first fit are compared by their means
-        closed = self.potential.posterior_config.family in CLOSED
+        closed = self.potential.posterior_config.closed_form
         draws = 0 if self.plain or closed else VALIDATION_DRAWS
         moments = predict_batch(self.potential, batch, n_draws=draws, stress=False)
         assert moments.mean.forces is not None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -19,7 +20,7 @@ from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
 from blip_ft.data.context import load_context
-from blip_ft.data.dataset import GraphCache, Item
+from blip_ft.data.dataset import GraphCache
 from blip_ft.data.examine import DataReport, examine, without_bad_labels
 from blip_ft.data.findings import Finding
 from blip_ft.data.leaks import group_leaks
@@ -29,12 +30,13 @@ from blip_ft.data.sources import mappings
 from blip_ft.data.stream import FrameStream, make_stream
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential import BayesianPotential
+from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.budget import fit_to_budget
-from blip_ft.training.memory import Probe, load_memory, load_probe
+from blip_ft.training.memory import Probe, load_probe
 from blip_ft.training.reference_shift import set_references, warn_outside
-from blip_ft.training.replay import replayed
 from blip_ft.training.scratch import initial
+from blip_ft.training.terms import Sources, load_frames
 
 #: frames compared with the vendor's calculator in the step-0 gate, at least one of every set
 GATE_FRAMES = 12
@@ -53,10 +55,10 @@ class Prepared:
     step_zero: gates.StepZero
     references: References | None
     references_check: dict[str, float] = field(default_factory=dict)
-    replay: list[Atoms] = field(default_factory=list)
     context: list[Atoms] = field(default_factory=list)
     stream: Callable[[int, int], FrameStream] | None = None
-    memory: list[Item] = field(default_factory=list)
+    #: {term of the objective: frames that it needs beside the batches}
+    frames: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     probe: Probe | None = None
     report: DataReport | None = None
     #: what the byte budget took away, in words
@@ -109,7 +111,6 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             splits, sets = checked, _without(sets, report.bad)
     sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
-    replay = replayed(recipe, splits.train, backbone, context)
     reduced: list[str] = []
     n_context = len(context) + math.ceil(recipe.posterior.context * len(splits.train))
     n_atoms = [len(z) for z in splits.train["numbers"]]
@@ -173,10 +174,12 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         step_zero,
         references,
         check,
-        replay,
         context,
         make_stream(recipe, splits, backbone),
-        load_memory(recipe, potential),
+        load_frames(
+            [PLAIN, objective_spec(recipe.objective.kind)],
+            Sources(recipe, splits.train, potential, context),
+        ),
         load_probe(recipe, potential),
         report,
         reduced,

@@ -1,10 +1,11 @@
-"""Structures on which the pretrained model is to be remembered (``objective.kind: function_kl``)."""
+"""Structures on which the pretrained model is to be remembered: the term ``function_kl`` of the loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -16,10 +17,11 @@ from blip_ft.config import Recipe
 from blip_ft.data.context import make_context
 from blip_ft.data.dataset import FrameDataset, Item, collate, content_key, to_atoms
 from blip_ft.data.splits import load_role
-from blip_ft.objectives import Likelihood
+from blip_ft.objectives import ElboScale, Likelihood, function_kl
 from blip_ft.objectives.likelihood import compared
 from blip_ft.potential import BayesianPotential
 from blip_ft.side_by_side import width
+from blip_ft.training.terms import Part, Sources, Start, Step, Term
 
 #: structures per call when the pretrained model is asked
 BATCH = 8
@@ -53,10 +55,55 @@ class Replay:
         return collate(backbone, chosen, parts=width(backbone.device)) if chosen else None
 
 
+@dataclass
+class FunctionKl(Term):
+    """``function_kl``: KL of the predictions from the pretrained model's.
+
+    Args:
+        replay: structures.
+        likelihood: of the labels, for their noise.
+        scale: constants of the mini-batch loss.
+    """
+
+    replay: Replay
+    likelihood: Likelihood
+    scale: ElboScale
+
+    @classmethod
+    def load(cls, sources: Sources) -> list[Atoms]:
+        """See :func:`replayed`."""
+        return replayed(sources.recipe, sources.train, sources.potential.backbone, sources.context)
+
+    @classmethod
+    def build(cls, start: Start, frames: Sequence[Any]) -> Self:
+        """Ask the pretrained model about the structures."""
+        assert start.train is not None
+        replay = make_replay(
+            start.potential,
+            frames,
+            start.train,
+            start.likelihood,
+            seed=start.recipe.seed,
+            world=start.world,
+            rank=start.rank,
+        )
+        return cls(replay, start.likelihood, start.scale)
+
+    def __call__(self, step: Step) -> Part:
+        """Over an epoch every structure comes once, so a step stands for 1/steps of the sum."""
+        steps = self.scale.steps_per_epoch
+        share = self.replay.batch(step.epoch, step.index, steps)
+        if share is None:
+            return Part("kl", whole=step.zero)
+        share = share.to(step.batch.n_atoms.device)
+        each = function_kl(step.predict(share), share, self.likelihood.std, self.replay.error)
+        return Part("kl", whole=each.sum() * step.world * steps)
+
+
 def replayed(
     recipe: Recipe, train: datasets.Dataset, backbone: Backbone, context: Sequence[Atoms] = ()
 ) -> list[Atoms]:
-    """The structures that a recipe wants replayed; none for other objectives.
+    """The structures that a recipe wants replayed.
 
     Args:
         recipe: ``objective.replay`` names them. By default they are ``context`` and perturbed copies of
@@ -69,8 +116,6 @@ def replayed(
         DataError: they cannot be read, or hold an element that the model does not know.
     """
     options = recipe.objective
-    if options.kind != "function_kl":
-        return []
     if options.replay is None:
         atoms = [to_atoms(row, labels=False) for row in train]
         made = make_context(atoms, math.ceil(recipe.posterior.context * len(atoms)), recipe.seed)

@@ -18,12 +18,11 @@ from blip_ft.backbone import Batch
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data import FrameDataset
 from blip_ft.data.dataset import Item, collate
+from blip_ft.families.base.linear import Rows
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
-from blip_ft.variational.posteriors.linear import Rows
-from blip_ft.variational.posteriors.subspace import SubspacePosterior
 
 #: structures whose graphs are held at the same time
 BATCH = 6
@@ -137,21 +136,24 @@ class GradientRows:
             scored += [k > 0] * n
         return _Outputs(np.concatenate(targets), np.concatenate(errors), np.array(scored), groups)
 
-    def hessian(self, projections: int | None, draw: int) -> np.ndarray:
-        """H = sum over training rows of g g^T in the latent space, each structure at a draw of its own.
+    def hessian(self, basis: Tensor, projections: int | None, draw: int) -> np.ndarray:
+        """H = sum over training rows of g g^T along a basis of the weights, each structure at a draw of its own.
 
         Draws are as wide as those of training and prediction (``BayesianPotential.amplitude``).
 
         Args:
+            basis: (r, P) directions of the noisy weights, in units of rms(w0).
             projections: R per frame; ``None`` for every force component.
             draw: number of the draw.
+
+        Returns:
+            (r, r).
         """
         posterior, dtype = self.potential.posterior, self.potential.backbone.dtype
-        assert isinstance(posterior, SubspacePosterior)
-        directions_of_weights = posterior.directions.T
+        directions_of_weights = basis.T
 
         def work(part: range) -> np.ndarray:
-            total: np.ndarray = np.zeros((posterior.rank, posterior.rank))
+            total: np.ndarray = np.zeros((len(basis), len(basis)))
             batch = self._batch([self.labelled[i] for i in part])
             keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
             latent = self.potential.amplitude * posterior.latent(keys, dtype)

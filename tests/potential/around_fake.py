@@ -7,6 +7,7 @@ from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 
 MODES = ["off", "local", "structure", "draw"]
@@ -28,7 +29,11 @@ def make(
     potential = BayesianPotential(
         backbone or FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny", **model),
-        PosteriorConfig(family=family, mode=mode, prior_scale=prior_scale, init_std=init_std, rank=12),
+        PosteriorConfig(
+            **without_foreign_keys(
+                {"family": family, "mode": mode, "prior_scale": prior_scale, "init_std": init_std, "rank": 12}
+            )
+        ),
         seed=seed,
         n_draws=n_draws,
     )

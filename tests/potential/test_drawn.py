@@ -14,9 +14,10 @@ from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential, drawing
 from blip_ft.variational.drawn import DrawnWeights
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 FAMILIES = ("pathwise", "subspace", "posthoc_laplace")
 
@@ -33,7 +34,7 @@ def make(family: str = "pathwise") -> BayesianPotential:
     potential = BayesianPotential(
         FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family=family, rank=6, prior_scale=0.3),
+        PosteriorConfig(**without_foreign_keys({"family": family, "rank": 6, "prior_scale": 0.3})),
         n_draws=4,
     )
     fit(potential)

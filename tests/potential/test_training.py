@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from blip_ft.config import PosteriorConfig
 from blip_ft.errors import ConversionError
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.subspace.options import SubspaceOptions
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.shrinkage import shrunk
 
@@ -96,9 +99,12 @@ class TestRefusals:
         backbone.model.vectors = e3nn.o3.Linear("2x0e+1x1o", "1x0e+1x1o").double()
         make(mode="local", noise="readout", backbone=backbone)
 
-    def test_row_noise_needs_independent_weights(self):
+    def test_row_noise_needs_independent_weights(self, monkeypatch):
+        with pytest.raises(ValidationError, match="mode"):
+            PosteriorConfig(family="subspace", mode="local")
+        monkeypatch.setattr(SubspaceOptions, "noise_mode", "local")  # as a family may that forgets to say so
         with pytest.raises(ConversionError, match="independent weights"):
-            make(family="subspace", mode="local")
+            make(family="subspace")
 
 
 class TestMoments:

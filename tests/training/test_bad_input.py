@@ -13,8 +13,6 @@ from ase import Atoms
 from ase.io import write
 
 from blip_ft.cli import main
-from blip_ft.config.posterior import PAIRED
-from blip_ft.variational.posteriors import FAMILIES
 
 from .labelled import frames
 
@@ -122,11 +120,6 @@ def test_half_a_pair_of_draws(key: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2
     assert f"uncertainty.{key}" in message
     assert "4 or 6" in message
-
-
-def test_families_whose_draws_come_in_pairs_are_those_of_the_check() -> None:
-    """The recipe's check must not load torch, so it has names of its own."""
-    assert set(PAIRED) == {name for name, family in FAMILIES.items() if family.paired}
 
 
 def test_no_disk_space(

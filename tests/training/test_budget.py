@@ -20,7 +20,8 @@ from blip_ft.cli import main
 from blip_ft.config import Recipe, load_recipe, parse_recipe
 from blip_ft.errors import RecipeError
 from blip_ft.fake import FakeBackbone
-from blip_ft.training.budget import MIN_PROJECTIONS, MIN_RANK, fit_to_budget, megabytes, row_bytes
+from blip_ft.families.base.budget import MIN_PROJECTIONS, MIN_RANK, megabytes, row_bytes
+from blip_ft.training.budget import fit_to_budget
 from blip_ft.variational.convert import plan
 
 from .labelled import frames
@@ -222,8 +223,8 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
     from blip_ft.config import ModelConfig, PosteriorConfig
+    from blip_ft.families.base.linear import ClosedFormData, Rows
     from blip_ft.potential import BayesianPotential
-    from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
     def of(storage: str) -> torch.Tensor:
         potential = BayesianPotential(

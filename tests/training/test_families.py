@@ -15,6 +15,7 @@ import yaml
 import blip_ft
 from blip_ft.cli import main
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .labelled import frames
@@ -63,7 +64,9 @@ def test_fit(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "output": "runs",
         "data": {"train": "train.extxyz", "batch_size": 4},
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"} | options.get("model", {}),
-        "posterior": {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"],
+        "posterior": without_foreign_keys(
+            {"prior_scale": 0.2, "rank": 4, "projections": 1} | options["posterior"]
+        ),
         "objective": {"temperature": 1e-4} | options.get("objective", {}),
         "uncertainty": {"n_draws": 2, "linearity_draws": 2},
         "plain": {"enabled": False},
@@ -210,16 +213,16 @@ class TestReplayedFrames:
         """The frames of the loss are the user's, labelled by the pretrained model."""
         from ase.io import write
 
-        from blip_ft.training import loop
+        from blip_ft.training import replay
 
         seen: list[Any] = []
-        make_replay = loop.make_replay
+        make_replay = replay.make_replay
 
         def remember(potential: Any, structures: Any, *args: Any, **kwargs: Any) -> Any:
             seen.extend(structures)
             return make_replay(potential, structures, *args, **kwargs)
 
-        monkeypatch.setattr(loop, "make_replay", remember)
+        monkeypatch.setattr(replay, "make_replay", remember)
         monkeypatch.chdir(tmp_path)
         write("train.extxyz", frames(12))
         write("mine.extxyz", frames(3, seed=5))

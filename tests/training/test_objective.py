@@ -15,12 +15,15 @@ from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, Recipe, parse_recipe
 from blip_ft.data.dataset import Item, collate
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.pathwise.posterior import PathwisePosterior
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import ElboScale, Likelihood, fair_crps
 from blip_ft.potential import BayesianPotential
-from blip_ft.training.objective import Objective
+from blip_ft.training import replay as training_replay
+from blip_ft.training.objective import Objective, make_objective
 from blip_ft.training.replay import Replay
-from blip_ft.variational.posteriors import PathwisePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
+from blip_ft.training.terms import Start
 
 DOUBLE = torch.float64
 N = 7
@@ -79,6 +82,15 @@ class Problem:
         items = [Item(i.atoms, i.graph, i.labels, 10 * i.key) for i in self.items[:5]]
         return Replay(self.potential, items, {"energy": 0.2, "forces": 0.5}, 0, world, rank)
 
+    def objective(self, scale: ElboScale, *, replay: Replay | None = None, **options: Any) -> Objective:
+        """That of the recipe, which remembers the structures of :meth:`replay`."""
+        plain = options.pop("plain", False)
+        found = replay or self.replay(**options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_replay, "make_replay", lambda *args, **kwargs: found)
+            start = Start(self.recipe, self.potential, self.likelihood, scale, train=[], **options)
+            return make_objective(start, plain=plain)
+
     def epoch(self, plan: list[list[list[int]]], epoch: int = 2) -> tuple[float, list[Tensor]]:
         """Loss and gradient averaged over the steps of an epoch and the ranks of a step."""
         world = len(plan[0])
@@ -86,9 +98,7 @@ class Problem:
         total: Any = 0.0
         for number, step in enumerate(plan):
             for rank, index in enumerate(step):
-                objective = Objective(
-                    self.potential, self.likelihood, scale, self.recipe, replay=self.replay(world, rank)
-                )
+                objective = self.objective(scale, world=world, rank=rank)
                 if not index:
                     continue
                 share = objective(
@@ -137,9 +147,7 @@ class TestFormulas:
     def step(self, options: Recipe, *, plain: bool = False) -> tuple[Problem, Any]:
         problem = Problem(options)
         scale = ElboScale(N, 1, options.objective.temperature)
-        objective = Objective(
-            problem.potential, problem.likelihood, scale, options, plain=plain, replay=problem.replay()
-        )
+        objective = problem.objective(scale, plain=plain)
         return problem, objective(problem.batch(list(range(N))), epoch=0, batch_index=0, step=0, world=1)
 
     def nll(self, problem: Problem, **options: Any) -> Tensor:
@@ -204,9 +212,7 @@ class TestFormulas:
             for item in replay.items:
                 out = problem.potential(collate(problem.potential.backbone, [item]))
                 item.labels = item.labels | {"energy": out.energy[0], "forces": out.forces}
-        objective = Objective(
-            problem.potential, problem.likelihood, ElboScale(N, 1, 0.01), options, replay=replay
-        )
+        objective = problem.objective(ElboScale(N, 1, 0.01), replay=replay)
         step = objective(problem.batch([0]), epoch=0, batch_index=0, step=0, world=1)
         assert abs(step.kl.item()) < 1e-9
 
@@ -269,11 +275,13 @@ def test_crps_training_ends_at_the_true_mean_and_spread(family: str) -> None:
         keys=list(range(n)),
         labels={"energy": y},
     )
-    posterior = PosteriorConfig(family=family, prior_scale=5.0, init_std=0.1, max_std=3.0)
+    posterior = PosteriorConfig(
+        **without_foreign_keys({"family": family, "prior_scale": 5.0, "init_std": 0.1, "max_std": 3.0})
+    )
     options = recipe(objective={"kind": "crps", "temperature": 1e-9}, posterior=posterior.model_dump())
     potential = BayesianPotential(OneNumber(), ModelConfig(adapter="-", checkpoint="-"), posterior)
     likelihood = Likelihood(ObjectiveConfig(energy_std=0.1))
-    objective = Objective(potential, likelihood, ElboScale(n, 1, 1e-9), options)
+    objective = make_objective(Start(options, potential, likelihood, ElboScale(n, 1, 1e-9)))
     parameters = [*potential.mean_parameters, *potential.posterior.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.03)
     spreads, means = [], []

@@ -13,12 +13,13 @@ from ase.io import write
 from rich.console import Console
 
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.training import closed_form
+from blip_ft.families.pathwise.posterior import PathwisePosterior
+from blip_ft.families.subspace import posterior as law
+from blip_ft.families.subspace.posterior import SubspacePosterior
 from blip_ft.training.closed_form import ClosedFormFitter, Misfit
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set
-from blip_ft.variational.posteriors import PathwisePosterior, SubspacePosterior
 
 from .labelled import frames
 
@@ -89,13 +90,13 @@ def test_the_covariance_is_stationary_for_draws_of_its_amplitude(
     recipe, ready = prepared
     options = recipe.posterior
     options.amplitude, options.prior_scale, options.mean_steps = amplitude, 0.5, 0
-    monkeypatch.setattr(closed_form, "FINAL_ROUNDS", 5)
+    monkeypatch.setattr(law, "FINAL_ROUNDS", 5)
     fitter = fitter_of(recipe, ready)
     one = fitter.rows.hessian
 
-    def average(projections: int | None, draw: int) -> np.ndarray:
+    def average(basis: torch.Tensor, projections: int | None, draw: int) -> np.ndarray:
         """Over twelve draws per structure: one is a noisy average, wide draws have outliers."""
-        return np.mean([one(projections, 12 * draw + i) for i in range(12)], axis=0)
+        return np.mean([one(basis, projections, 12 * draw + i) for i in range(12)], axis=0)
 
     monkeypatch.setattr(fitter.rows, "hessian", average)
     report = fitter.fit(final=True)
@@ -106,7 +107,8 @@ def test_the_covariance_is_stationary_for_draws_of_its_amplitude(
     def off(width: float) -> float:
         """Largest factor, its logarithm, between S^-1 and what draws of a width ask for."""
         ready.potential.amplitude = width
-        hessian = np.mean([average(fitter.projections(last=False), 100 + i) for i in range(3)], axis=0)
+        projections = fitter.options.projections_of_fit(last=False)
+        hessian = np.mean([average(posterior.directions, projections, 100 + i) for i in range(3)], axis=0)
         stationary = np.eye(posterior.rank) / report["prior_scale"] ** 2 + hessian
         return float(np.abs(np.log(scipy.linalg.eigvalsh(posterior.precision(), stationary))).max())
 

@@ -9,17 +9,20 @@ from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import draws
 from blip_ft.uncertainty.draws import evaluate_draws
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 
 def make(family: str) -> BayesianPotential:
     potential = BayesianPotential(
         FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family=family, rank=6, prior_scale=0.3, init_std=0.05),
+        PosteriorConfig(
+            **without_foreign_keys({"family": family, "rank": 6, "prior_scale": 0.3, "init_std": 0.05})
+        ),
         n_draws=4,
     )
     if family == "pathwise":

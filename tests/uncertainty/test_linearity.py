@@ -10,6 +10,7 @@ import torch
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data import FrameDataset, load_source
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import linearity
 from blip_ft.uncertainty.draws import sampling_error
@@ -86,7 +87,9 @@ def test_other_families(family, rows):
     potential = BayesianPotential(
         FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family=family, prior_scale=0.3, init_std=2e-4, min_std=1e-5),
+        PosteriorConfig(
+            **without_foreign_keys({"family": family, "prior_scale": 0.3, "init_std": 2e-4, "min_std": 1e-5})
+        ),
     )
     result = study(potential, sets_of(potential, rows), n_frames=2, n_draws=4)
     assert list(result["sets"]) == ["test", "stishovite"], "the first sets where there are more than frames"

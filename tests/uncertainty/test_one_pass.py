@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import moments_of_draws
@@ -26,7 +27,9 @@ def make(family="subspace", std=1e-4):
     potential = BayesianPotential(
         FakeBackbone(),
         ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family=family, prior_scale=0.3, init_std=std, rank=RANK),
+        PosteriorConfig(
+            **without_foreign_keys({"family": family, "prior_scale": 0.3, "init_std": std, "rank": RANK})
+        ),
         n_draws=4,
     )
     generator = torch.Generator().manual_seed(2)

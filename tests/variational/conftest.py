@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.backbone import Backbone
+from blip_ft.families.base.posterior import Posterior
+from blip_ft.families.registry import posterior_class
 from blip_ft.variational.layers import VariationalLayer, layer_type
 from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
-from blip_ft.variational.posteriors import FAMILIES, Posterior
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -124,7 +125,7 @@ def bench() -> Callable[..., Bench]:
         if delta:
             shift = 0.1 * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
         prior = PretrainedPrior({"layer": site}, {"layer": weight.detach()}, prior_scale)
-        posterior = FAMILIES[family]([site], prior, spread)
+        posterior = posterior_class(family)([site], prior, spread)
         with torch.no_grad():
             for p in posterior.parameters():  # a different std for every weight
                 p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from blip_ft.families.adaptive.posterior import AdaptivePosterior, Recorder
 from blip_ft.variational import PretrainedPrior
 from blip_ft.variational.layers import VariationalIrrepsLinear, VariationalLinear
 from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
-from blip_ft.variational.posteriors.adaptive import AdaptivePosterior, Recorder
 from blip_ft.variational.sites import Site
 
 DOUBLE = torch.float64

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.posthoc_laplace.posterior import LaplacePosterior
 from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.laplace import LaplacePosterior
-from blip_ft.variational.posteriors.linear import ClosedFormData, Rows
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7
@@ -127,9 +127,9 @@ def test_kl_against_torch(m: int) -> None:
 
 def test_scale_by_the_left_out_rule() -> None:
     """The rule of the subspace posterior, with the same rows."""
-    from blip_ft.variational.posteriors.gram import gram_matrix
-    from blip_ft.variational.posteriors.linear import PRIOR_SCALES, widest_as_good
-    from blip_ft.variational.posteriors.spectrum import left_out_nll
+    from blip_ft.families.base.gram import gram_matrix
+    from blip_ft.families.base.linear import PRIOR_SCALES, widest_as_good
+    from blip_ft.families.base.spectrum import left_out_nll
 
     rows, _ = problem(30, context=4)
     posterior = make()

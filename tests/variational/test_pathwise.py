@@ -16,20 +16,20 @@ from blip_ft.backbone import Batch
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
 from blip_ft.fake import FakeBackbone
+from blip_ft.families.base.linear import (
+    PRIOR_SCALES,
+    ClosedFormData,
+    Rows,
+    widest_as_good,
+)
+from blip_ft.families.base.spectrum import left_out_nll
+from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.draws import evaluate_draws, moments_of_draws
 from blip_ft.uncertainty.jacobian import all_components, output_gradients
 from blip_ft.uncertainty.one_pass import predict_one_pass
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.linear import (
-    PRIOR_SCALES,
-    ClosedFormData,
-    Rows,
-    widest_as_good,
-)
-from blip_ft.variational.posteriors.pathwise import PathwisePosterior
-from blip_ft.variational.posteriors.spectrum import left_out_nll
 
 DOUBLE = torch.float64
 P, RMS = 24, 1.7

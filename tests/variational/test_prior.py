@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from blip_ft.variational.posteriors import FAMILIES
+from blip_ft.families.registry import posterior_class
 from blip_ft.variational.prior import EMPIRICAL_BAYES_WEIGHTS, DropoutPrior, PretrainedPrior
 from blip_ft.variational.sites import Block, Site
 
@@ -98,7 +98,7 @@ class TestKlOfTheMean:
     def test_both_parts_together_are_the_full_kl(self, family):
         sites, weights = two_sites()
         prior = PretrainedPrior(sites, weights, 0.3)
-        posterior = FAMILIES[family](list(sites.values()), prior, 0.05)
+        posterior = posterior_class(family)(list(sites.values()), prior, 0.05)
         with torch.no_grad():
             for i, p in enumerate(posterior.parameters()):
                 p.add_(torch.linspace(-1, 1 + i, p.numel(), dtype=DOUBLE).reshape(p.shape))
@@ -156,7 +156,7 @@ class TestDropout:
             n: SimpleNamespace(pretrained=w, delta=nn.Parameter(0.3 * w.flip(0))) for n, w in weights.items()
         }
         prior = DropoutPrior(sites, layers, prior_scale, list(sites))
-        return prior, layers, FAMILIES[family](list(sites.values()), prior, init_std)
+        return prior, layers, posterior_class(family)(list(sites.values()), prior, init_std)
 
     @given(
         prior_scale=st.floats(0.05, 2.0),
@@ -208,7 +208,7 @@ class TestEmpiricalBayes:
     def setup(self, seed=0):
         sites, weights = two_sites()
         prior = PretrainedPrior(sites, weights, 0.3, empirical_bayes=True)
-        posterior = FAMILIES["weight"](list(sites.values()), prior, 0.1)
+        posterior = posterior_class("weight")(list(sites.values()), prior, 0.1)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in posterior.parameters():

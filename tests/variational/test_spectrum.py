@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import cho_solve, cholesky
 
-from blip_ft.variational.posteriors import gram
-from blip_ft.variational.posteriors.gram import as_many_threads_as_torch, combine, gram_matrix
-from blip_ft.variational.posteriors.linear import PRIOR_SCALES, Rows, gauss_newton_steps
-from blip_ft.variational.posteriors.spectrum import left_out_nll, left_out_scores
+from blip_ft.families.base import gram
+from blip_ft.families.base.gram import as_many_threads_as_torch, combine, gram_matrix
+from blip_ft.families.base.linear import PRIOR_SCALES, Rows, gauss_newton_steps
+from blip_ft.families.base.spectrum import left_out_nll, left_out_scores
 
 #: outputs and weights: more weights, about as many, far fewer
 SHAPES = [(12, 40), (30, 24), (60, 7), (40, 40)]

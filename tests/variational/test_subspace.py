@@ -10,16 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.variational import Block, PretrainedPrior, Site
-from blip_ft.variational.posteriors.gram import gram_matrix
-from blip_ft.variational.posteriors.linear import (
+from blip_ft.families.base.gram import gram_matrix
+from blip_ft.families.base.linear import (
     ClosedFormData,
     Rows,
     gauss_newton_steps,
     widest_as_good,
 )
-from blip_ft.variational.posteriors.spectrum import left_out_nll
-from blip_ft.variational.posteriors.subspace import SubspacePosterior, geometric_mean
+from blip_ft.families.base.spectrum import left_out_nll
+from blip_ft.families.subspace.posterior import SubspacePosterior, geometric_mean
+from blip_ft.variational import Block, PretrainedPrior, Site
 
 P, RMS = 24, 1.7  # weights and their common pretrained size
 

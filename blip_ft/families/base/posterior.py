@@ -9,15 +9,29 @@ the mean over draws whose latent numbers sum to zero is free of first-order samp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blip_ft.variational.noise import normal
+from blip_ft.families.base.linear import ClosedFormData
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.variational.base import VariationalLayer
+from blip_ft.variational.noise import Rows, normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
+
+
+class RowRecorder(Protocol):
+    """Amplitudes of the rows of one evaluation in training, and what they add to the loss."""
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        """(rows, 1) factors of the perturbation in every row of a layer's input."""
+
+    def kl(self) -> Tensor:
+        """(B,) KL of every structure's own weights, nats."""
 
 
 class Posterior(nn.Module, ABC):
@@ -29,15 +43,8 @@ class Posterior(nn.Module, ABC):
         init_std: starting std in units of each matrix's rms.
     """
 
-    #: name in a recipe
-    family: ClassVar[str]
-    #: whether weights are independent, as ``local`` noise needs
-    factorised: ClassVar[bool]
-    #: whether a draw is a set of weights, which a vendor's file can hold
-    draws_are_weights: ClassVar[bool] = True
-    #: whether draws come in pairs +-z and spreads are those of half their differences: for families that
-    #: move so many weights that curvature would drown the spread near the data
-    paired: ClassVar[bool] = False
+    #: keys of the recipe, and what may be asked about the family
+    options: ClassVar[type[FamilyOptions]]
 
     def __init__(self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float) -> None:
         super().__init__()
@@ -45,6 +52,48 @@ class Posterior(nn.Module, ABC):
         # the model owns the prior; a list keeps it from being registered (and saved) twice
         self._prior = [prior]
         self.init_std = float(init_std)
+
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: Any,
+    ) -> Self:
+        """From a recipe.
+
+        Args:
+            sites: the weights that carry noise.
+            layers: {site name: layer} of these.
+            prior: prior over these (and perhaps more) weights.
+            options: of the family's own class.
+
+        Raises:
+            ConversionError: the family does not suit these layers.
+        """
+        del layers
+        return cls(sites, prior, options.init_std)
+
+    @property
+    def family(self) -> str:
+        """Name in a recipe."""
+        return self.options.name()
+
+    @property
+    def factorised(self) -> bool:
+        """Whether weights are independent."""
+        return self.options.factorised
+
+    @property
+    def paired(self) -> bool:
+        """Whether draws come in pairs +-z."""
+        return self.options.paired
+
+    @property
+    def draws_are_weights(self) -> bool:
+        """Whether a draw is a set of weights."""
+        return self.options.draws_are_weights
 
     @property
     def prior(self) -> PretrainedPrior:
@@ -56,14 +105,30 @@ class Posterior(nn.Module, ABC):
         """Whether there is noise to sample; families that need :meth:`fit` first say so here."""
         return bool(self.sites)
 
-    def fit(self, context: Any) -> dict[str, Any]:
-        """Set what has a closed form. ``context`` gives the model and its training frames.
+    # ---- hooks of training; nothing for most families ----------------------------------------
+    @property
+    def row_amplitude(self) -> Callable[[Any, Tensor], Tensor] | None:
+        """Factor (rows, 1) of the perturbation in every row of a layer's input, for draws."""
+        return None
 
-        Returns:
-            A report for the receipt; empty where there is nothing to fit.
+    def recorder(self, rows: Mapping[str, Rows]) -> RowRecorder | None:
+        """The same for one evaluation in training.
+
+        Args:
+            rows: layout of every kind of row in the batch.
         """
-        return {}
+        del rows
+        return None
 
+    def epoch_report(self) -> dict[str, float] | None:
+        """Numbers of the epoch that has ended, for the log; ``None`` for families without any. Called once an epoch."""
+        return None
+
+    def describe_epoch(self, report: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
+        """What of the last epoch's report goes into the receipt, and sentences that the user should read."""
+        return dict(report), []
+
+    # ---- weights ---------------------------------------------------------------------------
     @property
     def n_weights(self) -> int:
         """Weights that carry noise."""
@@ -125,3 +190,44 @@ class Posterior(nn.Module, ABC):
         """Geometric mean over weights of posterior std over prior std: 1 is the prior, 0 is none."""
         logs = [(s / self.prior.std(n)).clamp_min(1e-30).log().double().mean() for n, s in self.std().items()]
         return torch.stack(logs).mean().exp() if logs else torch.zeros(())
+
+
+class ClosedFormPosterior(Posterior):
+    """A posterior whose covariance is set from gradients of the training frames.
+
+    Its spread is 0 before the first :meth:`fit`; from then on :attr:`ready` is true.
+    """
+
+    @abstractmethod
+    def fit(self, data: ClosedFormData) -> dict[str, Any]:
+        """Set the covariance.
+
+        Returns:
+            A report for the receipt, with at least ``prior_scale``, ``temperature``, ``n_rows`` and
+            ``n_train_rows``.
+        """
+
+    @abstractmethod
+    def effective_parameters(self) -> float:
+        """How many directions the labels determine."""
+
+    def settle(
+        self,
+        report: Mapping[str, Any],
+        hessian: Callable[[Tensor, int], np.ndarray],
+        *,
+        final: bool,
+    ) -> None:
+        """Correct the covariance with real draws, where a family does.
+
+        Args:
+            report: of :meth:`fit`.
+            hessian: (basis (r, P), number of a draw) -> (r, r) Gauss-Newton matrix along the basis, in units of
+                rms(w0), each training structure at a draw of its own.
+            final: the last fit of a run.
+        """
+        del report, hessian, final
+
+    def describe(self, report: Mapping[str, Any]) -> str:
+        """What the posterior covers, in words."""
+        return f"all {self.n_weights:,} noisy weights, {report['n_train_rows']} gradients of labels"

@@ -26,15 +26,18 @@ of its rows. The loss has T KL_n for every structure, without 1/N, so T must be 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from blip_ft.errors import BlipError
+from blip_ft.errors import BlipError, ConversionError
+from blip_ft.families.adaptive.options import AdaptiveOptions
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.base.posterior import Posterior
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.noise import Rows, normal
-from blip_ft.variational.posteriors.base import Posterior
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -42,6 +45,8 @@ from blip_ft.variational.sites import Site
 HIDDEN = 32
 #: weight of the newest call in the running mean of ln alpha
 MOMENTUM = 0.05
+#: share of the rows from which on a clamp is worth a line
+CLAMP_SHARE = 0.01
 
 
 class InferenceNetwork(nn.Module):
@@ -84,10 +89,7 @@ class AdaptivePosterior(Posterior):
         log_alpha: (sites,) running mean of ln alpha over the rows seen in training.
     """
 
-    family: ClassVar[str] = "adaptive"
-    #: given the input, weights are independent
-    factorised: ClassVar[bool] = True
-    draws_are_weights: ClassVar[bool] = False
+    options: ClassVar[type[FamilyOptions]] = AdaptiveOptions
     log_alpha: Tensor
 
     def __init__(
@@ -115,6 +117,33 @@ class AdaptivePosterior(Posterior):
         )
         self.register_buffer("log_alpha", torch.full((len(self.sites),), 2 * math.log(init_std)))
         self._clamped: dict[str, list[int]] = {}
+
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: AdaptiveOptions,
+    ) -> Self:
+        """See the base class."""
+        widths = {name: layer.n_invariants for name, layer in layers.items()}
+        blind = [name for name, width in widths.items() if width is None]
+        if blind:
+            raise ConversionError(
+                f"posterior.family 'adaptive' reads invariant inputs, and {len(blind)} noisy modules (first: "
+                f"{blind[0]}) have none that are known",
+                remedy="use model.noise=scalar",
+                field="model.noise",
+            )
+        return cls(
+            sites,
+            prior,
+            options.init_std,
+            inputs={name: width for name, width in widths.items() if width is not None},
+            kinds={n: "update" if layer.rows == "atom" else "message" for n, layer in layers.items()},
+            std_range=(options.min_std, options.max_std),
+        )
 
     # ---- alpha -----------------------------------------------------------------------------
     def log_alpha_of(self, site: str, invariants: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +185,30 @@ class AdaptivePosterior(Posterior):
         out = {kind: bound / seen for kind, (bound, seen) in self._clamped.items() if seen}
         self._clamped = {}
         return out
+
+    # ---- hooks of training ---------------------------------------------------------------------
+    @property
+    def row_amplitude(self) -> Callable[[Any, Tensor], Tensor]:
+        """sqrt(alpha)."""
+        return self.amplitude
+
+    def recorder(self, rows: Mapping[str, Rows]) -> Recorder:
+        """See :class:`Recorder`."""
+        return Recorder(self, rows)
+
+    def epoch_report(self) -> dict[str, float]:
+        """``clamped_message`` and ``clamped_update``: :meth:`clamped`."""
+        return {f"clamped_{kind}": share for kind, share in self.clamped().items()}
+
+    def describe_epoch(self, report: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
+        """Shares by kind of block, and a sentence where the clamp binds."""
+        shares = {key.removeprefix("clamped_"): share for key, share in report.items()}
+        return {"clamped": shares}, [
+            f"the std of {kind} blocks meets its clamp on {100 * share:.0f} % of the rows: "
+            "see posterior.min_std and posterior.max_std"
+            for kind, share in shares.items()
+            if share > CLAMP_SHARE
+        ]
 
     # ---- the common interface ----------------------------------------------------------------
     @property

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from blip_ft.variational.posteriors.base import Posterior
+from blip_ft.families.base.posterior import Posterior
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -24,8 +23,6 @@ class FactorisedPosterior(Posterior):
     KL per weight of the spread, with u = ln(sigma / s):  1/2 [exp(2u) - 1 - 2u]
     (Gaussian KL with equal means; tested against ``torch.distributions``).
     """
-
-    factorised: ClassVar[bool] = True
 
     def __init__(self, sites: Sequence[Site], prior: PretrainedPrior, init_std: float) -> None:
         super().__init__(sites, prior, init_std)
@@ -53,24 +50,24 @@ class FactorisedPosterior(Posterior):
         """Log std of every weight, ``site.shape``."""
 
     @property
-    def latent_numel(self) -> int:
+    def latent_numel(self) -> int:  # noqa: D102
         return sum(s.numel for s in self.sites)
 
-    def sample(self, latent: Tensor) -> dict[str, Tensor]:
+    def sample(self, latent: Tensor) -> dict[str, Tensor]:  # noqa: D102
         std = self.std()
         parts = latent.split([s.numel for s in self.sites], dim=1)
         return {
             s.name: eps.reshape(-1, *s.shape) * std[s.name] for s, eps in zip(self.sites, parts, strict=True)
         }
 
-    def kl(self) -> Tensor:
+    def kl(self) -> Tensor:  # noqa: D102
         terms = [torch.zeros(())]
         for site, log_std in zip(self.sites, self.log_std, strict=True):
             u = self.expand(log_std, site) - self.prior.relative(site.name).log()  # the unit cancels
             terms.append((0.5 * (torch.exp(2 * u) - 1) - u).sum())
         return torch.stack([t.to(terms[-1]) for t in terms]).sum()
 
-    def std(self) -> dict[str, Tensor]:
+    def std(self) -> dict[str, Tensor]:  # noqa: D102
         return {
             site.name: self.prior.unit(site.name) * self.expand(log_std, site).exp()
             for site, log_std in zip(self.sites, self.log_std, strict=True)

@@ -6,14 +6,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from blip_ft.variational.posteriors._factorised import FactorisedPosterior
+from blip_ft.families.base.factorised import FactorisedPosterior
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.channel.options import ChannelOptions
 from blip_ft.variational.sites import Site, expand_channels
 
 
 class ChannelPosterior(FactorisedPosterior):
     """Few variational parameters: all weights into one output channel share their relative std."""
 
-    family: ClassVar[str] = "channel"
+    options: ClassVar[type[FamilyOptions]] = ChannelOptions
 
     @staticmethod
     def log_std_shape(site: Site) -> tuple[int, ...]:  # noqa: D102

@@ -17,27 +17,34 @@ H averaged over q. Derivations: docs/theory.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from scipy.linalg import cholesky, solve_triangular
 from torch import Tensor
 
+from blip_ft.families.base.gram import combine, gram_matrix
+from blip_ft.families.base.linear import ClosedFormData, choose_scales
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.base.posterior import ClosedFormPosterior
+from blip_ft.families.base.spectrum import Spectrum
+from blip_ft.families.subspace.options import SubspaceOptions
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.noise import normal
-from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.gram import combine, gram_matrix
-from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
-from blip_ft.variational.posteriors.spectrum import Spectrum
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
 #: std of an output, in units of its label's noise, below which it asks for no direction
 LEAST_STD = 0.03
+#: std of the latent numbers before the first fit, where directions are zero yet: of the KL in the log alone
+INIT_STD = 0.003
+#: rounds of the last covariance over draws, one draw per training structure each
+FINAL_ROUNDS = 2
 
 
-class SubspacePosterior(Posterior):
+class SubspacePosterior(ClosedFormPosterior):
     """Correlated Gaussian with r latent numbers.
 
     Args:
@@ -48,8 +55,7 @@ class SubspacePosterior(Posterior):
         storage: precision that directions are rounded to, and in which a file holds them.
     """
 
-    family: ClassVar[str] = "subspace"
-    factorised: ClassVar[bool] = False
+    options: ClassVar[type[FamilyOptions]] = SubspaceOptions
     directions: Tensor
     scale: Tensor
     prior_std: Tensor
@@ -74,29 +80,41 @@ class SubspacePosterior(Posterior):
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
         self._register_state_dict_hook(_directions_as_stored)
 
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: SubspaceOptions,
+    ) -> Self:
+        """See the base class."""
+        del layers
+        storage = torch.float32 if options.storage == "float32" else torch.float16
+        return cls(sites, prior, INIT_STD, rank=options.rank, storage=storage)
+
     @property
     def ready(self) -> bool:
         """Whether directions were set."""
         return bool(self.sites) and bool((self.directions[0] != 0).any())
 
     # ---- closed form -----------------------------------------------------------------------
-    def fit(self, context: Any) -> dict[str, Any]:
+    def fit(self, data: ClosedFormData) -> dict[str, Any]:
         """Set V, s and S from gradient rows.
 
         Args:
-            context: a :class:`ClosedFormData`.
+            data: gradient rows at the present mean.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        assert isinstance(context, ClosedFormData)
-        rows = context.rows
+        rows = data.rows
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}
         rows.spectrum = Spectrum.of_matrix(gram[np.ix_(train, train)])  # a step of the mean needs it again
-        s, temperature = choose_scales(context, report)
+        s, temperature = choose_scales(data, report)
         report["captured"] = self._set_directions(rows.gradients, gram, train, rows.spectrum, s, temperature)
         projected = self._project(rows.labelled)
         self.set_covariance(projected.T @ projected, s, temperature)
@@ -179,6 +197,30 @@ class SubspacePosterior(Posterior):
         """sum_i (1 - S_ii / s^2): how many of the r directions the data determine."""
         s2 = float(self.prior_std) ** 2
         return float(self.rank - (self.scale.double() @ self.scale.double().T).diagonal().sum() / s2)
+
+    def settle(
+        self,
+        report: Mapping[str, Any],
+        hessian: Callable[[Tensor, int], np.ndarray],
+        *,
+        final: bool,
+    ) -> None:
+        """The covariance averaged over draws along the directions."""
+        # draws of the linearised covariance can leave the linear regime: gradients are larger there and the
+        # next covariance too narrow, the one after it too wide again; their geometric mean is neither
+        s, temperature = report["prior_scale"], report["temperature"]
+        for draw in range(FINAL_ROUNDS if final else 1):
+            before = self.precision()
+            self.set_covariance(hessian(self.directions, draw), s, temperature)
+            if draw:
+                self.set_precision(geometric_mean(before, self.precision()))
+
+    def describe(self, report: Mapping[str, Any]) -> str:
+        """See the base class."""
+        return (
+            f"{self.rank} directions of {report['n_rows']} gradients hold "
+            f"{100 * report['captured']:.0f} % of the spread"
+        )
 
     # ---- the common interface ----------------------------------------------------------------
     @property

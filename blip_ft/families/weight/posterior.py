@@ -6,14 +6,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from blip_ft.variational.posteriors._factorised import FactorisedPosterior
+from blip_ft.families.base.factorised import FactorisedPosterior
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.weight.options import WeightOptions
 from blip_ft.variational.sites import Site
 
 
 class WeightPosterior(FactorisedPosterior):
     """Mean-field variational inference (Blundell et al., arXiv 1505.05424) around w0."""
 
-    family: ClassVar[str] = "weight"
+    options: ClassVar[type[FamilyOptions]] = WeightOptions
 
     @staticmethod
     def log_std_shape(site: Site) -> tuple[int, ...]:  # noqa: D102

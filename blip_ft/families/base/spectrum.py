@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 
-from blip_ft.variational.posteriors.gram import as_many_threads_as_torch, combine, gram_matrix, self_product
+from blip_ft.families.base.gram import as_many_threads_as_torch, combine, gram_matrix, self_product
 
 #: s -> (G,) scores of the left-out groups
 Scores = dict[float, np.ndarray]

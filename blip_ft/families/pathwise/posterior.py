@@ -19,23 +19,26 @@ order (``Posterior.paired``). Derivations: docs/theory.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blip_ft.families.base.gram import blocks, combine
+from blip_ft.families.base.linear import ClosedFormData, choose_scales
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.base.posterior import ClosedFormPosterior
+from blip_ft.families.base.spectrum import Spectrum
+from blip_ft.families.pathwise.options import PathwiseOptions
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.noise import normal
-from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.gram import blocks, combine
-from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
-from blip_ft.variational.posteriors.spectrum import Spectrum
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
 
-class PathwisePosterior(Posterior):
+class PathwisePosterior(ClosedFormPosterior):
     """Full-covariance Gaussian over all noisy weights, as r of its samples.
 
     Args:
@@ -46,9 +49,7 @@ class PathwisePosterior(Posterior):
         seed: of the samples.
     """
 
-    family: ClassVar[str] = "pathwise"
-    factorised: ClassVar[bool] = False
-    paired: ClassVar[bool] = True
+    options: ClassVar[type[FamilyOptions]] = PathwiseOptions
     directions: Tensor
     spread_kl: Tensor
     determined: Tensor
@@ -58,7 +59,7 @@ class PathwisePosterior(Posterior):
         self,
         sites: Sequence[Site],
         prior: PretrainedPrior,
-        init_std: float,
+        init_std: float = 0.0,
         rank: int = 128,
         seed: int = 0,
     ) -> None:
@@ -72,28 +73,38 @@ class PathwisePosterior(Posterior):
         self.register_buffer("determined", like.new_zeros((), dtype=torch.float64))
         self.register_buffer("prior_std", like.new_full((), prior.prior_scale))
 
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: PathwiseOptions,
+    ) -> Self:
+        """See the base class."""
+        del layers
+        return cls(sites, prior, rank=options.rank)
+
     @property
     def ready(self) -> bool:
         """Whether it was fitted."""
         return bool(self.sites) and bool((self.directions[0] != 0).any())
 
     # ---- closed form -------------------------------------------------------------------------
-    def fit(self, context: Any) -> dict[str, Any]:
+    def fit(self, data: ClosedFormData) -> dict[str, Any]:
         """Set s and the samples from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`~blip_ft.variational.posteriors.linear.ClosedFormData`; rows without a label are not
-                used.
+            data: gradient rows at the present mean; rows without a label are not used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        assert isinstance(context, ClosedFormData)
-        gradients = context.rows.labelled
-        report: dict[str, Any] = {"n_rows": len(context.rows.gradients), "n_train_rows": len(gradients)}
-        s, temperature = choose_scales(context, report)
-        self._set_samples(gradients, context.rows.spectrum, s, temperature)
+        gradients = data.rows.labelled
+        report: dict[str, Any] = {"n_rows": len(data.rows.gradients), "n_train_rows": len(gradients)}
+        s, temperature = choose_scales(data, report)
+        self._set_samples(gradients, data.rows.spectrum, s, temperature)
         return report | {
             "prior_scale": s,
             "temperature": temperature,

@@ -13,16 +13,20 @@ Directions that no label determines keep the prior's width: all P weights carry 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip_ft.variational.posteriors.base import Posterior
-from blip_ft.variational.posteriors.gram import blocks, gram_matrix
-from blip_ft.variational.posteriors.linear import ClosedFormData, choose_scales
-from blip_ft.variational.posteriors.spectrum import Spectrum
+from blip_ft.families.base.gram import blocks, gram_matrix
+from blip_ft.families.base.linear import ClosedFormData, choose_scales
+from blip_ft.families.base.options import FamilyOptions
+from blip_ft.families.base.posterior import ClosedFormPosterior
+from blip_ft.families.base.spectrum import Spectrum
+from blip_ft.families.posthoc_laplace.options import LaplaceOptions
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -32,7 +36,7 @@ NEGLIGIBLE = 1e-3
 FLOOR = 1e-13
 
 
-class LaplacePosterior(Posterior):
+class LaplacePosterior(ClosedFormPosterior):
     """Low-rank-plus-diagonal Gaussian over all noisy weights.
 
     Args:
@@ -41,14 +45,14 @@ class LaplacePosterior(Posterior):
         init_std: not used: there is no spread before :meth:`fit`.
     """
 
-    family: ClassVar[str] = "posthoc_laplace"
-    factorised: ClassVar[bool] = False
-    paired: ClassVar[bool] = True
+    options: ClassVar[type[FamilyOptions]] = LaplaceOptions
     directions: Tensor
     mu: Tensor
     prior_std: Tensor
 
-    def __init__(self, sites: tuple[Site, ...] | list[Site], prior: PretrainedPrior, init_std: float) -> None:
+    def __init__(
+        self, sites: tuple[Site, ...] | list[Site], prior: PretrainedPrior, init_std: float = 0.0
+    ) -> None:
         super().__init__(sites, prior, init_std)
         like = prior.rms(self.sites[0].name) if self.sites else torch.zeros(())
         # V is kept in the weights' own precision: 1 - mu/(1+mu) is a small difference, which half
@@ -59,27 +63,38 @@ class LaplacePosterior(Posterior):
         self._eigenvalues: np.ndarray = np.zeros(0)
         self._all: Tensor = self.directions
 
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: LaplaceOptions,
+    ) -> Self:
+        """See the base class."""
+        del layers, options
+        return cls(list(sites), prior)
+
     @property
     def ready(self) -> bool:
         """Whether it was fitted."""
         return bool(self.sites) and bool(self.prior_std > 0)
 
     # ---- closed form -------------------------------------------------------------------------
-    def fit(self, context: Any) -> dict[str, Any]:
+    def fit(self, data: ClosedFormData) -> dict[str, Any]:
         """Set V, s and T from the gradient rows of the training frames.
 
         Args:
-            context: a :class:`~blip_ft.variational.posteriors.linear.ClosedFormData`; rows without a label are not used.
+            data: gradient rows at the present mean; rows without a label are not used.
 
         Returns:
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores (the same rule as for ``subspace``), for the receipt.
         """
-        assert isinstance(context, ClosedFormData)
-        rows = context.rows
+        rows = data.rows
         gradients = rows.labelled
         report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gradients)}
-        s, temperature = choose_scales(context, report)
+        s, temperature = choose_scales(data, report)
         self._set_directions(gradients, rows.spectrum)
         self.set_covariance(s, temperature)
         return report | {

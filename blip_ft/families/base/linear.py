@@ -3,7 +3,7 @@
 Rows are gradients of model outputs with respect to the noisy weights, in units of rms(w0), over the noise of
 their label. The prior's scale s has a closed form: leave one group of training frames out at a time
 in the linearised model and take the s with the best log likelihood of what was left out
-(:func:`~blip_ft.variational.posteriors.spectrum.left_out_scores`). Derivations: docs/theory.md.
+(:func:`~blip_ft.families.base.spectrum.left_out_scores`). Derivations: docs/theory.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip_ft.variational.posteriors.spectrum import Spectrum, left_out_scores
+from blip_ft.families.base.spectrum import Spectrum, left_out_scores
 
 #: s that are tried when the recipe says ``auto``
 PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))

@@ -1,0 +1,1 @@
+"""The ``adaptive`` family: see ``options.py`` and ``posterior.py``."""

@@ -1,0 +1,1 @@
+"""What posterior families share; no family of its own."""

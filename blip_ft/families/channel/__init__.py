@@ -1,0 +1,1 @@
+"""The ``channel`` family: see ``options.py`` and ``posterior.py``."""

@@ -1,0 +1,1 @@
+"""The ``pathwise`` family: see ``options.py`` and ``posterior.py``."""

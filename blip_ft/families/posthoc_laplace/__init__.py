@@ -1,0 +1,1 @@
+"""The ``posthoc_laplace`` family: see ``options.py`` and ``posterior.py``."""

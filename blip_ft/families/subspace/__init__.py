@@ -1,0 +1,1 @@
+"""The ``subspace`` family: see ``options.py`` and ``posterior.py``."""

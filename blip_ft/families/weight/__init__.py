@@ -1,0 +1,1 @@
+"""The ``weight`` family: see ``options.py`` and ``posterior.py``."""
