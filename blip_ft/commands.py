@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     metrics = set_metrics(prediction, potential.calibration)
     if output is not None:
-        with whole_file(output) as file:
+        with whole_file(output, overwrite=args.overwrite) as file:
             json.dump(metrics, file, indent=1)
     show(metrics_table(args.source, metrics))
 

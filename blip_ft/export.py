@@ -13,9 +13,11 @@ gives. ``export.json`` beside the files holds these factors.
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from ase.data import covalent_radii
 import blip_ft
 from blip_ft.backbone import Backbone
 from blip_ft.checkpoint import sha256
-from blip_ft.errors import BlipError, GateError
+from blip_ft.errors import BlipError, GateError, readable
+from blip_ft.files import is_full, remedy_of
 from blip_ft.potential import BayesianPotential
 from blip_ft.variational.convert import unload
 
@@ -96,20 +99,35 @@ def export_native(
             for draw in members:
                 name = f"mean{suffix}" if draw is None else f"draw-{draw:02d}{suffix}"
                 plain = member(potential, draw, n_draws=draws, amplitude=width)
-                plain.write_native(new / name, potential.references)
+                _write(plain, new / name, potential.references)
                 done.append(_compare(plain, new / name, reference, draw, frames))
                 if progress is not None:
                     progress(name)
             meta = _meta(potential, width, done)
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            _check_folder(folder, overwrite=overwrite)  # another program may have written it in the meantime
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
     except OSError as error:
         raise BlipError(
-            f"cannot write: {error.strerror or error}", file=folder, remedy="choose another folder"
+            f"cannot write: {error.strerror or error}", file=folder, remedy=remedy_of(error)
         ) from error
     return done
+
+
+def _write(plain: Backbone, path: Path, references: Mapping[int, float]) -> None:
+    """Have the adapter write a file of the vendor.
+
+    Raises:
+        OSError: it cannot be written; libraries that raise other errors on a full disk are translated.
+    """
+    try:
+        plain.write_native(path, dict(references))
+    except (RuntimeError, ValueError) as error:  # torch's and zip's own words for a write that failed
+        if is_full(path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def member(
@@ -195,8 +213,8 @@ def _compare(
         )
         if not (off[0] <= allowed[0] and off[1] <= allowed[1]):  # NaN is beyond
             raise GateError(
-                f"the vendor's program gets other numbers from this file: off by {off[0]:.1e} eV/atom and "
-                f"{off[1]:.1e} eV/Å (allowed: {allowed[0]:.1e}, {allowed[1]:.1e}); nothing was exported",
+                f"the vendor's program gets other numbers from this file: off by {readable(off[0], '.1e')} eV/atom and "
+                f"{readable(off[1], '.1e')} eV/Å (allowed: {allowed[0]:.1e}, {allowed[1]:.1e}); nothing was exported",
                 file=path.name,
                 remedy="this is a defect of the adapter or an untested version of its backend: see "
                 "'blip-finetune doctor'",

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def expanded(text: str) -> str:
+    """A path with ``~`` and ``$VARIABLES`` replaced as a shell does it; one that exists as it is written stays.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    if not text.startswith("~") and "$" not in text:
+        return text
+    if os.path.lexists(text):
+        return text
+    out = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111 (Path would drop a slash at the end)
+    unset = re.search(r"\$(\w+|\{\w+\})", out)
+    if unset:
+        raise ValueError(f"the variable {unset[0]} is not set")
+    return out
+
+
+#: a path, or a name that may be one
+PathText = Annotated[str, AfterValidator(expanded)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -13,4 +35,6 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class Strict(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked when they are set."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -73,6 +73,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
 
+    if closed and recipe.model.noise in ("none", [], ["none"]):
+        refuse(
+            f"posterior.family={options.family} is a covariance of noisy weights, and no weight is to have noise",
+            "model.noise",
+            "name modules (model.noise=all or readout), or use posterior.family=channel, which does without noise",
+        )
     for key, default, families in (("max_bytes", None, CLOSED), ("storage", "auto", ("subspace",))):
         if options.family not in families and getattr(options, key) != default:
             refuse(
