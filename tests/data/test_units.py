@@ -111,7 +111,7 @@ def test_units_without_their_signs(text: str, quantity: str, suggestion: str) ->
 @pytest.mark.parametrize(("text", "quantity"), [("kcal", "energy"), ("kJ", "energy"), ("kcal/Ang", "forces")])
 def test_energies_are_per_mole(text: str, quantity: str) -> None:
     """One kcal is 2.6e22 eV: nobody means it."""
-    with pytest.raises(DataError, match="per mole: .*kcal/mol"):
+    with pytest.raises(DataError, match=r"per mole: .*kcal/mol"):
         conversion(text, quantity)
     assert conversion("1.66053906717e-24 * kcal", "energy") == pytest.approx(u.kcal / u.mol, rel=1e-6)
 
