@@ -7,7 +7,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 from urllib.parse import quote, unquote
@@ -221,9 +221,10 @@ def _named_when_complete(temporary: Path, target: Path, *, overwrite: bool) -> I
             f"cannot write: {error.strerror or error}", file=target, remedy=remedy_of(error)
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept it from being written may keep it from being removed
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path, *, packed: bool) -> IO[str]:

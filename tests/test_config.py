@@ -409,12 +409,3 @@ def test_paths_are_expanded_in_one_place(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert parse_recipe(tree(data={"train": literal})).data.train == literal, (
         "what exists is meant as written"
     )
-
-
-@pytest.mark.parametrize("family", ["pathwise", "subspace", "posthoc_laplace"])
-def test_no_noise_for_a_covariance_is_refused(file: Path, family: str):
-    with pytest.raises(RecipeError, match="no weight is to have noise") as caught:
-        load_recipe(str(file), ["model.noise=none", f"posterior.family={family}"])
-    assert caught.value.field == "model.noise"
-    channel = ["posterior.family=channel", "posterior.prior_scale=0.1", "objective.temperature=1"]
-    assert load_recipe(str(file), ["model.noise=none", *channel]).model.noise == "none"

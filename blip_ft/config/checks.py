@@ -73,12 +73,6 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     def refuse(message: str, field: str, remedy: str) -> None:
         raise RecipeError(message, file=file, field=field, remedy=remedy)
 
-    if closed and recipe.model.noise in ("none", [], ["none"]):
-        refuse(
-            f"posterior.family={options.family} is a covariance of noisy weights, and no weight is to have noise",
-            "model.noise",
-            "name modules (model.noise=all or readout), or use posterior.family=channel, which does without noise",
-        )
     for key, default, families in (("max_bytes", None, CLOSED), ("storage", "auto", ("subspace",))):
         if options.family not in families and getattr(options, key) != default:
             refuse(
@@ -174,6 +168,20 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
                 key,
                 "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )
+
+
+def check_noise(recipe: Recipe) -> None:
+    """Refuse a covariance of noisy weights without any; only what trains needs it.
+
+    Raises:
+        RecipeError: a family with a closed form, and ``model.noise`` is none.
+    """
+    if recipe.posterior.family in CLOSED and recipe.model.noise in ("none", [], ["none"]):
+        raise RecipeError(
+            f"posterior.family={recipe.posterior.family} is a covariance of noisy weights, and no weight is to have noise",
+            field="model.noise",
+            remedy="name modules (model.noise=all or readout), or use posterior.family=channel, which does without noise",
+        )
 
 
 def _check_data(data: DataConfig, file: Path | None) -> None:

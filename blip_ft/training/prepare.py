@@ -17,6 +17,7 @@ from rich.console import Console
 from blip_ft.allocator import keep_memory
 from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.config import CLOSED, Recipe
+from blip_ft.config.checks import check_noise
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
 from blip_ft.data.context import load_context
 from blip_ft.data.dataset import GraphCache, Item
@@ -72,6 +73,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     Raises:
         BlipError: anything that would make training meaningless.
     """
+    check_noise(recipe)
     keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
