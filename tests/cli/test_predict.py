@@ -246,10 +246,12 @@ def test_predict_on_a_full_disk_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    for rename in ("replace", "rename", "hardlink_to"):
+        monkeypatch.setattr(Path, rename, full)
     code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz")
     assert code == 2
     assert "No space left on device" in err
+    assert "free disk space" in err
     assert leftovers(tmp_path) == ["in.extxyz"]
 
 

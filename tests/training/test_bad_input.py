@@ -190,16 +190,21 @@ def test_few_frames_stop_before_training(n: int, tmp_path: Path, capsys: pytest.
     assert code == 0
 
 
-@pytest.mark.parametrize("noise", ["none", "[]"])
+@pytest.mark.parametrize("family", ["pathwise", "subspace", "posthoc_laplace"])
 def test_no_noise_stops_before_training(
-    noise: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "train.extxyz", frames())
-    code, message = call(tmp_path, capsys, f"model.noise={noise}")
-    assert code == 2
-    assert "model.noise" in message
+    for noise in ("none", "[]"):
+        code, message = call(tmp_path, capsys, f"model.noise={noise}", f"posterior.family={family}")
+        assert code == 2
+        assert "field 'model.noise'" in message
+
+
+def test_no_noise_works_without_a_closed_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "train.extxyz", frames())
     family = ["posterior.family=channel", "posterior.prior_scale=0.1", "objective.temperature=1"]
-    code, message = call(tmp_path, capsys, "name=channel", f"model.noise={noise}", *family)
+    code, message = call(tmp_path, capsys, "model.noise=none", *family)
     assert code == 0, message
 
 
