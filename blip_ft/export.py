@@ -29,7 +29,7 @@ from ase.data import covalent_radii
 
 import blip_ft
 from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import sha256
+from blip_ft.checkpoint import require_space, sha256
 from blip_ft.errors import BlipError, GateError, readable
 from blip_ft.files import is_full, remedy_of
 from blip_ft.potential import BayesianPotential
@@ -91,6 +91,7 @@ def export_native(
     frames = probe_structures(sorted(potential.references) or sorted(potential.backbone.elements)[:8])
     suffix = potential.backbone.native_suffix
     members: list[int | None] = [None, *range(draws)]
+    require_space(folder, len(members) * sum(t.nbytes for t in potential.backbone.state_dict().values()))
     done: list[Exported] = []
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -125,8 +126,10 @@ def _write(plain: Backbone, path: Path, references: Mapping[int, float]) -> None
     try:
         plain.write_native(path, dict(references))
     except (RuntimeError, ValueError) as error:  # torch's and zip's own words for a write that failed
-        if is_full(path.parent):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        full, writing = is_full(path.parent), "writ" in str(error)
+        if full or (writing and isinstance(error, RuntimeError)):  # PytorchStreamWriter failed writing file
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
 
 
