@@ -112,6 +112,8 @@ def examine(
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
         check = check_labels(compared)
+        if not use_stress:  # no frame is lost for a label that nobody trains on
+            check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group" or f.certain):
