@@ -26,8 +26,18 @@ def expanded(text: str) -> str:
     return out
 
 
+def expanded_if_set(text: str) -> str:
+    """The same without an error: of a model that was trained where a variable was set, the name is kept as it was."""
+    try:
+        return expanded(text)
+    except ValueError:
+        return text
+
+
 #: a path, or a name that may be one
 PathText = Annotated[str, AfterValidator(expanded)]
+#: one that is only a record once the model is trained
+OriginText = Annotated[str, AfterValidator(expanded_if_set)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 

@@ -143,18 +143,7 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems: dict[str, str] = {}
-        for item in error.errors():
-            location = _location(item["loc"], tree)
-            key = ".".join(location)
-            if item["type"] == "extra_forbidden":
-                text = f"unknown key '{key}': {nearest(location[-1], _siblings(location))}"
-            else:
-                text = f"'{key}': {_words(item['msg'])}"
-                if item["type"] != "missing":
-                    text += f" (got {_short(item['input'])})"
-            # the branches of a union each complain; one line per key is enough
-            problems[key] = f"{problems[key]}, or {_words(item['msg'])}" if key in problems else text
+        problems = problems_of(error, tree)
         raise RecipeError(
             "; ".join(problems.values()),
             file=file,
@@ -163,6 +152,31 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
         ) from error
     check_recipe(recipe, file)
     return recipe
+
+
+def problems_of(
+    error: ValidationError, tree: dict[str, Any], section: type[BaseModel] = Recipe
+) -> dict[str, str]:
+    """What is wrong with each key, in words.
+
+    Args:
+        error: of validation.
+        tree: what was validated.
+        section: as what.
+    """
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        location = _location(item["loc"], tree)
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            text = f"unknown key '{key}': {nearest(location[-1], _siblings(location, section))}"
+        else:
+            text = f"'{key}': {_words(item['msg'])}"
+            if item["type"] != "missing":
+                text += f" (got {_short(item['input'])})"
+        # where a value may be of several kinds each of them complains; one line per key is enough
+        problems[key] = f"{problems[key]}, or {_words(item['msg'])}" if key in problems else text
+    return problems
 
 
 def _words(message: str) -> str:
@@ -193,9 +207,8 @@ def _location(parts: tuple[int | str, ...], tree: Any) -> list[str]:
     return out or [str(p) for p in parts]
 
 
-def _siblings(location: list[str]) -> list[str]:
-    """Valid keys at the depth of an unknown key."""
-    section: type[BaseModel] = Recipe
+def _siblings(location: list[str], section: type[BaseModel]) -> list[str]:
+    """Valid keys at the depth of an unknown key, below ``section``."""
     for part in location[:-1]:
         field = section.model_fields.get(part)
         if field is None:

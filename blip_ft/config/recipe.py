@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from blip_ft.config.base import Fraction, PathText, Positive, Strict
+from blip_ft.config.base import Fraction, OriginText, PathText, Positive, Strict
 from blip_ft.config.data import DataConfig, Source
 from blip_ft.config.posterior import PosteriorConfig
 
@@ -26,7 +26,7 @@ class ModelConfig(Strict):
 
     adapter: str
     """name of the adapter, see ``blip-finetune doctor``"""
-    checkpoint: PathText
+    checkpoint: OriginText
     """the vendor's model name, or a file in the vendor's format"""
     options: dict[str, Any] = {}
     """further arguments of the adapter's ``load`` (head, task, modality)"""

@@ -318,3 +318,20 @@ def test_names_that_cannot_be_files(name: str, tmp_path: Path, capsys: pytest.Ca
     code, message = call(tmp_path, capsys, data=data)
     assert code == 2
     assert "data.test" in message
+
+
+@pytest.mark.parametrize("output", ["$PLACE/runs", "~/runs"])
+def test_all_of_a_run_is_in_one_place(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning replaces variables by itself: logs and model were in two folders."""
+    for name in ("PLACE", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "place"))
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.extxyz", frames())
+    code, message = call(tmp_path, capsys, output=output, data={"train": "$PLACE/../train.extxyz"})
+    assert code == 0, message
+    run = tmp_path / "place/runs/bad"
+    assert {"metrics.csv", "model", "report.html"} <= {p.name for p in run.iterdir()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["place", "recipe.yaml", "train.extxyz"]
