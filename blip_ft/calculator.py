@@ -37,7 +37,8 @@ class BlipCalculator(Calculator):
 
     Either way forces are the gradient of the energy: every draw is conservative. ``*_std`` are
     epistemic (from the posterior, times the calibrated scale), ``*_std_aleatoric`` the scatter of the labels
-    found on the calibration frames, ``*_std_total`` both.
+    found on the calibration frames, ``*_std_total`` both. Where no calibration frame had a label of a property, its
+    scatter is unknown: there is no ``*_std_aleatoric`` and no ``*_std_total`` of it.
 
     ========================  =========  ==================================================
     ``results`` key           shape      unit
@@ -97,5 +98,6 @@ class BlipCalculator(Calculator):
         missing = [p for p in properties or [] if p not in self.results]
         if missing:
             raise PropertyNotImplementedError(
-                f"{', '.join(missing)}: no stress without periodicity in all directions, no std that the calculator's method does not give"
+                f"{', '.join(missing)}: no stress without periodicity in all directions, no std that the calculator's "
+                "method does not give, no aleatoric or total std of what no calibration frame had a label of"
             )

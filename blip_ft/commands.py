@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     metrics = set_metrics(prediction, potential.calibration)
     if output is not None:
-        with whole_file(output) as file:
+        with whole_file(output, overwrite=args.overwrite) as file:
             json.dump(metrics, file, indent=1)
     show(metrics_table(args.source, metrics))
 
@@ -247,7 +247,10 @@ def report(args: argparse.Namespace) -> None:
 
 def data_convert(args: argparse.Namespace) -> None:
     """Write a source in another format."""
+    from pydantic import ValidationError
+
     from blip_ft.config import SourceConfig
+    from blip_ft.config.loading import problems_of
     from blip_ft.data.card import Card
     from blip_ft.data.convert import convert
     from blip_ft.data.sources import load_source, mappings
@@ -263,11 +266,13 @@ def data_convert(args: argparse.Namespace) -> None:
         "units": _pairs(args.unit),
         "stress_order": args.stress_order,
     }
+    tree = {k: v for k, v in given.items() if v}
     try:
-        source = SourceConfig.model_validate({k: v for k, v in given.items() if v})
-    except ValueError as error:
+        source = SourceConfig.model_validate(tree)
+    except ValidationError as error:
         raise BlipError(
-            f"bad options: {error}".splitlines()[0], remedy="see blip-finetune data convert --help"
+            "; ".join(problems_of(error, tree, SourceConfig).values()),
+            remedy="see blip-finetune data convert --help",
         ) from error
     frames = load_source(source, labels=not args.unlabelled)
     for line in mappings(frames):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from blip_ft.errors import readable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -54,7 +56,9 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     """Metrics of one set in their own units, which their names say."""
     table = new_table("metric", "value", title=title)
     for key, value in metrics.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(
+            key, readable(value, ".4g") if value is None or isinstance(value, float) else str(value)
+        )
     return table
 
 

@@ -8,6 +8,7 @@ Anything else that is raised is a defect of the program and keeps its trace-back
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(names)}"
+
+
+def readable(value: float | None, form: str = ".3g") -> str:
+    """A number for a sentence: what is missing, infinite or not a number is said in words."""
+    if value is None:
+        return "unknown"
+    if math.isnan(value):
+        return "not a number"
+    return format(value, form) if math.isfinite(value) else "infinite"
 
 
 def first_line(error: BaseException) -> str:

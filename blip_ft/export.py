@@ -13,9 +13,11 @@ gives. ``export.json`` beside the files holds these factors.
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from ase.data import covalent_radii
 
 import blip_ft
 from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import sha256
-from blip_ft.errors import BlipError, GateError
+from blip_ft.checkpoint import require_space, sha256
+from blip_ft.errors import BlipError, GateError, readable
+from blip_ft.files import is_full, remedy_of
 from blip_ft.potential import BayesianPotential
 from blip_ft.variational.convert import unload
 
@@ -88,6 +91,7 @@ def export_native(
     frames = probe_structures(sorted(potential.references) or sorted(potential.backbone.elements)[:8])
     suffix = potential.backbone.native_suffix
     members: list[int | None] = [None, *range(draws)]
+    require_space(folder, len(members) * sum(t.nbytes for t in potential.backbone.state_dict().values()))
     done: list[Exported] = []
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -96,20 +100,37 @@ def export_native(
             for draw in members:
                 name = f"mean{suffix}" if draw is None else f"draw-{draw:02d}{suffix}"
                 plain = member(potential, draw, n_draws=draws, amplitude=width)
-                plain.write_native(new / name, potential.references)
+                _write(plain, new / name, potential.references)
                 done.append(_compare(plain, new / name, reference, draw, frames))
                 if progress is not None:
                     progress(name)
             meta = _meta(potential, width, done)
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            _check_folder(folder, overwrite=overwrite)  # another program may have written it in the meantime
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
     except OSError as error:
         raise BlipError(
-            f"cannot write: {error.strerror or error}", file=folder, remedy="choose another folder"
+            f"cannot write: {error.strerror or error}", file=folder, remedy=remedy_of(error)
         ) from error
     return done
+
+
+def _write(plain: Backbone, path: Path, references: Mapping[int, float]) -> None:
+    """Have the adapter write a file of the vendor.
+
+    Raises:
+        OSError: it cannot be written; libraries that raise other errors on a full disk are translated.
+    """
+    try:
+        plain.write_native(path, dict(references))
+    except (RuntimeError, ValueError) as error:  # torch's and zip's own words for a write that failed
+        full, writing = is_full(path.parent), "writ" in str(error)
+        if full or (writing and isinstance(error, RuntimeError)):  # PytorchStreamWriter failed writing file
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
 
 
 def member(
@@ -195,8 +216,8 @@ def _compare(
         )
         if not (off[0] <= allowed[0] and off[1] <= allowed[1]):  # NaN is beyond
             raise GateError(
-                f"the vendor's program gets other numbers from this file: off by {off[0]:.1e} eV/atom and "
-                f"{off[1]:.1e} eV/Å (allowed: {allowed[0]:.1e}, {allowed[1]:.1e}); nothing was exported",
+                f"the vendor's program gets other numbers from this file: off by {readable(off[0], '.1e')} eV/atom and "
+                f"{readable(off[1], '.1e')} eV/Å (allowed: {allowed[0]:.1e}, {allowed[1]:.1e}); nothing was exported",
                 file=path.name,
                 remedy="this is a defect of the adapter or an untested version of its backend: see "
                 "'blip-finetune doctor'",

@@ -2,15 +2,66 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
+from urllib.parse import quote, unquote
 
 from blip_ft.errors import BlipError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows: there two programs are told apart by the folder alone
+    fcntl = None  # type: ignore[assignment]
+
+#: what stays as it is in names of files
+_SAFE = " !#$&'()+,;=@[]^{}~"
+#: bytes free below which a disk is full for a program that does not say why it could not write
+FULL = 1_000_000
+
+_REMEDIES = {
+    errno.ENOENT: "a folder on the way has been removed or never was there: make it, or choose another",
+    errno.ENOTDIR: "something on the way is a file and no folder: choose another place",
+    errno.EISDIR: "a folder has this name: choose another name",
+    errno.EEXIST: "choose another name, or allow to replace what is there (overwrite)",
+    errno.ENOTEMPTY: "another program has written there: choose another name",
+    errno.EACCES: "change the permissions, or choose a folder that you may write to",
+    errno.EPERM: "change the permissions, or choose a folder that you may write to",
+    errno.EROFS: "this file system is read-only: choose another folder",
+    errno.ENOSPC: "free disk space, or choose a folder on another disk",
+    errno.EDQUOT: "your quota is used up: remove files, or choose a folder on another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk or the network failed: try again, or choose another folder",
+}
+
+
+def remedy_of(error: OSError) -> str:
+    """What to do about a failed write, by its cause."""
+    return _REMEDIES.get(error.errno or 0, "choose another folder")
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of a folder has no space left: some libraries raise errors of their own then."""
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:
+        return False
+
+
+def file_name(name: str) -> str:
+    """A name of a set as part of a file's name: what a path would take for a separator is written ``%2F``."""
+    return quote(name, safe=_SAFE)
+
+
+def set_name(file: str) -> str:
+    """The inverse of :func:`file_name`."""
+    return unquote(file)
 
 
 def check_target(target: str | Path, *, overwrite: bool) -> Path:
@@ -28,37 +79,135 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[IO[str]]:
+def whole_file(target: Path, *, overwrite: bool = True) -> Iterator[IO[str]]:
     """A text file (packed where the name ends in ``.gz``) that gets its name when it is complete.
 
     An exception inside leaves nothing behind, and an existing ``target`` as it was.
 
+    Args:
+        target: the file.
+        overwrite: replace what has this name when the file is complete. It need not have been there at the start:
+            another program may write the same output.
+
     Raises:
-        BlipError: no space, no permission.
+        BlipError: no space, no permission, or ``target`` exists and is not to be replaced.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with _named_when_complete(temporary, target), _open(temporary, packed=target.suffix == ".gz") as file:
+    with (
+        _named_when_complete(temporary, target, overwrite=overwrite),
+        _open(temporary, packed=target.suffix == ".gz") as file,
+    ):
         yield file
 
 
 @contextmanager
-def whole_path(target: Path) -> Iterator[Path]:
+def whole_path(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A path of the same ending, for a file or a folder that gets its name when it is complete.
 
     An exception inside leaves nothing behind, and an existing ``target`` as it was.
 
+    Args:
+        target: the file or folder.
+        overwrite: see :func:`whole_file`.
+
     Raises:
-        BlipError: no space, no permission.
+        BlipError: no space, no permission, or ``target`` exists and is not to be replaced.
     """
     temporary = target.with_name(f".{os.getpid()}.part.{target.name}")
-    with _named_when_complete(temporary, target):
+    with _named_when_complete(temporary, target, overwrite=overwrite):
         yield temporary
-        if target.is_dir():  # a folder cannot be renamed onto one that has files
+        if overwrite and target.is_dir():  # a folder cannot be renamed onto one that has files
             shutil.rmtree(target)
 
 
 @contextmanager
-def _named_when_complete(temporary: Path, target: Path) -> Iterator[None]:
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this program while a run is written there.
+
+    Raises:
+        BlipError: another program, on this machine, holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".writing"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise in_use(folder) from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_unused(folder: Path) -> None:
+    """Raise if another program is writing to a folder.
+
+    Raises:
+        BlipError: it is.
+    """
+    path = folder / ".writing"
+    if fcntl is None or not path.exists():
+        return
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise in_use(folder) from error
+    except OSError:
+        return
+
+
+def in_use(folder: Path) -> BlipError:
+    """The error for an output that another program writes."""
+    return BlipError(
+        "another program is writing this output",
+        file=folder,
+        remedy="wait until it has finished, or choose another name",
+    )
+
+
+def move_into_place(new: Path, target: Path, *, overwrite: bool) -> None:
+    """Give a complete file or folder its name, at once.
+
+    Args:
+        new: on the same file system.
+        target: its name.
+        overwrite: replace a file of this name.
+
+    Raises:
+        FileExistsError: the name is taken and may not be replaced.
+        OSError: what else renaming raises.
+    """
+    if overwrite:
+        new.replace(target)
+    elif new.is_dir():
+        if target.exists():  # renaming would take an empty folder's place
+            raise FileExistsError(errno.EEXIST, "this has appeared since the program started", str(target))
+        new.rename(target)
+    else:
+        try:
+            target.hardlink_to(new)  # fails where the name is taken; renaming would not
+        except FileExistsError as error:
+            raise FileExistsError(
+                errno.EEXIST, "this has appeared since the program started", str(target)
+            ) from error
+        except OSError as error:  # a file system without links
+            if target.exists():
+                raise FileExistsError(
+                    errno.EEXIST, "this has appeared since the program started", str(target)
+                ) from error
+            new.rename(target)
+        else:
+            new.unlink()
+
+
+@contextmanager
+def _named_when_complete(temporary: Path, target: Path, *, overwrite: bool) -> Iterator[None]:
     """Rename ``temporary`` to ``target`` after the block; whatever fails, it is gone afterwards.
 
     Raises:
@@ -66,17 +215,16 @@ def _named_when_complete(temporary: Path, target: Path) -> Iterator[None]:
     """
     try:
         yield
-        temporary.replace(target)
+        move_into_place(temporary, target, overwrite=overwrite)
     except OSError as error:
         raise BlipError(
-            f"cannot write: {error.strerror or error}",
-            file=target,
-            remedy="free some space, or choose a folder that you may write to",
+            f"cannot write: {error.strerror or error}", file=target, remedy=remedy_of(error)
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept it from being written may keep it from being removed
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path, *, packed: bool) -> IO[str]:

@@ -13,7 +13,7 @@ ASE results                 ``energy`` eV, ``energies`` (n,) eV, ``forces`` (n, 
 ==========================  ==============================================================
 
 The stds are epistemic; the same names with ``_aleatoric`` are the scatter of the labels, in ``info`` as it is one number
-for all components, with ``_total`` both. Other info and
+for all components, with ``_total`` both; neither is written for what no calibration frame had a label of. Other info and
 arrays of the input are kept; its own energies, forces and stress are replaced. ASE writes values per
 atom with eight decimals.
 """
@@ -90,7 +90,7 @@ def predict_file(
         )
     structures = read_structures(source)
     done = 0
-    with whole_file(path) as file:
+    with whole_file(path, overwrite=overwrite) as file:
         while chunk := list(islice(structures, batch_size)):
             for frame, atoms in enumerate(chunk, start=done):
                 _check_geometry(atoms, source, frame)

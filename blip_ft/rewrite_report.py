@@ -9,6 +9,7 @@ from typing import Any
 from blip_ft.config import load_recipe
 from blip_ft.data.findings import Finding
 from blip_ft.errors import BlipError
+from blip_ft.files import set_name
 from blip_ft.report import write_report
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.results import SetPrediction
@@ -33,7 +34,7 @@ def rewrite_report(folder: str | Path) -> Path:
     predictions: dict[str, dict[str, SetPrediction]] = {}
     for path in sorted((folder / "predictions").glob("*-*.npz")):
         model, _, name = path.stem.partition("-")
-        predictions.setdefault(model, {})[name] = SetPrediction.load(path)
+        predictions.setdefault(model, {})[set_name(name)] = SetPrediction.load(path)
     return write_report(
         folder,
         recipe=load_recipe(str(folder / "recipe.yaml"), finished=True),

@@ -130,12 +130,12 @@ def families(prefix: str) -> str:
 
 def type_text(field: dict[str, Any]) -> str:
     """The type of a key in words: ``number > 0``, ``one of a, b``, ``text or list of text``."""
-    if "anyOf" in field:
-        options = field["anyOf"]
+    if "anyOf" in field or "oneOf" in field:
+        options = alternatives(field)
         if any(is_source(option) for option in options):
             rest = [o for o in options if not is_source(o) and o.get("type") not in ("string", "array")]
             return " or ".join(["source", *(type_text(option) for option in rest)])
-        return " or ".join(type_text(option) for option in field["anyOf"])
+        return " or ".join(type_text(option) for option in options)
     if "enum" in field:
         return "one of " + ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
@@ -150,6 +150,14 @@ def type_text(field: dict[str, Any]) -> str:
             words = {"string": "text", "integer": "whole number", "boolean": "true or false", "null": "null"}
             limits = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
             return " ".join([words.get(str(kind), str(kind or "anything")), ", ".join(limits)]).strip()
+
+
+def alternatives(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The forms that a value may have, those of nested choices too."""
+    for key in ("anyOf", "oneOf"):
+        if key in field:
+            return [part for option in field[key] for part in alternatives(option)]
+    return [field]
 
 
 def is_source(option: dict[str, Any]) -> bool:

@@ -81,12 +81,6 @@ class TestResults:
             "forces_std_norm": (2,),
             "forces_cov": (2, 3, 3),
             "stress_std": (6,),
-            "energy_std_aleatoric": (),
-            "forces_std_aleatoric": (),
-            "stress_std_aleatoric": (),
-            "energy_std_total": (),
-            "forces_std_total": (2, 3),
-            "stress_std_total": (6,),
             "std_sampling_error": (),
         }
         assert found.keys() <= set(potential.calculator().implemented_properties)
@@ -316,11 +310,20 @@ class TestCalibration:
         for key in ("energy", "forces", "stress", "energies"):
             np.testing.assert_array_equal(r[key], raw[key])
 
-    def test_without_one_total_is_epistemic(self, potential):
-        r = results(potential, crystal())
-        for key in ("energy", "forces", "stress"):
-            assert r[f"{key}_std_aleatoric"] == 0
-            np.testing.assert_allclose(r[f"{key}_std_total"], r[f"{key}_std"])
+    def test_what_no_label_says_is_absent(self, potential, calibrated, monkeypatch):
+        """Without labels of a property its scatter is unknown: not 0, and no total."""
+        monkeypatch.setattr(calibrated, "calibration", Calibration(forces=PropertyCalibration(0.03, 2.0)))
+        r = results(calibrated, crystal())
+        for key in ("energy", "stress"):
+            assert r[f"{key}_std"] is not None
+            assert {f"{key}_std_aleatoric", f"{key}_std_total"}.isdisjoint(r)
+        assert r["forces_std_aleatoric"] == 0.03
+        monkeypatch.setattr(potential, "calibration", None)
+        assert not [key for key in results(potential, crystal()) if key.endswith(("_aleatoric", "_total"))]
+        atoms = crystal()
+        atoms.calc = calculator = potential.calculator()
+        with pytest.raises(PropertyNotImplementedError, match="no calibration frame"):
+            calculator.get_property("stress_std_total", atoms)
 
 
 class TestPredictAtoms:

@@ -272,3 +272,140 @@ def test_exponents_are_numbers_at_any_depth(file: Path):
     recipe = load_recipe(str(file), ["trainer.gradient_clip_val=1e1", "optimizer.learning_rate=1e-3"])
     assert recipe.trainer["gradient_clip_val"] == 10.0
     assert recipe.optimizer.learning_rate == 1e-3
+
+
+# ---- values that no run can have -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=-1", "seed"),
+        ("seed=5000000000", "seed"),
+        ("data.split.seed=-1", "data.split.seed"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
+        ("optimizer.std_learning_rate=.nan", "optimizer.std_learning_rate"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay"),
+        ("objective.forces_std=1e999", "objective.forces_std"),
+        ("posterior.prior_scale=.inf", "posterior.prior_scale"),
+        ("data.energy_offset=.nan", "data.energy_offset"),
+        ("data.reference_energies={Si: .inf}", "data.reference_energies.Si"),
+    ],
+)
+def test_numbers_that_are_none(file: Path, override: str, key: str):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file), [override])
+    assert f"'{key}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"path": "x.xyz", "feilds": {}}, "unknown key 'data.train.feilds': did you mean 'fields'?"),
+        ({"path": "x.xyz", "units": {"energie": "eV"}}, "'data.train.units.energie"),
+        ({"fields": {}}, "'data.train.path': field required"),
+        ({"path": 3}, "'data.train.path': should be a text (got 3)"),
+        (
+            ["x.xyz", {"path": "y.xyz", "splt": "train"}],
+            "unknown key 'data.train.1.splt': did you mean 'split'?",
+        ),
+        (7, "'data.train': should be a text (got 7)"),
+    ],
+)
+def test_a_typo_in_a_source_is_one_error(source: Any, problem: str):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(tree(data={"train": source}))
+    message = str(caught.value)
+    assert problem in message
+    assert message.count(";") == message.count(", or ") == 0
+    for word in ("SourceConfig", "list[", "union", "pydantic", "dictionary"):
+        assert word not in message
+
+
+def test_typos_in_test_sets():
+    with pytest.raises(RecipeError, match=r"unknown key 'data\.test\.hot\.feilds': did you mean 'fields'\?"):
+        parse_recipe(tree(data={"train": "x", "test": {"hot": {"path": "y", "feilds": {}}}}))
+    with pytest.raises(RecipeError, match=r"unknown key 'data\.test\.feilds': did you mean 'fields'\?"):
+        parse_recipe(tree(data={"train": "x", "test": {"path": "y", "feilds": {}}}))
+    sets = parse_recipe(
+        tree(data={"train": "x", "test": {"seen": "y", "path": ["z", {"path": "w"}]}})
+    ).data.test
+    assert isinstance(sets, dict)
+    assert sorted(sets) == ["path", "seen"]
+
+
+def laughs(levels: int) -> str:
+    """Aliases of aliases: ten to the power of ``levels`` values."""
+    lines = ["a0: &a0 [" + ", ".join("x" * 10) + "]"]
+    for i in range(1, levels):
+        lines.append(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (laughs(12), "more than 100,000 values"),
+        ("name: " + "[" * 20_000 + "]" * 20_000, "nested deeper than 50 levels"),
+        ("name: &a [*a]", "stands inside what it stands for"),
+        ("name: &a {b: [*a]}", "stands inside what it stands for"),
+        ("name: 2001-99-99", "not a YAML file"),
+    ],
+)
+def test_yaml_bombs_are_refused_at_once(tmp_path: Path, file: Path, text: str, problem: str):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(str(path))
+    value = text.partition(": ")[2]
+    if not text.startswith("a0"):
+        with pytest.raises(RecipeError):
+            load_recipe(str(file), [f"name={value}"])
+
+
+def test_aliases_may_be_used(tmp_path: Path):
+    path = tmp_path / "good.yaml"
+    path.write_text(yaml.safe_dump(tree()) + "plain: &p {enabled: true}\nx: *p\n".replace("x: *p\n", ""))
+    assert load_recipe(str(path)).plain.enabled
+    shared = "data: {train: &t {path: x.xyz, fields: {energy: E}}, calibration: *t}\n"
+    path.write_text(yaml.safe_dump({k: v for k, v in tree().items() if k != "data"}) + shared)
+    data = load_recipe(str(path)).data
+    assert data.train == data.calibration
+
+
+# ---- paths -----------------------------------------------------------------------------------
+
+
+def test_paths_are_expanded_in_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SETS", "/sets")
+    data = {
+        "train": ["~/a.xyz@0:5", {"path": "$SETS/b.xyz"}],
+        "validation": "${SETS}/v.xyz",
+        "test": {"hot": "~/hot.xyz"},
+        "split": {"by": "file", "file": "~/splits.json"},
+        "calibration": "org/set",
+        "replay": {"source": "~/r.xyz"},
+    }
+    recipe = parse_recipe(
+        tree(output="~/runs", data=data, model={"adapter": "fake", "checkpoint": "$SETS/m.pt"})
+    )
+    assert recipe.folder == tmp_path / "runs" / "x"
+    assert isinstance(recipe.data.train, list)
+    texts = [one if isinstance(one, str) else one.path for one in recipe.data.train]
+    assert texts == [f"{tmp_path}/a.xyz@0:5", "/sets/b.xyz"]
+    assert recipe.data.validation == "/sets/v.xyz"
+    assert recipe.data.test == {"hot": f"{tmp_path}/hot.xyz"}
+    assert recipe.data.split.file == f"{tmp_path}/splits.json"
+    assert recipe.data.calibration == "org/set"
+    assert recipe.data.replay is not None
+    assert recipe.data.replay.source == f"{tmp_path}/r.xyz"
+    assert recipe.model.checkpoint == "/sets/m.pt"
+    monkeypatch.delenv("SETS")
+    with pytest.raises(RecipeError, match=r"'output': the variable \$SETS is not set"):
+        parse_recipe(tree(output="$SETS/runs"))
+    (tmp_path / "$SETS.xyz").touch()
+    literal = str(tmp_path / "$SETS.xyz")
+    assert parse_recipe(tree(data={"train": literal})).data.train == literal, (
+        "what exists is meant as written"
+    )

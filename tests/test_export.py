@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,53 @@ def test_the_command(potential, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "run"), "--draws", "1"])
     assert main(["export", str(tmp_path / "run")]) == 2  # exists
+
+
+@pytest.mark.parametrize("free", [0, 10**12], ids=["full", "quota"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(potential, tmp_path, monkeypatch, free):
+    """Torch says so in words of its own."""
+
+    def full(self, path, shift):
+        path.write_bytes(b"half")
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"
+        )
+
+    monkeypatch.setattr(FakeBackbone, "write_native", full)
+    with pytest.raises(BlipError, match="cannot write") as caught:
+        export_native(potential, tmp_path / "out", draws=2)
+    assert ("free disk space" in caught.value.remedy) == (free == 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_of_an_adapter_keeps_its_trace_back(potential, tmp_path, monkeypatch):
+    def broken(self, path, shift):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(FakeBackbone, "write_native", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        export_native(potential, tmp_path / "out")
+
+
+def test_too_little_space_is_told_before_anything_is_written(potential, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(BlipError, match="MB free, about"):
+        export_native(potential, tmp_path / "out", draws=2)
+
+
+def test_another_program_exports_to_the_same_folder(potential, tmp_path, monkeypatch):
+    write_native = FakeBackbone.write_native
+
+    def slowly(self, path, shift):
+        write_native(self, path, shift)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/export.json").write_text("theirs")
+
+    monkeypatch.setattr(FakeBackbone, "write_native", slowly)
+    with pytest.raises(BlipError, match="export exists"):
+        export_native(potential, tmp_path / "out")
+    assert (tmp_path / "out/export.json").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -156,6 +156,20 @@ def _check_term(term: TermSpec, recipe: Recipe, refuse: Refuse) -> None:
         )
 
 
+def check_noise(recipe: Recipe) -> None:
+    """Refuse a covariance of noisy weights without any; only what trains needs it.
+
+    Raises:
+        RecipeError: a family with a closed form, and ``model.noise`` is none.
+    """
+    if recipe.posterior.closed_form and recipe.model.noise in ("none", [], ["none"]):
+        raise RecipeError(
+            f"posterior.family={recipe.posterior.family} is a covariance of noisy weights, and no weight is to have noise",
+            field="model.noise",
+            remedy="name modules (model.noise=all or readout), or use posterior.family=channel, which does without noise",
+        )
+
+
 def _check_data(data: DataConfig, file: Path | None) -> None:
     """Options of the data that belong together."""
     if (data.references == "given") != bool(data.reference_energies):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from blip_ft.strict import Fraction, Positive, Strict
+from blip_ft.strict import Fraction, PathText, Positive, Strict
 
 Quantity = Literal["energy", "length", "forces", "stress", "virial"]
 StressOrder = Literal["ase", "vasp"]
@@ -15,7 +15,7 @@ StressOrder = Literal["ase", "vasp"]
 class SourceConfig(Strict):
     """A source with options of its own: in place of a path, anywhere in ``data``."""
 
-    path: str
+    path: PathText
     """file, folder, glob, hub id or embedded set, with ``@selector`` if wanted"""
     config: str | None = None
     """hub: configuration (subset) of the set"""
@@ -35,8 +35,40 @@ class SourceConfig(Strict):
     """in place of ``data.energy_offset``"""
 
 
+# which of its forms is meant shows at once, so that a typo is one error and not one for every other form
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict | SourceConfig):
+        return "options"
+    return "list" if isinstance(value, list) else "text"
+
+
+def _kind_of_tests(value: Any) -> str:
+    options = isinstance(value, SourceConfig) or (
+        isinstance(value, dict) and isinstance(value.get("path"), str)
+    )
+    return "options" if options else "sets" if isinstance(value, dict) else _kind(value)
+
+
+_OneSource = Annotated[
+    Annotated[PathText, Tag("text")] | Annotated[SourceConfig, Tag("options")], Discriminator(_kind)
+]
 #: a source: path, glob, ``path@selector``, hub id, name of an embedded set, options, or a list of these
-Source = str | SourceConfig | list[str | SourceConfig]
+Source = Annotated[
+    Annotated[PathText, Tag("text")]
+    | Annotated[SourceConfig, Tag("options")]
+    | Annotated[list[_OneSource], Tag("list")],
+    Discriminator(_kind),
+]
+#: one source, or named sets of frames
+Tests = Annotated[
+    Annotated[PathText, Tag("text")]
+    | Annotated[SourceConfig, Tag("options")]
+    | Annotated[list[_OneSource], Tag("list")]
+    | Annotated[dict[str, Source], Tag("sets")],
+    Discriminator(_kind_of_tests),
+]
 
 
 class SplitConfig(Strict):
@@ -48,7 +80,7 @@ class SplitConfig(Strict):
     structure do; ``block``: contiguous blocks in file order inside each group; ``random``: frame by
     frame; ``file``: as ``data.split.file`` says; ``auto``: the first of given, group and random that
     the source can serve"""
-    file: str | None = None
+    file: PathText | None = None
     """the ``splits.json`` of an earlier run: every frame gets the role it had there, by content"""
     validation: Fraction = 0.15
     """share of the frames for choosing the checkpoint"""
@@ -56,7 +88,7 @@ class SplitConfig(Strict):
     """share of the frames for the scale of the error bars"""
     test: Fraction = 0.2
     """share of the frames that nothing is chosen on"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """seed of the division; independent of the training seed"""
 
 
@@ -101,7 +133,7 @@ class DataConfig(Strict):
     """frames that choose the checkpoint and the length of Gauss-Newton steps"""
     calibration: Source | None = None
     """frames that choose the scale of the error bars"""
-    test: Source | dict[str, Source] | None = None
+    test: Tests | None = None
     """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
     context: Source | None = None
     """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
@@ -136,9 +168,10 @@ class DataConfig(Strict):
     check_frames: Annotated[int, Field(ge=0)] = 5000
     """frames whose labels are compared with the pretrained model before training; of more, an even
     sample; 0 for none"""
-    bad_labels: Literal["warn", "drop", "stop"] = "warn"
-    """what to do about labels that do not belong to their structures: ``warn``, ``drop`` these
-    frames (each is listed), or ``stop``"""
+    bad_labels: Literal["auto", "warn", "drop", "stop"] = "auto"
+    """what to do about labels that do not belong to their structures. ``auto``: leave out frames whose
+    label is wrong beyond doubt (docs/data.md), each is listed, and warn of the others; ``warn``: use all; ``drop``: leave
+    all of these frames out; ``stop``"""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """structures per rank and step, or at most so many atoms or edges (``data.batch_by``)"""
     num_workers: Annotated[int, Field(ge=0)] = 0

@@ -7,6 +7,8 @@ would be right.
 from __future__ import annotations
 
 import re
+import typing
+from collections.abc import Iterator
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +21,9 @@ from blip_ft.config.checks import check_recipe
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
 from blip_ft.families.registry import DEFAULT, families_with, options_class, without_foreign_keys
+
+#: a YAML file with more values, or nested deeper, is no recipe
+MAX_VALUES, MAX_DEPTH = 100_000, 50
 
 
 def shipped() -> dict[str, Path]:
@@ -55,8 +60,12 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, finish
             remedy=f"give a YAML file or a shipped name: {', '.join(shipped())}",
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be opened: {error.strerror or error}", file=path, remedy="check that you may read it"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # what is no date, and undecodable text, are ValueErrors
         raise RecipeError(f"not a YAML file: {error}", file=path, remedy="mend the syntax") from error
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys", file=path, remedy="see docs/recipes.md")
@@ -81,8 +90,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             f"cannot read the override '{override}'", remedy="write key=value, for instance seed=1"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"the value of '{key}' is not YAML: {error}", field=key) from error
     value = _numbers(value)
     *parents, last = key.split(".")
@@ -91,6 +100,40 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"'{parent}' has no keys below it", field=key, remedy="check the key")
     tree[last] = value
+
+
+def _yaml(text: str) -> Any:
+    """The content of a YAML text that is no larger than a recipe can be.
+
+    Aliases of aliases stand for exponentially many values, and nothing limits how deep brackets are nested: both are
+    counted before anything is built.
+
+    Raises:
+        yaml.YAMLError: bad syntax, or too many values.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise yaml.YAMLError(f"the alias '*{event.anchor}' stands inside what it stands for")
+            total += sizes.get(str(event.anchor), 0)
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, total))
+            elif event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before + 1
+        if total > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, aliases counted: no recipe has so many")
+        if len(open_nodes) > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels: no recipe is")
+    return yaml.safe_load(text)
 
 
 def _numbers(value: Any) -> Any:
@@ -109,16 +152,7 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems: dict[str, str] = {}
-        for item in error.errors():
-            location = _location(item["loc"], tree)
-            key = ".".join(location)
-            if item["type"] == "extra_forbidden":
-                text = f"unknown key '{key}': {_nearest(location, tree)}"
-            else:
-                text = f"'{key}': {item['msg'].lower()} (got {item['input']!r})"
-            # the branches of a union each complain; one line per key is enough
-            problems[key] = f"{problems[key]}, or {item['msg'].lower()}" if key in problems else text
+        problems = problems_of(error, tree)
         raise RecipeError(
             "; ".join(problems.values()),
             file=file,
@@ -129,9 +163,49 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
     return recipe
 
 
+def problems_of(
+    error: ValidationError, tree: dict[str, Any], section: type[BaseModel] = Recipe
+) -> dict[str, str]:
+    """What is wrong with each key, in words.
+
+    Args:
+        error: of validation.
+        tree: what was validated.
+        section: as what.
+    """
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        location = _location(item["loc"], tree)
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            text = f"unknown key '{key}': {_nearest(location, tree, section)}"
+        else:
+            text = f"'{key}': {_words(item['msg'])}"
+            if item["type"] != "missing":
+                text += f" (got {_short(item['input'])})"
+        # where a value may be of several kinds each of them complains; one line per key is enough
+        problems[key] = f"{problems[key]}, or {_words(item['msg'])}" if key in problems else text
+    return problems
+
+
+def _words(message: str) -> str:
+    """A message of pydantic's without its terms."""
+    text = message.removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
+    for theirs, ours in (("valid string", "text"), ("valid dictionary", "mapping"), ("valid list", "list")):
+        text = text.replace(theirs, ours)
+    return text.replace("input should", "should")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _location(parts: tuple[int | str, ...], tree: Any) -> list[str]:
     """Path of an error in the recipe, without the tags that pydantic adds for union branches."""
     out: list[str] = []
+    parts = tuple(part for part in parts if part != "[key]")  # of a mapping whose keys are checked
     for i, part in enumerate(parts):
         if isinstance(tree, dict) and (part in tree or i == len(parts) - 1):
             out.append(str(part))
@@ -142,27 +216,32 @@ def _location(parts: tuple[int | str, ...], tree: Any) -> list[str]:
     return out or [str(p) for p in parts]
 
 
-def _nearest(location: list[str], tree: Any) -> str:
+def _nearest(location: list[str], tree: Any, section: type[BaseModel]) -> str:
     """The nearest valid name, and who has this one: a key of another posterior family is none of this."""
-    key, name = location[-1], DEFAULT
-    if location[:-1] != ["posterior"]:
-        return nearest(key, _siblings(location, name))
+    key = location[-1]
+    if section is not Recipe or location[:1] != ["posterior"]:
+        return nearest(key, _siblings(location, section))
     name = tree["posterior"].get("family", DEFAULT)
-    found, others = nearest(key, _siblings(location, name)), families_with(key)
+    found = nearest(key, _siblings(location[1:], options_class(name)))
+    others = families_with(key) if len(location) == 2 else []
     return (
         f"it belongs to posterior.family={', '.join(others)}, not to '{name}'; {found}" if others else found
     )
 
 
-def _siblings(location: list[str], family: str) -> list[str]:
-    """Valid keys at the depth of an unknown key."""
-    section: type[BaseModel] = Recipe
-    if location[:1] == ["posterior"]:
-        section, location = options_class(family), location[1:]
+def _siblings(location: list[str], section: type[BaseModel]) -> list[str]:
+    """Valid keys at the depth of an unknown key, below ``section``."""
     for part in location[:-1]:
         field = section.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type):
+        if field is None:
             break
-        if issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        section = next(_models(field.annotation), section)
     return list(section.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a value of a type may be: itself, or members of unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _models(part)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from blip_ft.config.data import DataConfig, Source
 from blip_ft.config.posterior import PosteriorConfig, PosteriorSection
-from blip_ft.strict import Fraction, Positive, Strict
+from blip_ft.strict import Fraction, OriginText, PathText, Positive, Strict
 from blip_ft.terms import OBJECTIVES, objective_spec
 
 
@@ -27,7 +27,7 @@ class ModelConfig(Strict):
 
     adapter: str
     """name of the adapter, see ``blip-finetune doctor``"""
-    checkpoint: str
+    checkpoint: OriginText
     """the vendor's model name, or a file in the vendor's format"""
     options: dict[str, Any] = {}
     """further arguments of the adapter's ``load`` (head, task, modality)"""
@@ -156,10 +156,10 @@ class Recipe(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$", coerce_numbers_to_str=True)]
     """the run's folder is ``<output>/<name>``; letters, digits and ``_ . + -``"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """of the order of frames, the noise and the draws"""
-    output: str = "runs"
-    """folder of all runs"""
+    output: PathText = "runs"
+    """folder of all runs; ``~`` and ``$VARIABLES`` are replaced here, as in all paths of a recipe"""
     overwrite: bool = False
     """replace an existing run of this name instead of refusing"""
     data: DataConfig

@@ -37,6 +37,10 @@ Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
 UNIT_FRAMES = 16
 #: below this correlation a slope says nothing about units
 CORRELATED = 0.8
+#: predictions and labels of a smaller rms are zero by symmetry and have no slope: eV/Å, eV/Å^3, eV
+_ZERO = {"forces": 1e-3, "stress": 1e-5, "energy": 1e-6}
+#: slopes from fewer values say so
+_FEW = 5
 #: slopes outside this range are remarkable even if no unit explains them
 PLAUSIBLE = (0.5, 2.0)
 
@@ -224,8 +228,20 @@ def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Compari
 
 
 def _judge(quantity: str, compared: Comparison) -> Finding | None:
+    label, model = (float(np.sqrt(np.mean(v**2))) for v in (compared.label, compared.model))
+    if model <= _ZERO[quantity]:  # one-atom cells, ideal crystals: nothing to compare with
+        if label <= 10 * _ZERO[quantity] or quantity == "energy":
+            return None
+        return Finding(
+            "label",
+            "warning",
+            [],
+            f"the {quantity} labels have an rms of {label:.3g} where the pretrained model predicts none",
+            "check that labels belong to these structures, and that the model knows such structures",
+        )
     slope, correlation = compared.slope, compared.correlation
-    seen = f"against the pretrained model: slope {slope:.4g}, correlation {correlation:.2f}"
+    few = f", from {len(compared.label)} values only" if len(compared.label) < _FEW else ""
+    seen = f"against the pretrained model: slope {slope:.4g}, correlation {correlation:.2f}{few}"
     found = likely_unit(quantity, compared)
     if found is not None and abs(found.correlation) > CORRELATED:
         kind = "sign" if found.sign_only else "unit"

@@ -66,7 +66,7 @@ def convert(
     """
     path = check_target(target, overwrite=overwrite)
     if not path.suffix:
-        with whole_path(path) as folder:
+        with whole_path(path, overwrite=overwrite) as folder:
             _hub_folder(frames, folder, card or Card(title=path.name))
         return path
     ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
@@ -77,7 +77,7 @@ def convert(
             file=str(path),
             remedy=f"use one of {', '.join(WRITERS)}, or a name without an ending for a hub-style folder",
         )
-    with whole_path(path) as temporary:
+    with whole_path(path, overwrite=overwrite) as temporary:
         writer(frames, temporary, str(path))
     return path
 

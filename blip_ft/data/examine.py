@@ -43,6 +43,7 @@ class DataReport:
             ``energy_residual`` (eV/atom, relative), ``forces`` (rms label), ``forces_residual``,
             ``forces_usual`` (eV/Å), ``fault``.
         bad: ``{role: {row: reason}}`` of the frames with a wrong label.
+        certain: those of them whose label is wrong beyond doubt.
     """
 
     findings: list[Finding]
@@ -50,6 +51,7 @@ class DataReport:
     model: dict[str, dict[str, Any]] = field(default_factory=dict)
     frames: dict[str, list[Any]] = field(default_factory=dict)
     bad: dict[str, dict[int, str]] = field(default_factory=dict)
+    certain: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -110,11 +112,15 @@ def examine(
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
         check = check_labels(compared)
+        if not use_stress:  # no frame is lost for a label that nobody trains on
+            check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
-        for fault in (f for f in check.faults if f.cause != "group"):
+        for fault in (f for f in check.faults if f.cause != "group" or f.certain):
             role, index = chosen[fault.index]
             report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
+            if fault.certain:
+                report.certain.setdefault(role, {})[index] = report.bad[role][index]
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
@@ -122,15 +128,19 @@ def examine(
     return report
 
 
-def without_bad_labels(splits: Splits, report: DataReport) -> Splits:
-    """The splits without the frames of ``report.bad``, each listed among the dropped ones.
+def without_bad_labels(splits: Splits, wrong: Mapping[str, Mapping[int, str]]) -> Splits:
+    """The splits without frames that have a wrong label, each listed among the dropped ones.
+
+    Args:
+        splits: all roles.
+        wrong: ``{role: {row: reason}}``: ``bad`` or ``certain`` of the report.
 
     Raises:
         DataError: nothing would be left of a role.
     """
     kept, dropped = {}, list(splits.dropped)
     for name, frames in splits.roles().items():
-        bad = report.bad.get(name, {})
+        bad = wrong.get(name, {})
         kept[name] = frames.select([i for i in range(len(frames)) if i not in bad]) if bad else frames
         dropped += [f"{place(frames[i])}: wrong label, {reason}" for i, reason in sorted(bad.items())]
         if not len(kept[name]):
@@ -139,9 +149,9 @@ def without_bad_labels(splits: Splits, report: DataReport) -> Splits:
                 field="data.bad_labels",
                 remedy="see blip-finetune check, and mend the labels",
             )
-    n = sum(len(bad) for bad in report.bad.values())
+    n = sum(len(bad) for bad in wrong.values())
     tests = {name.removeprefix("test/"): f for name, f in kept.items() if name.startswith("test/")}
-    rule = f"{splits.rule} {n} frames with a wrong label are left out."
+    rule = f"{splits.rule} {n} frame{'s' * (n != 1)} with a wrong label {'is' if n == 1 else 'are'} left out."
     return replace(
         splits,
         train=kept["train"],
@@ -319,8 +329,11 @@ def model_errors(roles: Sequence[str], compared: Sequence[Compared]) -> dict[str
         out[role] = {
             "frames": len(members),
             "energy_mae_mev_per_atom": _mean(1e3 * np.abs(residual[members])),
+            "energy_labels": int(np.isfinite(residual[members]).sum()),
             "force_mae_mev_per_ang": _mean(1e3 * np.abs(np.concatenate(forces)) if forces else np.zeros(0)),
+            "force_labels": sum(f.size for f in forces),
             "stress_mae_gpa": _mean(np.abs(np.array(stress)) / units.GPa),
+            "stress_labels": sum(s.size for s in stress),
         }
     return out
 
@@ -379,12 +392,23 @@ _REMEDIES = {
 }
 
 
+_PLURAL = {"energy": "energies", "forces": "forces", "stress": "stresses"}
+_CERTAIN = "mend or remove them; fit leaves them out, in every role, unless data.bad_labels is warn (uses them) or stop"
+
+
 def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
-    groups: dict[tuple[str, str], list[LabelFault]] = {}
-    for fault in faults:
-        groups.setdefault((fault.label, fault.cause), []).append(fault)
     out = []
+    certain: dict[str, list[LabelFault]] = {}
+    for fault in (f for f in faults if f.certain):
+        certain.setdefault(fault.label, []).append(fault)
+    for label, members in certain.items():
+        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
+        message = f"the {_PLURAL[label]} of {len(members)} frames are wrong beyond doubt"
+        out.append(Finding("label", "warning", frames, message, _CERTAIN))
+    groups: dict[tuple[str, str], list[LabelFault]] = {}
+    for fault in (f for f in faults if not f.certain):
+        groups.setdefault((fault.label, fault.cause), []).append(fault)
     together = groups.pop(("energy", "group"), [])
     if together:
         names = sorted({_kind(rows[fault.index]) for fault in together})

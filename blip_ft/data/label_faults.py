@@ -19,7 +19,7 @@ How often they are right is measured by ``benchmarks/label_faults.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from blip_ft.data.alternatives import explain_forces
+from blip_ft.data.doubt import ABSURD_ENERGY, wrong_energies, wrong_forces, wrong_stress
 from blip_ft.data.pairwise import PairFunctions, pair_corrections
+from blip_ft.data.references import far_energies
 from blip_ft.data.robust import Floats, robust_fit, spread, trimmed_rms
 
 #: fewer frames say nothing about what is usual
@@ -102,6 +104,7 @@ class LabelFault:
         usual: what is usual for such frames, same unit.
         text: details of the cause.
         other: the frame whose labels these are, for ``frame``.
+        certain: wrong beyond doubt (``data.doubt``), not only by what the model leaves over.
     """
 
     index: int
@@ -111,6 +114,7 @@ class LabelFault:
     usual: float
     text: str = ""
     other: int | None = None
+    certain: bool = False
 
 
 @dataclass
@@ -147,8 +151,48 @@ def check_labels(frames: Sequence[Compared]) -> LabelCheck:
     check.faults += _force_faults(frames, space, check)
     check.faults += _energy_faults(frames, space, check)
     check.faults += _stress_faults(frames, space)
+    check.faults = _certain(frames, check)
     check.faults.sort(key=lambda fault: (fault.index, fault.label))
     return check
+
+
+def _certain(frames: Sequence[Compared], check: LabelCheck) -> list[LabelFault]:
+    """The faults with a mark on those that are beyond doubt, and those that only show beside it.
+
+    One wrong component among hundreds hardly changes the rms error of a frame.
+    """
+    nothing = np.full(6, np.nan)
+    labels = [None if f.forces is None else np.asarray(f.forces, dtype=float) for f in frames]
+    energy = np.array([np.nan if f.energy is None else _energy_residual(f) for f in frames])
+    stress = np.array([nothing if f.stress is None or not f.atoms.pbc.all() else f.stress for f in frames])
+    model_stress = np.array([nothing if f.model_stress is None else f.model_stress for f in frames])
+    found: dict[Label, Bools] = {
+        "forces": wrong_forces(labels, [f.model_forces for f in frames]),
+        "energy": wrong_energies([f.atoms.numbers for f in frames], energy, check.forces),
+        "stress": wrong_stress(stress, model_stress),
+    }
+    # among other compositions only what no chemistry explains; a lone atom is a reference
+    several = [i for i, e in enumerate(energy) if np.isfinite(e) and len(frames[i].atoms) > 1]
+    total = np.array([energy[i] * len(frames[i].atoms) for i in several])
+    found["energy"][several] |= far_energies([frames[i].atoms.numbers for i in several], total, ABSURD_ENERGY)
+    faults = [replace(f, certain=bool(found[f.label][f.index])) for f in check.faults]
+    known = {(f.index, f.label) for f in faults}
+    for label, wrong in found.items():
+        for i in (int(i) for i in np.flatnonzero(wrong) if (int(i), label) not in known):
+            if label == "forces":
+                size = float(np.abs(np.asarray(labels[i]) - frames[i].model_forces).max())
+                fault = LabelFault(i, label, "unknown", size, float(check.forces_usual[i]), certain=True)
+            elif label == "energy":
+                usual = float(check.energy_usual[i])
+                size = float(energy[i] - np.nanmedian(energy))
+                fault = LabelFault(i, label, "offset", size, usual, certain=True)
+            else:
+                size = float(np.abs(stress[i] - model_stress[i]).max())
+                fault = LabelFault(
+                    i, label, "unknown", size, float(np.nanmedian(np.abs(stress))), certain=True
+                )
+            faults.append(fault)
+    return faults
 
 
 # ---- what frames are like --------------------------------------------------------------------

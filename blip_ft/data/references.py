@@ -12,6 +12,10 @@ it is the projection on the span of the compositions, computed by the singular v
 decomposition inside ``numpy.linalg.lstsq``. Energies of compositions outside that span are then
 undetermined, which :meth:`References.warn_outside_span` says.
 
+One energy that is off by a hundred eV would move all references. Energies that are wrong beyond doubt, far outside
+what composition explains in all the others, take no part in the fits (:func:`far_energies`); where there are none,
+nothing changes.
+
 Two other choices need the energies e_z that the pretrained model gives to isolated atoms.
 :func:`refit_references` fits the atomic energies of the labels themselves,
 
@@ -30,8 +34,13 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import ArrayLike, NDArray
 
+from blip_ft.data.robust import robust_fit, spread
 from blip_ft.errors import DataError
 
+#: an energy is far if it is so many spreads and so many eV/atom from what composition explains ...
+FAR_TIMES, FAR = 50.0, 2.0
+#: ... of so many frames at least, and only if no larger share is
+FAR_FRAMES, FAR_MOST = 5, 0.1
 #: a composition is outside the span if this share of its direction is (of its norm)
 _OUTSIDE = 1e-6
 
@@ -50,6 +59,7 @@ class References:
         rms_after: the same after the shift.
         n_frames: frames with an energy that went into the fit.
         mode: ``shift``, ``refit``, ``given`` or ``isolated_atoms``.
+        left_out: frames, of all that were given, whose energy is wrong beyond doubt: they took no part.
     """
 
     shift: dict[int, float]
@@ -60,6 +70,7 @@ class References:
     rms_after: float
     n_frames: int
     mode: str = "shift"
+    left_out: tuple[int, ...] = ()
 
     def energy(self, numbers: ArrayLike) -> float:
         """Shift of a structure, eV; elements that were not seen add nothing."""
@@ -87,6 +98,8 @@ class References:
             + ", ".join(f"{chemical_symbols[z]} {e:+.4f} eV" for z, e in self.shift.items()),
             f"residual energy rms {1e3 * self.rms_before:.1f} -> {1e3 * self.rms_after:.1f} meV/atom",
         ]
+        if self.left_out:
+            lines.append(f"{len(self.left_out)} energies that are wrong beyond doubt took no part")
         lines += [
             "not determined by the training compositions: "
             + " ".join(f"{c:+.3f} {chemical_symbols[z]}" for z, c in v.items())
@@ -114,6 +127,42 @@ def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> Referen
         DataError: no frame has an energy, or a residual is infinite.
     """
     return _fit(*_labelled(numbers, residual), {}, "shift")
+
+
+def far_energies(numbers: Sequence[ArrayLike], residual: ArrayLike, floor: float = FAR) -> NDArray[np.bool_]:
+    """(F,) frames whose energy is wrong beyond doubt: nothing that composition explains comes near it.
+
+    A robust regression on composition finds what is far (:data:`FAR_TIMES` spreads and ``floor``); the frame's composition has to be determined by the others, as the only frame with an element is never far.
+
+    Args:
+        numbers: atomic numbers of each frame.
+        residual: label - model of each frame, eV (total), finite.
+        floor: least distance, eV/atom.
+    """
+    zs = [np.asarray(z).ravel() for z in numbers]
+    r = np.asarray(residual, dtype=np.float64).ravel()
+    none = np.zeros(len(r), dtype=bool)
+    if len(r) < FAR_FRAMES:
+        return none
+    elements = tuple(sorted({int(z) for z in np.concatenate(zs)}))
+    counts = _counts(zs, elements)
+    composition, per_atom = counts / counts.sum(axis=1)[:, None], r / counts.sum(axis=1)
+    if np.ptp(per_atom) < floor:
+        return none
+    centred = composition - composition.mean(axis=0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    design = u[:, s > 1e-8 * max(float(s.max(initial=0.0)), 1e-8)] * np.sqrt(len(r))
+    fit = robust_fit(design, per_atom, ridge=1e-10)
+    far = np.abs(fit.residual) > max(floor, FAR_TIMES * fit.scale)
+    if not far.any() or far.sum() > max(1, FAR_MOST * len(r)):
+        return none
+    kept, within = composition[~far], np.linalg.pinv(composition[~far])
+    own = np.linalg.norm(composition @ within @ kept - composition, axis=1) < 1e-6
+    leverage = np.linalg.norm(composition @ within, axis=1)
+    off = np.abs(per_atom - composition @ (within @ per_atom[~far]))
+    usual = max(spread(per_atom[~far] - kept @ (within @ per_atom[~far])), 1e-3)
+    found: NDArray[np.bool_] = far & own & (leverage < 1.0) & (off > max(floor, FAR_TIMES * usual))
+    return found
 
 
 def refit_references(
@@ -151,7 +200,7 @@ def given_references(
     Raises:
         DataError: as for :func:`fit_references`, or an element of the frames has no energy.
     """
-    labelled, r = _labelled(numbers, residual)
+    labelled, r, left_out = _labelled(numbers, residual)
     elements = tuple(sorted({int(z) for zs in labelled for z in zs}))
     missing = [chemical_symbols[z] for z in elements if z not in energies]
     if missing:
@@ -166,13 +215,14 @@ def given_references(
     per_atom = r / counts.sum(axis=1)
     after = per_atom - composition @ np.array([shift[z] for z in elements])
     # nothing is fitted, so every composition of these elements is determined
-    return References(shift, len(shift), tuple(shift), [], _rms(per_atom), _rms(after), len(r), mode)
+    rms = _rms(per_atom), _rms(after)
+    return References(shift, len(shift), tuple(shift), [], *rms, len(r), mode, left_out)
 
 
 def _labelled(
     numbers: Sequence[ArrayLike], residual: ArrayLike
-) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
-    """Numbers and residuals of the frames that have an energy."""
+) -> tuple[list[NDArray[np.int64]], NDArray[np.float64], tuple[int, ...]]:
+    """Numbers and residuals of the frames that have an energy, and those whose energy is left out."""
     r = np.asarray(residual, dtype=np.float64).ravel()
     if len(r) != len(numbers):
         raise ValueError(f"{len(numbers)} structures but {len(r)} residuals")
@@ -183,18 +233,25 @@ def _labelled(
             field="energy",
             remedy="the pretrained model fails on this frame: remove it",
         )
-    labelled = [np.asarray(z).ravel() for z, ok in zip(numbers, np.isfinite(r), strict=True) if ok]
-    if not labelled:
+    known: list[int] = np.flatnonzero(np.isfinite(r)).tolist()
+    if not known:
         raise DataError(
             "no training frame has an energy, so reference energies cannot be fitted",
             field="energy",
             remedy="add energies, or set data.references to keep",
         )
-    return labelled, r[np.isfinite(r)]
+    labelled = [np.asarray(numbers[i]).ravel() for i in known]
+    far = far_energies(labelled, r[known])
+    left_out = tuple(i for i, wrong in zip(known, far, strict=True) if wrong)
+    return [z for z, wrong in zip(labelled, far, strict=True) if not wrong], r[known][~far], left_out
 
 
 def _fit(
-    labelled: list[NDArray[np.int64]], r: NDArray[np.float64], base: Mapping[int, float], mode: str
+    labelled: list[NDArray[np.int64]],
+    r: NDArray[np.float64],
+    left_out: tuple[int, ...],
+    base: Mapping[int, float],
+    mode: str,
 ) -> References:
     """Least squares for shift + base, of least norm; the shift is what is returned."""
     elements = tuple(sorted({int(z) for zs in labelled for z in zs}))
@@ -215,6 +272,7 @@ def _fit(
         rms_after=_rms(r / atoms - composition @ shift),
         n_frames=len(r),
         mode=mode,
+        left_out=left_out,
     )
 
 

@@ -129,8 +129,25 @@ _SPLIT_ALIASES = {
     "testing": "test",
 }
 _ROLES = frozenset(_SPLIT_ALIASES.values())
+#: eV, eV/Å, eV/Å^3 and Å: all-electron energies of large cells stay far below
+LARGEST = 1e12
 #: two candidates for a label count as equal within this (eV, eV/Å, eV/Å^3)
 _EQUAL = 1e-6
+
+
+def _check_sizes(raw: RawFrame, values: Mapping[str, NDArray[np.float64] | None]) -> None:
+    """Refuse numbers that no structure has, and whose squares single precision cannot hold.
+
+    Raises:
+        DataError: one is larger than :data:`LARGEST`.
+    """
+    for name, value in values.items():
+        if value is not None and value.size and not float(np.abs(value).max()) <= LARGEST:
+            raise raw.error(
+                f"a number of {float(np.abs(value).max()):.3g}, which no structure has",
+                field=name,
+                remedy="mend it or remove the frame; is it the mark of a missing value, or in another unit?",
+            )
 
 
 def canonical_split(name: str) -> str:
@@ -201,12 +218,15 @@ class Mapper:
                 remedy="label the frame or remove it; if its labels have other names, give them in "
                 f"data.fields (this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
             )
+        positions, cell = raw.positions * scale["length"], raw.cell * scale["length"]
+        sizes = {"positions": positions, "cell": cell, "energy": energy, "forces": forces}
+        _check_sizes(raw, sizes | {"stress": labels["stress"]})
         group, group_name = self._text(raw, "group", GROUPS)
         weight, atom_weight = self._weight(raw, "weight"), self._weight(raw, "atom_weight")
         return {
             "numbers": raw.numbers,
-            "positions": raw.positions * scale["length"],
-            "cell": raw.cell * scale["length"],
+            "positions": positions,
+            "cell": cell,
             "pbc": raw.pbc,
             "energy": None if energy is None else float(energy),
             "forces": forces,

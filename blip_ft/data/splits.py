@@ -42,10 +42,13 @@ from blip_ft.data.sources import load_source
 from blip_ft.data.splits_file import from_file
 from blip_ft.data.stream import sample_of
 from blip_ft.errors import DataError
+from blip_ft.files import file_name
 
 HELD_OUT = ("validation", "calibration", "test")
 #: names that reports and metrics use for something else
 RESERVED = frozenset({"train", "validation", "calibration", "test", "all", "unseen"})
+#: letters of the longest name of a test set: it becomes part of a file's name
+MAX_NAME = 200
 #: frames of each part; test sets are ``test/seen`` and ``test/<unseen>``
 Parts = dict[str, datasets.Dataset]
 
@@ -102,6 +105,7 @@ def load_splits(config: DataConfig) -> Splits:
     if given:
         rules.append(f"As given: {', '.join(given)}.")
     for name, frames in parts.items():
+        _check_name(name)
         if name.removeprefix("test/") in RESERVED and name.startswith("test/"):
             raise DataError(
                 f"a test set cannot be called '{name.removeprefix('test/')}'",
@@ -156,6 +160,21 @@ def check_disjoint(splits: Splits, divided: Collection[str] = ()) -> None:
             file=twin["source"],
             frame=twin["frame"],
             remedy="give every structure to one role only, for instance by slices file@0:80 and file@80:",
+        )
+
+
+def _check_name(part: str) -> None:
+    """Names of test sets become parts of names of files.
+
+    Raises:
+        DataError: an empty one, or one that is too long.
+    """
+    name = part.removeprefix("test/")
+    if part.startswith("test/") and not (name.strip() and len(file_name(name)) <= MAX_NAME):
+        raise DataError(
+            f"a test set cannot be called '{name[:40]}'",
+            field="data.test",
+            remedy=f"give it a name of up to {MAX_NAME} letters",
         )
 
 
@@ -263,6 +282,14 @@ def _own_column(source: datasets.Dataset, config: DataConfig, wanted: list[str])
     members: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(source["split"]):
         members[name].append(index)
+    if set(members) == {""}:
+        raise DataError(
+            "the source has no column that names splits",
+            file=_text(config),
+            field="data.split.by",
+            remedy="name it: data.fields: {split: my_key}; or divide the frames otherwise (data.split.by: auto, group, "
+            "random), or give sources for data.validation, data.calibration and data.test",
+        )
     if "" in members:
         row = source[members[""][0]]
         raise DataError(

@@ -8,7 +8,7 @@ any case, and a few spellings that people use.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ase import units
 
@@ -58,6 +58,19 @@ _UNITS: dict[str, tuple[float, tuple[int, int]]] = {
     "bar": (units.bar, _PRESSURE),
     "kbar": (1e3 * units.bar, _PRESSURE),
 }
+#: what is so many times larger or smaller than eV and Å is no unit of labels by itself
+_LARGEST = 1e13
+#: how names are usually written
+_SPELT = {
+    "ev": "eV",
+    "mev": "meV",
+    "hartree": "Hartree",
+    "ha": "Ha",
+    "ry": "Ry",
+    "kj": "kJ",
+    "ang": "Ang",
+    "bohr": "Bohr",
+}
 _TOKEN = re.compile(
     r"\s*(?:(?P<op>[*/])|(?P<number>[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
     r"|(?P<minus>-)|(?P<name>[^\W\d_]+)\s*(?:(?:\^|\*\*)\s*(?P<power>-?\d+))?)\s*"
@@ -76,6 +89,7 @@ def conversion(text: str, quantity: str) -> float:
     """
     factor, power = 1.0, [0, 0]
     divide, position, expect = False, 0, True
+    names: list[str] = []
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or (match["op"] is not None and expect):
@@ -91,6 +105,7 @@ def conversion(text: str, quantity: str) -> float:
             value, dimension, exponent = float(match["number"]), _NUMBER, 1
         else:
             value, dimension = _lookup(match["name"], quantity)
+            names.append(match["name"].lower())
             exponent = int(match["power"] or 1)
         if value == 0.0:
             raise _unreadable(text, quantity)
@@ -105,6 +120,12 @@ def conversion(text: str, quantity: str) -> float:
             f"'{text}' is not a unit of {quantity}",
             field=f"data.units.{quantity}",
             remedy=f"give a unit such as {_EXAMPLES[quantity]}",
+        )
+    if abs(factor) > _LARGEST and {"kcal", "kj"} & set(names):
+        raise DataError(
+            f"'{text}' makes {factor:.0e} eV of 1: no label is in it",
+            field=f"data.units.{quantity}",
+            remedy=f"energies of structures are given per mole: {_EXAMPLES[quantity]}",
         )
     return factor
 
@@ -128,8 +149,35 @@ def _lookup(name: str, quantity: str) -> tuple[float, tuple[int, int]]:
     if name.lower() in _UNITS and name not in ("MeV", "MEV"):  # 10^6 eV, not the milli of the table
         return _UNITS[name.lower()]
     raise DataError(
-        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=nearest(name.lower(), _UNITS)
+        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=_suggestion(name, quantity)
     )
+
+
+def _suggestion(name: str, quantity: str) -> str:
+    """A unit of this quantity that a name may stand for: ``kcalmol`` is no misspelt ``kcal``, which is 6e23 times more."""
+    for parts in _divided(name.lower()):
+        text = "/".join(_SPELT.get(part, part) for part in parts)
+        for candidate in (text, f"{text}^3"):
+            try:
+                factor = conversion(candidate, quantity)
+            except DataError:
+                continue
+            if 1 / _LARGEST < abs(factor) < _LARGEST:
+                return f"did you mean '{candidate}'?"
+    # only what a source may be in: one kcal or J is 1e19 eV and more
+    likely = [n for n, (value, _) in _UNITS.items() if 1 / _LARGEST < value < _LARGEST]
+    return nearest(name.lower(), likely)
+
+
+def _divided(name: str) -> Iterator[tuple[str, ...]]:
+    """All ways to write a name as several known ones."""
+    for end in range(1, len(name)):
+        head, rest = name[:end], name[end:]
+        if head in _UNITS:
+            if rest in _UNITS:
+                yield head, rest
+            for more in _divided(rest):
+                yield head, *more
 
 
 def _unreadable(text: str, quantity: str) -> DataError:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blip_ft.data.findings import Finding
+from blip_ft.uncertainty.metrics import FEW
 
 #: frames of one finding that the terminal lists; ``--json`` has all
 MAX_FRAMES = 40
@@ -41,9 +42,12 @@ def summary_rows(
     add("stress, GPa", [_span(s["stress_gpa"], 1) for s in sets])
     add("pressure, GPa", [_span(s["pressure_gpa"], 1) for s in sets])
     errors = [model.get(name, {}) for name in summary]
-    add("model: energy MAE, meV/atom", [_number(e.get("energy_mae_mev_per_atom")) for e in errors])
-    add("model: force MAE, meV/Å", [_number(e.get("force_mae_mev_per_ang")) for e in errors])
-    add("model: stress MAE, GPa", [_number(e.get("stress_mae_gpa")) for e in errors])
+    for title, key, count in (
+        ("model: energy MAE, meV/atom", "energy_mae_mev_per_atom", "energy_labels"),
+        ("model: force MAE, meV/Å", "force_mae_mev_per_ang", "force_labels"),
+        ("model: stress MAE, GPa", "stress_mae_gpa", "stress_labels"),
+    ):
+        add(title, [_number(e.get(key), e.get(count)) for e in errors])
     return rows
 
 
@@ -55,8 +59,11 @@ def _span(values: Sequence[float] | None, digits: int) -> str:
     return (low if low == high else f"{low} to {high}").replace("-", "−")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def _number(value: float | None, count: int | None = None) -> str:
+    """Three digits, with the number of values behind it where there are few."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" + (f" (of {count})" if count is not None and count < FEW else "")
 
 
 def print_report(

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from blip_ft.config import Recipe
 from blip_ft.data.examine import DataReport
+from blip_ft.errors import readable
 from blip_ft.files import whole_file
 from blip_ft.report import data_tables, linear_plots, plots, tables
 from blip_ft.report.data_plots import label_figure
@@ -24,7 +25,7 @@ from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
 from blip_ft.uncertainty.linearity import agreement
-from blip_ft.uncertainty.metrics import single_sets
+from blip_ft.uncertainty.metrics import FEW, single_sets
 from blip_ft.uncertainty.signatures import Signature
 
 #: receipt entries with more lines than this are folded
@@ -110,6 +111,8 @@ def write_report(
         sizes=_sizes(metrics),
         figures=_figures(tested, calibration, history),
         calibration=_calibration_rows(calibration),
+        uncalibrated=[_SHOWN[n][0] for n in PROPERTIES if not getattr(calibration, n).measured],
+        left_out=_left_out(calibration),
         receipt=[(key, value, _weight(value) <= FOLD) for key, value in receipt.items()],
         drift=[(tables.MODELS[name], values) for name, values in (drift or {}).items()],
         **_data_section(data, findings),
@@ -292,28 +295,41 @@ def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+#: properties in words, with a readable unit
+_SHOWN = {
+    "energy": ("energy per atom", "meV/atom", 1e3),
+    "forces": ("force components", "meV/Å", 1e3),
+    "stress": ("stress components", "GPa", 1 / units.GPa),
+}
+
+
 def _calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:
     """One row per property that was calibrated, in readable units."""
-    shown = {
-        "energy": ("energy per atom", "meV/atom", 1e3),
-        "forces": ("force components", "meV/Å", 1e3),
-        "stress": ("stress components", "GPa", 1 / units.GPa),
-    }
     rows = []
     for name in PROPERTIES:
         item = getattr(calibration, name)
         if item.n_residuals:
-            title, unit, factor = shown[name]
+            title, unit, factor = _SHOWN[name]
             rows.append(
                 {
                     "title": title,
                     "unit": unit,
                     "aleatoric": factor * item.aleatoric,
                     "conformal90": _finite(item.conformal.get(0.9)),
+                    "few": " (few: the scale stays 1)" if item.n_residuals < FEW else "",
                     "item": item,
                 }
             )
     return rows
+
+
+def _left_out(calibration: Calibration) -> list[str]:
+    """Frames that took no part in a fit, one sentence for each property."""
+    return [
+        f"Left out of the {_SHOWN[name][0]}, as their labels are beyond doubt wrong: {', '.join(frames)}."
+        for name in PROPERTIES
+        if (frames := getattr(calibration, name).left_out)
+    ]
 
 
 def _finite(value: float | None) -> float | None:
@@ -331,7 +347,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": tables.format_value, "scalar": _scalar, "human": _human}
+    environment.filters |= {
+        "number": tables.format_value,
+        "scalar": _scalar,
+        "human": _human,
+        "sentence": readable,
+    }
     environment.tests["records"] = _is_records
     environment.globals |= {"max_list": MAX_LIST, "columns_of": _columns_of}
     return environment
@@ -344,7 +365,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return readable(value, ".6g")
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return str(value)

@@ -229,7 +229,12 @@ def calibration_curves(sets: Sets, calibration: Calibration, theme: Theme = LIGH
                     color=looks[name][0],
                     linewidth=1.6,
                 )
-    titles = ("forces, before calibration", "forces, after calibration", "energies, after calibration")
+    # what no calibration frame had a label of is as the posterior has it
+    after = {
+        p: "after calibration" if getattr(calibration, p).measured else "not calibrated"
+        for p in ("forces", "energy")
+    }
+    titles = ("forces, before calibration", f"forces, {after['forces']}", f"energies, {after['energy']}")
     for i, ax in enumerate(axes):
         ax.plot([0, 1], [0, 1], color=theme.faint, linewidth=0.8, zorder=1)
         ax.fill_between([0, 1], [0, 1], [1, 1], color=theme.grid, alpha=0.35, linewidth=0, zorder=0)
@@ -280,6 +285,9 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], theme: T
                 marker = "o" if value.size <= 30 else ""
                 ax.plot(epoch, value, color=colour, linewidth=1.5, marker=marker, markersize=2.5)
             epoch, score = _column(history[model], "val_crps")
+            if not score.size:  # no forces: energies have chosen, among the epochs
+                trained = [row for row in history[model] if "train_loss" in row]
+                epoch, score = _column(trained, "val_energy_mae")
             if score.size and value.any():
                 ax.axvline(epoch[score.argmin()], color=colour, linewidth=0.9, linestyle=":", zorder=1)
         if log and positive:

@@ -10,11 +10,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from blip_ft.uncertainty.metrics import single_sets
+from blip_ft.uncertainty.metrics import FEW, basis, single_sets
 
 #: {model: {set: {metric: value}}}, as in ``metrics.json``
 AllMetrics = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
+#: behind numbers from few values, in the terminal, and their limit in words
+FEW_MARK, FEW_WORD = "*", {5: "five"}[FEW]
 #: models in the order in which they are compared, with their titles
 MODELS = {"pretrained": "pretrained", "plain": "plain", "blip": "BLIP"}
 
@@ -54,10 +56,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One formatted value; ``best`` marks the best of the models on this set."""
+    """One formatted value; ``best`` marks the best of the models on this set.
+
+    ``few`` is the number of values that it rests on where these are fewer than ``FEW``, else ``None``.
+    """
 
     text: str
     best: bool = False
+    few: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ def lines(metrics: AllMetrics, columns: tuple[Column, ...] = COLUMNS, *, pooled:
                 values = [metrics[m][name].get(column.key) for m in present]
                 known = [v for v in values if v is not None]
                 best = column.best and len(known) > 1 and values[i] == min(known)
-                cells.append(Cell(format_value(values[i], column.form), best))
+                count = None if values[i] is None else basis(metrics[model][name], column.key)
+                few = count if count is not None and count < FEW else None
+                cells.append(Cell(format_value(values[i], column.form), best, few))
             out.append(Line(title, MODELS[model], tuple(cells), i == 0, len(present)))
     return out
 
@@ -133,9 +141,15 @@ def demo_table(metrics: AllMetrics, title: str = "") -> Table:
     for column in COLUMNS:
         table.add_column("\n".join(column.short), justify="right", no_wrap=True)
     rows = lines(metrics)
+    if any(c.few is not None for line in rows for c in line.cells):
+        table.caption = Text(f"{FEW_MARK} from fewer than {FEW_WORD} values")
+        table.caption_justify = "left"
     for i, line in enumerate(rows):
         last = i + 1 == len(rows) or rows[i + 1].first
-        cells = [Text(c.text, style="bold" if c.best else "") for c in line.cells]
+        cells = [
+            Text(c.text + ("" if c.few is None else FEW_MARK), style="bold" if c.best else "")
+            for c in line.cells
+        ]
         # Text, not markup: names of sets come from the user
         table.add_row(Text(line.set_name if line.first else ""), Text(line.model), *cells, end_section=last)
     return table

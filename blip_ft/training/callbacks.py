@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from blip_ft.errors import readable
 from blip_ft.families.base.posterior import Posterior
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.module import FineTuneModule
@@ -238,15 +239,25 @@ class History(Callback):
         row = {"epoch": float(trainer.current_epoch), "seconds": time.monotonic() - self._start}
         for key in ("loss", "nll", "kl"):
             values = [s[key] for s in self._steps]
-            row[f"train_{key}"] = sum(values) / len(values) if values else float("nan")
+            if values:
+                row[f"train_{key}"] = sum(values) / len(values)
         self._steps.clear()
         logged = trainer.callback_metrics
         row |= {new: float(logged[old]) for old, new in self._VALIDATION.items() if old in logged}
+        if (
+            "val_force_mae" not in row
+        ):  # the epoch is chosen by energies: what was logged is no CRPS of forces
+            row.pop("val_crps", None)
         self.rows.append(row)
         if self._echo is not None and trainer.is_global_zero:
             done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
             left = row["seconds"] / done * max(0, total - done)
+            if "val_force_mae" in row:
+                held_out = f"force MAE {readable(row['val_force_mae'], '.1f')}, "
+                held_out += f"CRPS {readable(row.get('val_crps'), '.1f')} meV/Å"
+            else:
+                held_out = f"energy MAE {readable(row.get('val_energy_mae'), '.2f')} meV/atom"
             self._echo(
-                f"epoch {done}/{total}  loss {row['train_loss']:.4g}  held out: force MAE "
-                f"{row['val_force_mae']:.1f}, CRPS {row['val_crps']:.1f} meV/Å  {left:.0f} s left"
+                f"epoch {done}/{total}  loss {readable(row.get('train_loss'), '.4g')}  held out: {held_out}  "
+                f"{left:.0f} s left"
             )

@@ -32,7 +32,7 @@ from blip_ft.config import Recipe
 from blip_ft.console import is_rank_zero
 from blip_ft.data import splits_file
 from blip_ft.errors import BlipError, RecipeError
-from blip_ft.files import whole_file
+from blip_ft.files import check_unused, file_name, remedy_of, sole_writer, whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.device import device_of
@@ -67,22 +67,47 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         check_folder(folder, overwrite=recipe.overwrite)
     seed_everything(recipe.seed)
     prepared = prepare(recipe, console)
-    if is_rank_zero():
-        try:
-            if folder.exists():
-                console.print(f"replacing the earlier run in {folder}")
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise BlipError(
-                f"cannot write the run: {error}", file=folder, remedy="choose another 'output'"
-            ) from error
-    try:
+    if not is_rank_zero():
         return _run(prepared.recipe, prepared, folder, console)
+    _make_folder(folder, console, overwrite=recipe.overwrite)
+    try:
+        with sole_writer(folder):
+            return _run(prepared.recipe, prepared, folder, console)
     except OSError as error:
         raise BlipError(
-            f"writing failed: {error}", file=folder, remedy="free disk space; what was written so far is kept"
+            f"writing failed: {error}",
+            file=folder,
+            remedy=f"{remedy_of(error)}; what was written so far is kept",
         ) from error
+
+
+def _make_folder(folder: Path, console: Console, *, overwrite: bool) -> None:
+    """An empty folder for the run. That of an earlier one is replaced only if it may be: minutes after the first look
+    another program may have made it.
+
+    Raises:
+        RecipeError: it exists.
+        BlipError: another program writes there, or it cannot be made.
+    """
+    try:
+        if overwrite and folder.exists():
+            check_unused(folder)
+            console.print(f"replacing the earlier run in {folder}")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise _exists(folder, "a run of this name has appeared since this one started") from error
+    except OSError as error:
+        raise BlipError(f"cannot write the run: {error}", file=folder, remedy=remedy_of(error)) from error
+
+
+def _exists(folder: Path, problem: str) -> RecipeError:
+    return RecipeError(
+        problem,
+        file=folder,
+        field="name",
+        remedy="choose another name=..., or give overwrite=true to replace it",
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -98,15 +123,12 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         RecipeError: it exists.
+        BlipError: another program writes there.
         CheckpointError: no permission or no space.
     """
     if folder.exists() and not overwrite:
-        raise RecipeError(
-            "a run of this name exists already",
-            file=folder,
-            field="name",
-            remedy="choose another name=..., or give overwrite=true to replace it",
-        )
+        raise _exists(folder, "a run of this name exists already")
+    check_unused(folder)
     require_space(folder, RUN_BYTES)
 
 
@@ -226,7 +248,7 @@ def write_run(
     (folder / "predictions").mkdir(exist_ok=True)
     for model, result in results.items():
         for name, prediction in result.predictions.items():
-            prediction.save(folder / "predictions" / f"{model}-{name}.npz")
+            prediction.save(folder / "predictions" / f"{model}-{file_name(name)}.npz")
     write_report(
         folder,
         recipe=recipe.model_dump(mode="json"),

@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from blip_ft.data.references import References
-from blip_ft.errors import GateError
+from blip_ft.errors import GateError, readable
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms
 
@@ -91,11 +91,11 @@ def check_step_zero(
         double, _ = _differences(potential, frames, stock_double(frames))
         potential.to_dtype("float32")
         bad = [again[i] for i in _beyond(double, "float64")]
-    worst = [max((e[k] for e in errors), default=0.0) for k in (0, 1)]
+    worst = [float(np.max([e[k] for e in errors], initial=0.0)) for k in (0, 1)]  # NaN stays NaN
     if bad:
         raise GateError(
             f"step 0 is not the pretrained model: {len(bad)} of {len(errors)} frames differ, by up to "
-            f"{worst[0]:.2e} eV/atom and {worst[1]:.2e} eV/Å (allowed: {TOLERANCE[dtype]})",
+            f"{readable(worst[0], '.2e')} eV/atom and {readable(worst[1], '.2e')} eV/Å (allowed: {TOLERANCE[dtype]})",
             frame=bad[0],
             remedy="this is a defect of the adapter or an untested version of its backend: see "
             "'blip-finetune doctor', and try model.dtype=float64",
@@ -152,10 +152,10 @@ def check_references(
     rms, promised = (
         float(np.sqrt(np.mean((e / n) ** 2))) for e in (labels[chosen] - energies, residual - shift)
     )
-    if abs(rms - promised) > 1e-5 + 1e-3 * promised:
+    if not abs(rms - promised) <= 1e-5 + 1e-3 * promised:  # NaN does not pass
         raise GateError(
-            f"the energy references do not act in the assembled model: residual {rms:.6f} eV/atom, "
-            f"the fit promised {promised:.6f}",
+            f"the energy references do not act in the assembled model: residual {readable(rms, '.6f')} eV/atom, "
+            f"the fit promised {readable(promised, '.6f')}",
             remedy="set data.references=keep and report this, with the adapter's version",
         )
     return {"rms_before": references.rms_before, "rms_after": references.rms_after}

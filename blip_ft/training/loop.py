@@ -144,7 +144,9 @@ def train(
         ) from error
     best.restore(module)
     if best.epoch >= 0:
-        console.print(f"best epoch on the validation frames: {best.epoch + 1} (CRPS {best.best:.2f} meV/Å)")
+        known = any("val_force_mae" in row for row in history.rows)  # else energies have chosen
+        score = f"CRPS {best.best:.2f} meV/Å" if known else f"energy MAE {best.best:.2f} meV/atom"
+        console.print(f"best epoch on the validation frames: {best.epoch + 1} ({score})")
     if prior is not None:
         scales = [s for paths in prior.update().values() for s in paths]
         console.print(f"prior scales by empirical Bayes: {min(scales):.2g} to {max(scales):.2g} of each rms")

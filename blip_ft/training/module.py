@@ -121,11 +121,12 @@ class FineTuneModule(lightning.LightningModule):
         total = gathered.reshape(-1, 5).sum(dim=0)
         # without any force label the energies choose the epoch
         by = 0 if total[2] > 0 else 3
-        scores = {
-            "val/crps": 1e3 * total[by] / total[2 if by == 0 else 4].clamp_min(1),
-            "val/force_mae": 1e3 * total[1] / total[2].clamp_min(1),
-            "val/energy_mae": 1e3 * total[3] / total[4].clamp_min(1),
-        }
+        scores = {"val/crps": 1e3 * total[by] / total[2 if by == 0 else 4].clamp_min(1)}
+        # an error without labels is not 0 but unknown
+        if total[2] > 0:
+            scores["val/force_mae"] = 1e3 * total[1] / total[2]
+        if total[4] > 0:
+            scores["val/energy_mae"] = 1e3 * total[3] / total[4]
         for name, value in scores.items():
             self.log(name, value, prog_bar=name == "val/crps", rank_zero_only=False)
         # a family with a closed form does not learn its spread step by step: nothing to watch

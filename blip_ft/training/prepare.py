@@ -18,6 +18,7 @@ from rich.console import Console
 from blip_ft.allocator import keep_memory
 from blip_ft.backbone import Backbone, get_adapter
 from blip_ft.config import Recipe
+from blip_ft.config.checks import check_noise
 from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
 from blip_ft.data.context import load_context
 from blip_ft.data.dataset import GraphCache
@@ -35,6 +36,7 @@ from blip_ft.training import gates
 from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.memory import Probe, load_probe
 from blip_ft.training.reference_shift import set_references, warn_outside
+from blip_ft.training.rows import groups_of
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
 
@@ -73,6 +75,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     Raises:
         BlipError: anything that would make training meaningless.
     """
+    check_noise(recipe)
     keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
@@ -108,7 +111,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
         findings = report.findings
         if checked is not splits:
-            splits, sets = checked, _without(sets, report.bad)
+            splits, sets = checked, _without(sets, _dropped(recipe, report))
     sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     reduced: list[str] = []
@@ -137,6 +140,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         n_draws=recipe.uncertainty.n_draws,
     )
     counts = potential.converted.report.counts
+    _check_left_out(recipe, potential, sets["train"])
     console.print(
         f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
         f"{counts['left']:,} left as they are"
@@ -209,8 +213,9 @@ def _labels_checked(
         sets=sets,
         ledger=ledger,
     )
-    if report.bad and recipe.data.bad_labels == "drop":
-        return without_bad_labels(splits, report), report
+    dropped = _dropped(recipe, report)
+    if dropped:
+        return without_bad_labels(splits, dropped), report
     if report.bad and recipe.data.bad_labels == "stop":
         role, bad = next(iter(report.bad.items()))
         index, reason = next(iter(bad.items()))
@@ -224,6 +229,38 @@ def _labels_checked(
             remedy="blip-finetune check lists all; mend or remove them, or set data.bad_labels to drop or warn",
         )
     return splits, report
+
+
+def _check_left_out(recipe: Recipe, potential: BayesianPotential, train: FrameDataset) -> None:
+    """Refuse what a closed form cannot be fitted with, before anything is trained.
+
+    Raises:
+        RecipeError: no weight has noise.
+        DataError: the prior's scale is to be chosen by leaving groups of frames out, and there is one group.
+    """
+    if not recipe.posterior.closed_form:
+        return
+    if not potential.posterior.sites:
+        raise RecipeError(
+            f"posterior.family={recipe.posterior.family} is a covariance of noisy weights, and no weight has noise",
+            field="model.noise",
+            remedy="name modules that have some: blip-finetune inspect lists them",
+        )
+    if recipe.posterior.prior_scale == "auto" and len(set(groups_of(train))) < 2:
+        n = len(train)
+        raise DataError(
+            f"the prior's scale is chosen by leaving groups of training frames out, and {n} frame{'s' * (n != 1)} "
+            "make one group",
+            file=train.frames["source"][0],
+            field="posterior.prior_scale",
+            remedy="give more frames, or sources for data.validation, data.calibration and data.test so that more are left "
+            "to train on; or a number, for instance posterior.prior_scale=0.1",
+        )
+
+
+def _dropped(recipe: Recipe, report: DataReport) -> dict[str, dict[int, str]]:
+    """The frames that ``data.bad_labels`` leaves out."""
+    return {"auto": report.certain, "drop": report.bad}.get(recipe.data.bad_labels, {})
 
 
 def _without(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from blip_ft.config import DataConfig
 from blip_ft.data import FrameDataset
-from blip_ft.data.findings import Finding
+from blip_ft.data.findings import Finding, place
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References, fit_references, given_references, refit_references
 from blip_ft.errors import DataError, nearest
@@ -52,7 +53,8 @@ def set_references(
         GateError: the model's residual is not the one that was promised.
     """
     items = [train[i] for i in range(len(train))]
-    items = [item for item in items if not bool(item.labels["energy"].isnan())]
+    chosen = [i for i, item in enumerate(items) if not bool(item.labels["energy"].isnan())]
+    items = [items[i] for i in chosen]
     if not items:
         if config.references != "keep":
             console.print("no energies to fit references on: kept as they are", style="yellow")
@@ -63,13 +65,24 @@ def set_references(
     model = np.array([known.energy for known in ledger.ask(items)])
     numbers, residual = [a.numbers for a in atoms], labels - model
     fitted = fit_references(numbers, residual)
+    far = _far([train.frames[chosen[i]] for i in fitted.left_out])
     if config.references == "keep":
-        return None, {}, _offset(fitted)
+        return None, {}, [*far, *_offset(fitted)]
     references, findings = _choose(config, potential, numbers, residual, isolated, fitted)
     potential.references = dict(references.shift)
-    check = gates.check_references(potential, atoms, labels, model, references)
+    kept = [i for i in range(len(atoms)) if i not in references.left_out]
+    check = gates.check_references(potential, [atoms[i] for i in kept], labels[kept], model[kept], references)
     console.print(references.describe())
-    return references, check, findings
+    return references, check, [*far, *findings]
+
+
+def _far(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """A warning about energies that took no part in the fit."""
+    if not rows:
+        return []
+    message = f"the energies of {len(rows)} training frames are wrong beyond doubt and take no part in the references"
+    remedy = "mend or remove them: they are still trained on"
+    return [Finding("label", "warning", [place(row) for row in rows], message, remedy)]
 
 
 def warn_outside(references: References, sets: Mapping[str, FrameDataset]) -> list[Finding]:

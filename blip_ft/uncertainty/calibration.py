@@ -28,6 +28,10 @@ Two things keep the fit sane on few frames:
 Residuals with zero error *and* zero spread (forces that vanish by symmetry) say nothing about
 either and are left out.
 
+A label that is wrong beyond doubt (:mod:`blip_ft.data.doubt`) would widen all error bars, a thousandfold if need be: its
+frame takes no part in the fit of that property, and ``left_out`` names it. Where there is none, nothing changes. What
+is in doubt stays in; ``carried_by`` names a frame that alone makes the error bars twice as wide or more.
+
 Beside the Gaussian factors, split-conformal factors are stored (:func:`conformal_quantile`).
 Coverage in the metrics uses the Gaussian total std (90 %: 1.645 std); the conformal factor is
 the one to use for intervals when ``excess_kurtosis`` says that the tails are heavy.
@@ -53,6 +57,10 @@ SCALE_PRIOR = math.log(10.0)
 MIN_RESIDUALS = 5
 #: levels for which conformal factors are stored
 LEVELS = (0.5, 0.6827, 0.8, 0.9, 0.95, 0.9545, 0.99)
+#: one frame carries the error bars where they are so many times wider with it ...
+CARRIED = 2.0
+#: ... and Gaussian errors would show that in fewer runs than this
+CHANCE = 1e-3
 #: residuals and spreads below this share of their rms count as zero
 _ZERO = 1e-6
 _LOGITS = np.linspace(-16.0, 16.0, 65)
@@ -77,6 +85,10 @@ class PropertyCalibration:
             fewer than four residuals.
         conformal: split-conformal factor of the total std per level in ``LEVELS``; ``inf``
             where the frames are too few for that level.
+        left_out: frames whose labels are wrong beyond doubt, which took no part in the fit.
+        carried_by: the frame without which the error bars would be narrower by ``carried_factor``, where
+            that is 2 or more and no chance; else ``""``.
+        carried_factor: see there.
     """
 
     aleatoric: float = 0.0
@@ -88,12 +100,20 @@ class PropertyCalibration:
     zms_before: float | None = None
     excess_kurtosis: float | None = None
     conformal: dict[float, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    carried_by: str = ""
+    carried_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("aleatoric", "scale"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{key} must be finite and not negative, got {value}")
+
+    @property
+    def measured(self) -> bool:
+        """Whether labels say what these numbers are; without, the aleatoric part is unknown, and so is the total."""
+        return self.n_residuals > 0 or self.aleatoric > 0
 
     def for_new_frames(self) -> PropertyCalibration:
         """The same error bars, widened for having been fitted on few frames.
@@ -128,21 +148,22 @@ class PropertyCalibration:
         """JSON-serialisable form; infinite conformal factors become ``None``."""
         tree = asdict(self)
         tree["conformal"] = {str(k): v if math.isfinite(v) else None for k, v in self.conformal.items()}
+        tree["left_out"] = list(self.left_out)
         return tree
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> PropertyCalibration:
         """Inverse of :meth:`to_dict`."""
         factors = {float(k): math.inf if v is None else v for k, v in tree.get("conformal", {}).items()}
-        return cls(**{**tree, "conformal": factors})
+        return cls(**{**tree, "conformal": factors, "left_out": tuple(tree.get("left_out", ()))})
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Calibrated error bars of energy (per atom), forces and stress.
 
-    A property without calibration labels keeps the identity: no aleatoric noise, scale 1,
-    ``n_residuals`` 0.
+    A property without calibration labels keeps the identity, which says nothing: no aleatoric noise, scale 1,
+    ``n_residuals`` 0, not ``measured``. Predictions have no aleatoric and no total std of it.
     """
 
     energy: PropertyCalibration = PropertyCalibration()
@@ -171,7 +192,10 @@ class Calibration:
         """:meth:`constant` with the RMSE of ``prediction`` in each labelled property: the error
         bars of a model that has none, from its validation frames.
         """
-        errors = {name: residuals(prediction, name)[0] for name in PROPERTIES}
+        errors = {}
+        for name in PROPERTIES:
+            error, _, frame = residuals(prediction, name)
+            errors[name] = error[~wrong_frames(prediction, name)[frame]]
         return cls.constant(**{name: _rms(e) for name, e in errors.items() if e.size})
 
     def total_std(self, prediction: SetPrediction) -> dict[str, FloatArray]:
@@ -242,11 +266,68 @@ def calibrate(prediction: SetPrediction, *, scale_prior: float = SCALE_PRIOR) ->
     scale: float | None = None
     for name in ("forces", *(p for p in PROPERTIES if p != "forces")):
         error, std, frame = residuals(prediction, name)
+        wrong = wrong_frames(prediction, name)
+        if wrong.any():
+            kept = ~wrong[frame]
+            error, std, frame = error[kept], None if std is None else std[kept], frame[kept]
         if error.size:
-            fitted[name] = fit(error, std, frame, scale_prior=scale_prior, scale=scale)
+            item = fit(error, std, frame, scale_prior=scale_prior, scale=scale)
+            heaviest, factor = _carrier(error, item.total(std), frame)
+            fitted[name] = replace(
+                item,
+                left_out=tuple(prediction.frames[i] for i in np.flatnonzero(wrong)),
+                carried_by="" if heaviest is None else prediction.frames[heaviest],
+                carried_factor=factor,
+            )
             if name == "forces" and std is not None and error.size >= MIN_RESIDUALS and _rms(std) > 0:
                 scale = fitted[name].scale
     return Calibration(**fitted)
+
+
+def wrong_frames(prediction: SetPrediction, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """(F,) frames whose label of a property is wrong beyond doubt, as predictions show (``data.doubt``)."""
+    # here: the package of the data opens slowly, and loading a model needs none of it
+    from blip_ft.data.doubt import wrong_energies, wrong_forces, wrong_stress
+
+    ends = np.cumsum(prediction.n_atoms)[:-1]
+    if name == "stress":
+        return wrong_stress(prediction.stress_label, prediction.stress)
+    if name == "forces":
+        return wrong_forces(np.split(prediction.forces_label, ends), np.split(prediction.forces, ends))
+    square = np.where(np.isfinite(prediction.forces_error), prediction.forces_error, np.nan) ** 2
+    force_error = np.sqrt(prediction.mean_over_atoms(square.mean(axis=1)))
+    return wrong_energies(np.split(prediction.numbers, ends), prediction.energy_error, force_error)
+
+
+def _carrier(error: FloatArray, total: FloatArray, frame: IntArray) -> tuple[int | None, float]:
+    """The frame that alone widens the error bars, and by how much.
+
+    Mean squared z-scores of frames are compared: the largest with the mean of the others, as the square of Student's t
+    of F - 1 degrees of freedom, corrected for having looked for the largest of F.
+
+    Args:
+        error: (N,) residuals.
+        total: (N,) total stds.
+        frame: (N,) of each residual.
+
+    Returns:
+        The frame and the factor by which the error bars are wider with it; ``None`` and 1 where there is none.
+    """
+    z2 = np.divide(error, total, out=np.zeros_like(error), where=np.broadcast_to(total > 0, error.shape)) ** 2
+    names, index, count = np.unique(frame, return_inverse=True, return_counts=True)
+    sums = np.bincount(index, weights=z2, minlength=names.size)
+    rest, n = sums.sum() - sums, count.sum() - count
+    k = int(np.argmax(sums / count))
+    if names.size < 3 or rest[k] <= 0:
+        return None, 1.0
+    factor = math.sqrt(z2.mean() / (rest[k] / n[k]))
+    if factor < CARRIED:
+        return None, 1.0
+    from scipy.stats import t
+
+    others = np.delete(sums / count, k).mean()
+    chance = 2 * names.size * t.sf(math.sqrt(sums[k] / count[k] / others), names.size - 1)
+    return (int(names[k]), factor) if chance < CHANCE else (None, 1.0)
 
 
 def fit(

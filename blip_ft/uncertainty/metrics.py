@@ -35,6 +35,9 @@ key                                 meaning
 ``partial_spearman_structure_ood``  the same given the predicted energy per atom
 ``ood_score_median``                median score of the atoms: 1 is like the training set
 ``n_structures``, ``n_atoms``       sizes of the set
+``n_energy_labels``                 energies that the scores of energies rest on; ``n_force_labels``,
+                                    ``n_stress_labels``: components
+``n_ranked_atoms``                  atoms that rank correlations rest on; ``n_ranked_structures``
 ==================================  ==========================================================
 
 A key is present where it has a meaning (a label, a std), and ``None`` where the frames do not
@@ -59,6 +62,9 @@ from blip_ft.uncertainty.results import FloatArray, SetPrediction
 
 Metrics = dict[str, float | int | None]
 
+#: numbers that rest on fewer values than this say so wherever they are shown
+FEW = 5
+
 #: half width of the central 90 % interval of a Gaussian, in stds
 Z90 = float(norm.ppf(0.95))
 #: stds below this (eV/atom, eV/Å) are taken as this, so that scores stay finite
@@ -78,6 +84,22 @@ def single_sets(names: Collection[str]) -> list[str]:
     if "unseen" in names and not set(own) - {"seen"}:
         own.append("unseen")
     return sorted(own, key=lambda n: n != "seen")
+
+
+def basis(metrics: Mapping[str, float | int | None], key: str) -> int | None:
+    """How many values the metric ``key`` of a set rests on; ``None`` where nobody has counted."""
+    if "structure" in key:
+        name = "n_ranked_structures"
+    elif "spearman" in key:
+        name = "n_ranked_atoms"
+    elif "energy" in key:
+        name = "n_energy_labels"
+    elif key.startswith("stress"):
+        name = "n_stress_labels"
+    else:
+        name = "n_atoms" if key.startswith("ood") else "n_force_labels"
+    count = metrics.get(name)
+    return None if count is None else int(count)
 
 
 # ---- scores of residuals ---------------------------------------------------------------------
@@ -272,6 +294,7 @@ def set_metrics(
         error, _, _ = residuals(prediction, name)
         if error.size == 0:
             continue
+        out[f"n_{prefix}_labels"] = int(error.size)
         out[f"{prefix}_mae_{unit}"] = scale * float(np.abs(error).mean())
         out[f"{prefix}_rmse_{unit}"] = scale * float(np.sqrt((error**2).mean()))
         if name in std:
@@ -285,6 +308,7 @@ def set_metrics(
     stress, _, _ = residuals(prediction, "stress")
     if stress.size:
         out["stress_mae_gpa"] = float(np.abs(stress).mean() / units.GPa)
+        out["n_stress_labels"] = int(stress.size)
     if prediction.ood_score is not None and prediction.ood_score.size:
         median = float(np.median(prediction.ood_score))
         out["ood_score_median"] = median if math.isfinite(median) else None
@@ -348,6 +372,8 @@ def _rankings(prediction: SetPrediction, total: FloatArray | None, seed: int) ->
     structure_error = prediction.mean_over_atoms(norm_error)
     energy = prediction.energy / prediction.n_atoms
     out: Metrics = {
+        "n_ranked_atoms": int(np.isfinite(norm_error).sum()),
+        "n_ranked_structures": int(np.isfinite(structure_error).sum()),
         "spearman_atom_null_force": spearman(np.linalg.norm(prediction.forces, axis=1), norm_error),
         "spearman_structure_null_energy": spearman(energy, structure_error),
     }

@@ -184,7 +184,8 @@ def predict_atoms(
     one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
     aleatoric stds, the scatter of the labels that the calibration found: ``energy_std_aleatoric``,
     ``forces_std_aleatoric`` and ``stress_std_aleatoric``, each one number for all components; total stds, the
-    roots of the sums of both squares: ``energy_std_total``, ``forces_std_total``, ``stress_std_total``;
+    roots of the sums of both squares: ``energy_std_total``, ``forces_std_total``, ``stress_std_total``; aleatoric and
+    total stds are absent where no calibration frame had a label of the property, as its scatter is then unknown;
     ``std_sampling_error``, the relative std of ``forces_std`` and ``stress_std`` that comes from few draws or
     directions, 0 where they are exact; ``energies`` (n,) eV per atom and their epistemic
     ``energies_std``; ``ood_score`` (n,), the distance of every atom from the training atoms in the model's
@@ -234,9 +235,10 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
         if moments.energy_std is not None:
             e, f, s = calibration.energy, calibration.forces, calibration.stress
             item["energy_std"] = e.scale * float(moments.energy_std[i])
-            # the energy's calibration is per atom, as its labels are compared per atom
-            item["energy_std_aleatoric"] = e.aleatoric * n
-            item["energy_std_total"] = float(np.hypot(item["energy_std_aleatoric"], item["energy_std"]))
+            if e.measured:
+                # the energy's calibration is per atom, as its labels are compared per atom
+                item["energy_std_aleatoric"] = e.aleatoric * n
+                item["energy_std_total"] = float(np.hypot(item["energy_std_aleatoric"], item["energy_std"]))
             if moments.node_energy_std is not None:
                 item["energies_std"] = e.scale * _numpy(moments.node_energy_std[atoms])
             if moments.forces_cov is not None:
@@ -244,12 +246,14 @@ def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> lis
                 variance = np.diagonal(covariance, axis1=1, axis2=2).clip(min=0)
                 item["forces_cov"], item["forces_std"] = covariance, np.sqrt(variance)
                 item["forces_std_norm"] = np.sqrt(variance.sum(axis=1))
-                item["forces_std_aleatoric"] = f.aleatoric
-                item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
+                if f.measured:
+                    item["forces_std_aleatoric"] = f.aleatoric
+                    item["forces_std_total"] = np.hypot(f.aleatoric, item["forces_std"])
                 item["std_sampling_error"] = moments.sampling_error
             if periodic and moments.stress_std is not None:
                 item["stress_std"] = s.scale * _numpy(moments.stress_std[i])
-                item["stress_std_aleatoric"] = s.aleatoric
-                item["stress_std_total"] = np.hypot(s.aleatoric, item["stress_std"])
+                if s.measured:
+                    item["stress_std_aleatoric"] = s.aleatoric
+                    item["stress_std_total"] = np.hypot(s.aleatoric, item["stress_std"])
         out.append(item)
     return out

@@ -2,8 +2,8 @@
 
 Four failures are known from the method's paper and its reproductions: error bars far too wide
 on data like the training set, far too narrow on data unlike it, a posterior that explodes, and
-one that never leaves its start. A fifth, found beside them, is a spread that the calibration
-had to switch off. Each has a detector here, and a remedy in terms of recipe keys.
+one that never leaves its start. Found beside them: a spread that the calibration had to switch off, one
+calibration frame that alone widens all error bars, and labels that no calibration should see. Each has a detector here, and a remedy in terms of recipe keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from blip_ft.errors import readable
 from blip_ft.uncertainty.calibration import PROPERTIES, Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import single_sets
 
@@ -38,7 +39,7 @@ class Signature:
 
     Attributes:
         name: ``over_wide_seen``, ``spread_switched_off``, ``over_narrow_unseen``,
-            ``exploding_variance`` or ``sigma_stuck``.
+            ``exploding_variance``, ``sigma_stuck``, ``one_frame_carries_the_scale`` or ``wrong_labels``.
         severity: ``error``: do not use the error bars; ``warning``: read before you do.
         message: what was seen, with numbers.
         remedy: what to change, in terms of recipe keys.
@@ -70,8 +71,40 @@ def find_signatures(
     """
     found: list[Signature] = []
     for name in PROPERTIES:
-        found += over_wide_seen(name, getattr(calibration, name))
+        item: PropertyCalibration = getattr(calibration, name)
+        found += wrong_labels(name, item) + one_frame_carries(name, item) + over_wide_seen(name, item)
     return found + over_narrow_unseen(metrics) + exploding_variance(history) + sigma_stuck(history)
+
+
+def wrong_labels(name: str, item: PropertyCalibration) -> list[Signature]:
+    """Calibration frames that were left out, as their labels are wrong beyond doubt."""
+    if not item.left_out:
+        return []
+    return [
+        Signature(
+            "wrong_labels",
+            "warning",
+            f"{name}: the labels of {len(item.left_out)} calibration frames are wrong beyond doubt and took no part in "
+            f"the calibration ({_some(item.left_out)})",
+            "mend the labels or remove the frames, and look for more of the kind in the other sets",
+        )
+    ]
+
+
+def one_frame_carries(name: str, item: PropertyCalibration) -> list[Signature]:
+    """One calibration frame that alone makes the error bars much wider."""
+    if not item.carried_by:
+        return []
+    return [
+        Signature(
+            "one_frame_carries_the_scale",
+            "warning",
+            f"{name}: one frame carries the scale of the error bars ({item.carried_by}): without it they would be "
+            f"{item.carried_factor:.2g} times narrower",
+            "look at the labels of this frame, and remove it if they are wrong; if they are right, frames like it are "
+            "too rare to calibrate on: give more calibration frames",
+        )
+    ]
 
 
 def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
@@ -155,7 +188,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
                     Signature(
                         "exploding_variance",
                         "error",
-                        f"{key.replace('_', ' ')} is {value} at epoch {_epoch(row)}",
+                        f"{key.replace('_', ' ')} is {readable(value)} at epoch {_epoch(row)}",
                         f"{remedy}; also a smaller optimizer.learning_rate and trainer.gradient_clip_val",
                     )
                 ]
@@ -203,6 +236,10 @@ def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
             "noise (objective.learn_noise: false), and check that model.noise matches modules",
         )
     ]
+
+
+def _some(frames: Sequence[str], most: int = 5) -> str:
+    return ", ".join(frames[:most]) + (f" and {len(frames) - most} more" if len(frames) > most else "")
 
 
 def _ratio(zms: float) -> str:

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from blip_ft.data import FEATURES, Finding, Splits, check_frames, check_units, load_source, to_atoms
+from blip_ft.data.checks import unit_findings
 from blip_ft.errors import DataError
 from blip_ft.fake import FakeBackbone
 
@@ -272,3 +273,26 @@ def test_models_and_labels_without_stress_or_forces(
     assert (
         check_units(rows, lambda a: [{"energy": 1.0, "forces": np.zeros((6, 3)), "stress": None}] * 3) == []
     )
+
+
+# ---- nothing to compare with -----------------------------------------------------------------
+
+
+def test_forces_that_vanish_by_symmetry_have_no_slope() -> None:
+    """One-atom cells: the model says zero, and so do the labels, to rounding."""
+    row = {"numbers": [29], "energy": -3.0, "forces": [[1e-5, 0.0, -2e-5]], "stress": None, "pbc": [True] * 3}
+    said = [{"energy": -4.0, "forces": np.zeros((1, 3)), "stress": None}] * 6
+    assert unit_findings([row] * 6, said) == {}
+    said = [{"energy": -4.0, "forces": np.full((1, 3), 1e-7), "stress": None}] * 6
+    assert unit_findings([row] * 6, said) == {}
+    wrong = row | {"forces": [[0.5, 0.0, 0.0]]}
+    (finding,) = unit_findings([wrong] * 6, said).values()
+    assert "nan" not in str(finding)
+    assert "rms of 0.289 where the pretrained model predicts none" in finding.message
+
+
+def test_slopes_from_few_values_say_so() -> None:
+    row = {"numbers": [1], "energy": None, "forces": [[0.1, 0.9, -0.5]], "stress": None, "pbc": [False] * 3}
+    said = [{"energy": 0.0, "forces": np.array([[0.9, -0.1, 0.5]]), "stress": None}]
+    (finding,) = unit_findings([row], said).values()
+    assert "from 3 values only" in finding.message

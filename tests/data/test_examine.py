@@ -99,7 +99,7 @@ def test_wrong_units_are_a_finding_and_hide_the_rest(splits: Splits, backbone: F
 
 def test_bad_labels_are_dropped_and_listed(splits: Splits, backbone: FakeBackbone) -> None:
     report = examine(splits, backbone)
-    clean = without_bad_labels(splits, report)
+    clean = without_bad_labels(splits, report.bad)
     assert len(clean.train) == 22
     assert not set(BAD) & set(clean.train["frame"])
     assert [text.partition(": ")[0].rpartition(" ")[2] for text in clean.dropped] == [str(i) for i in BAD]
@@ -107,7 +107,7 @@ def test_bad_labels_are_dropped_and_listed(splits: Splits, backbone: FakeBackbon
     assert "2 frames with a wrong label are left out" in clean.rule
     report.bad["validation"] = dict.fromkeys(range(4), "energy")
     with pytest.raises(DataError, match="every frame of validation has a wrong label"):
-        without_bad_labels(splits, report)
+        without_bad_labels(splits, report.bad)
 
 
 def test_findings_as_json() -> None:

@@ -163,3 +163,45 @@ def test_given_energies_are_those_of_lone_atoms_afterwards() -> None:
     assert "given energies of isolated atoms" in found.describe()
     with pytest.raises(DataError, match="isolated atom of Si"):
         given_references(frames, labels - model, ALONE, {8: -432.1})
+
+
+def mixed(n: int = 20, seed: int = 0) -> tuple[list[list[int]], np.ndarray]:
+    """Two compositions, residuals of -110 and -70 eV per Si and O with noise of 20 meV/atom."""
+    rng = np.random.default_rng(seed)
+    numbers = [[14, 8, 8] * (1 + i % 3) if i % 2 else [14, 8] for i in range(n)]
+    exact = [sum(-110.0 if z == 14 else -70.0 for z in zs) for zs in numbers]
+    return numbers, np.array(exact) + 0.02 * np.array([len(z) for z in numbers]) * rng.normal(size=n)
+
+
+@pytest.mark.parametrize("error", [40.0, -500.0, 1e6])
+def test_one_energy_does_not_move_the_references(error: float) -> None:
+    numbers, residual = mixed()
+    clean = fit_references(numbers, residual)
+    assert clean.left_out == ()
+    residual[7] += error
+    found = fit_references(numbers, residual)
+    assert found.left_out == (7,)
+    assert found.n_frames == 19
+    rest = [i for i in range(20) if i != 7]
+    expected = fit_references([numbers[i] for i in rest], residual[rest])
+    assert found.shift == expected.shift, "exactly what the other frames give"
+    assert "1 energies that are wrong beyond doubt" in found.describe()
+    missing = np.insert(residual, 0, np.nan)
+    assert fit_references([[14], *numbers], missing).left_out == (8,), "numbered as they were given"
+
+
+def test_the_only_frame_of_an_element_is_not_far() -> None:
+    """Its energy alone determines that element, however large: all-electron totals, say."""
+    numbers, residual = mixed()
+    found = fit_references([*numbers, [14, 8, 26]], [*residual, -34_000.0])
+    assert found.left_out == ()
+    assert found.rank == 3
+    numbers, residual = mixed()
+    pure = fit_references([*numbers, [8, 8]], [*residual, -140.0])
+    assert pure.left_out == ()
+
+
+def test_two_levels_of_theory_are_no_exception() -> None:
+    numbers, residual = mixed()
+    residual[:5] += 30.0
+    assert fit_references(numbers, residual).left_out == ()

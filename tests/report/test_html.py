@@ -10,10 +10,10 @@ import pytest
 
 from blip_ft.errors import BlipError
 from blip_ft.report import write_report
-from blip_ft.report.tables import format_value
-from blip_ft.uncertainty.calibration import Calibration
+from blip_ft.report.tables import format_value, lines
+from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import metrics_table
-from blip_ft.uncertainty.signatures import Signature
+from blip_ft.uncertainty.signatures import Signature, exploding_variance
 
 from .conftest import make_linearity, make_recipe, make_run
 
@@ -228,3 +228,53 @@ def test_real_draws_beside_the_linearised_model(tmp_path, plain_run):
         page = render(tmp_path, plain_run | {"linearity": empty})
         assert 'id="draws"' not in page
         assert 'href="#draws"' not in page
+
+
+def test_numbers_from_few_values_say_so(tmp_path, run):
+    """Three energies in a set, and forces of all its atoms."""
+    run |= {"predictions": {}, "history": {}}
+    for model, sets in make_run()["predictions"].items():
+        sets["hot"].energy_label[3:] = np.nan
+        constant = Calibration.constant(energy=0.01, forces=0.1)
+        run["metrics"][model] = metrics_table(sets, run["calibration"] if model == "blip" else constant)
+    rows = {(r.set_name, r.model): r.cells for r in lines(run["metrics"])}
+    few = rows["hot", "BLIP"][0]
+    assert few.few == 3
+    assert [c.few for c in rows["hot", "BLIP"][1:]] == [None] * 7
+    assert all(c.few is None for c in rows["seen", "BLIP"])
+    text = Page(render(tmp_path, run)).text
+    assert f"{few.text} of 3" in text
+    assert "A number from fewer than five values has their count behind it" in text
+
+
+def test_what_was_not_calibrated_is_never_shown_as_calibrated(tmp_path, plain_run):
+    calibration = replace(plain_run["calibration"], energy=PropertyCalibration())
+    plain_run["calibration"] = calibration
+    text = Page(render(tmp_path, plain_run)).text
+    assert "Not calibrated: energy per atom. No calibration frame has a label" in text
+    assert "Not calibrated: stress components" in text
+    assert "Not calibrated: force" not in text
+    table = text[text.index("Excess kurtosis") : text.index("Not calibrated")]
+    assert "force components" in table
+    assert "energy per atom" not in table
+
+
+def test_left_out_frames_are_named_and_few_residuals_too(tmp_path, plain_run):
+    forces = replace(plain_run["calibration"].forces, left_out=("cal.xyz#3",), n_residuals=4)
+    plain_run["calibration"] = replace(plain_run["calibration"], forces=forces)
+    text = Page(render(tmp_path, plain_run)).text
+    assert "Left out of the force components, as their labels are beyond doubt wrong: cal.xyz#3." in text
+    assert "4 (few: the scale stays 1)" in text
+
+
+def test_no_nan_in_any_sentence(tmp_path, plain_run):
+    nan = float("nan")
+    plain_run["receipt"]["step_zero"] = {"energy": nan, "forces": float("inf")}
+    plain_run["drift"] = {
+        "blip": {"energy_mev_per_atom": nan, "forces_mev_per_ang": 1.0, "n_structures": 2.0}
+    }
+    plain_run["signatures"] = exploding_variance([{"epoch": 3, "train_loss": nan}])
+    text = Page(render(tmp_path, plain_run)).text
+    assert not re.search(r"\b(nan|NaN|inf)\b", text)
+    assert "train loss is not a number at epoch 3" in text
+    assert "2 (few)" in text

@@ -84,3 +84,15 @@ def test_long_set_names_give_way_to_numbers():
     text = "\n".join(printed(metrics))
     assert "…" not in text
     assert format_value(metrics["blip"]["seen"]["force_crps_mev_per_ang"]) in text
+
+
+def test_few_values_are_marked_in_the_terminal():
+    metrics = make_run()["metrics"]
+    metrics["blip"]["hot"] |= {"n_energy_labels": 4, "n_ranked_structures": 2}
+    text = printed(metrics)
+    assert max(map(len, text)) <= 80
+    joined = "\n".join(text)
+    assert f"{format_value(metrics['blip']['hot']['energy_mae_mev_per_atom'])}*" in joined
+    assert joined.count("*") == 4, "energy, both ranks of structures, and the line that explains"
+    assert "* from fewer than five values" in joined
+    assert "*" not in "".join(printed(make_run()["metrics"]))

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import norm
 
 from blip_ft.uncertainty.calibration import (
     LEVELS,
+    PROPERTIES,
     Calibration,
     PropertyCalibration,
     calibrate,
@@ -17,6 +19,7 @@ from blip_ft.uncertainty.calibration import (
     fit,
     gaussian_nll,
 )
+from blip_ft.uncertainty.signatures import find_signatures, one_frame_carries
 
 ML = math.inf  # plain maximum likelihood
 
@@ -306,3 +309,75 @@ def test_few_frames_widen_the_bars_as_much_as_their_own_error():
 
 def test_widening_leaves_unfitted_properties_alone():
     assert Calibration.identity().for_new_frames() == Calibration.identity()
+
+
+# ---- labels that are wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [5.0, 50.0, 1e3])
+def test_one_force_component_does_not_move_the_scale(make_prediction, size):
+    """The fit is exactly that of the other frames, and says who was left out."""
+    p = make_prediction(12, noise=0.02, scale=1.5)
+    balance(p)
+    clean = calibrate(p)
+    assert not clean.forces.left_out
+    others = calibrate(p.select([i for i in range(12) if i != 4]))
+    atom = int(np.flatnonzero(p.structure == 4)[0])
+    p.forces_label[atom, 1] += size
+    found = calibrate(p)
+    assert found.forces.left_out == ("seen.xyz#4",)
+    assert replace(found.forces, left_out=()) == others.forces
+    assert found.forces.scale == pytest.approx(clean.forces.scale, rel=0.2)
+    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    (signature,) = [
+        s for s in find_signatures(metrics={}, calibration=found, history=[]) if "label" in s.name
+    ]
+    assert "seen.xyz#4" in signature.message
+    constant = Calibration.rmse(p)
+    assert constant.forces.aleatoric < 0.3
+
+
+def balance(p):
+    """Forces of every frame that sum to zero, as those of a calculation do."""
+    for values in (p.forces, p.forces_label):
+        for i in range(p.n_structures):
+            inside = p.structure == i
+            values[inside] -= values[inside].mean(axis=0)
+
+
+def test_one_energy_does_not_move_the_scale(make_prediction):
+    p = make_prediction(12, noise=0.02)
+    p.numbers[:] = 14
+    kept = [i for i in range(12) if p.n_atoms[i] == p.n_atoms[0]] or [0]
+    p = p.select((kept * 12)[:12])  # frames of the same atoms
+    p.energy_label = p.energy + 0.004 * p.n_atoms * np.random.default_rng(0).normal(size=12)
+    clean = calibrate(p).energy
+    assert not clean.left_out
+    p.energy_label[3] += 3.0 * p.n_atoms[3]
+    found = calibrate(p).energy
+    assert len(found.left_out) == 1
+    assert found.n_residuals == 11
+    assert found.aleatoric == pytest.approx(clean.aleatoric, rel=0.5)
+
+
+def test_clean_frames_are_all_used_whatever_the_model_does(make_prediction):
+    """A model that fails on one frame, forces that sum to zero there too: the error bars have to know."""
+    p = make_prediction(12)
+    balance(p)
+    inside = p.structure == 2
+    p.forces[inside] *= 5.0
+    found = calibrate(p).forces
+    assert (found.left_out, found.n_frames) == ((), 12)
+    assert found.carried_by == "seen.xyz#2"
+    (signature,) = one_frame_carries("forces", found)
+    assert "one frame carries the scale of the error bars (seen.xyz#2)" in signature.message
+    assert f"{found.carried_factor:.2g} times narrower" in signature.message
+
+
+@pytest.mark.parametrize("frames", [4, 6, 12, 40])
+def test_honest_errors_have_no_carrier(make_prediction, frames):
+    for seed in range(40):
+        calibration = calibrate(make_prediction(frames, seed=seed, noise=0.03))
+        for name in PROPERTIES:
+            item = getattr(calibration, name)
+            assert (item.left_out, item.carried_by) == ((), ""), (seed, name)

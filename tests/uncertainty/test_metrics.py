@@ -12,6 +12,7 @@ from blip_ft.errors import DataError
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import (
     Z90,
+    basis,
     binned_errors,
     bootstrap_ci,
     coverage_curve,
@@ -37,6 +38,11 @@ ACCURACY = {
     "stress_mae_gpa",
     "spearman_atom_null_force",
     "spearman_structure_null_energy",
+    "n_energy_labels",
+    "n_force_labels",
+    "n_stress_labels",
+    "n_ranked_atoms",
+    "n_ranked_structures",
 }
 PROBABILISTIC = {
     "energy_crps_mev_per_atom",
@@ -86,6 +92,26 @@ def test_accuracy_by_hand():
     assert out["force_rmse_mev_per_ang"] == pytest.approx(1000 * math.sqrt((0.09 + 0.36 + 0.81) / 9))
     assert (out["n_structures"], out["n_atoms"]) == (2, 3)
     assert "stress_mae_gpa" not in out
+
+
+def test_every_metric_knows_how_many_values_it_rests_on(make_prediction):
+    p = make_prediction(6)
+    p.energy_label[2:] = np.nan
+    p.forces_label[p.structure > 3] = np.nan
+    out = set_metrics(p)
+    known = int((p.structure <= 3).sum())
+    counts = {
+        "energy_mae_mev_per_atom": 2,
+        "coverage90_energy": 2,
+        "force_mae_mev_per_ang": 3 * known,
+        "zms": 3 * known,
+        "stress_mae_gpa": 36,
+        "spearman_atom": known,
+        "spearman_structure": 4,
+        "partial_spearman_structure": 4,
+    }
+    assert {key: basis(out, key) for key in counts} == counts
+    assert basis({"n_atoms": 7}, "force_mae_mev_per_ang") is None, "files of earlier versions have no counts"
 
 
 def test_stress_is_in_gpa_and_unpredicted_rows_do_not_count():
