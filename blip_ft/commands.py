@@ -81,10 +81,14 @@ def evaluate(args: argparse.Namespace) -> None:
     output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
     potential = _load(args)
     from blip_ft.data import FrameDataset, load_source
+    from blip_ft.data.set_aside import SetAside
     from blip_ft.uncertainty.metrics import set_metrics
     from blip_ft.uncertainty.predict import predict_set
 
-    frames = FrameDataset(load_source(args.source), potential.backbone)
+    aside = SetAside()
+    frames = FrameDataset(aside.examples(load_source(args.source)), potential.backbone)
+    for place in aside.places:
+        print(f"left out: {place}", file=sys.stderr)
     prediction = predict_set(
         potential,
         frames,
