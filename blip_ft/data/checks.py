@@ -37,6 +37,8 @@ Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
 UNIT_FRAMES = 16
 #: below this correlation a slope says nothing about units
 CORRELATED = 0.8
+#: rms below which labels and model have nothing that can be compared: eV, eV/Å, eV/Å^3
+_NOTHING = {"energy": 1e-6, "forces": 1e-3, "stress": 1e-6}
 #: slopes outside this range are remarkable even if no unit explains them
 PLAUSIBLE = (0.5, 2.0)
 
@@ -224,6 +226,15 @@ def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Compari
 
 
 def _judge(quantity: str, compared: Comparison) -> Finding | None:
+    label, model = (float(np.sqrt(np.mean(np.square(x)))) for x in (compared.label, compared.model))
+    if max(label, model) < _NOTHING[quantity]:
+        return None  # forces on an atom in a crystal of one are zero by symmetry: nothing to compare
+    if label == 0 or model == 0:
+        zero = "all the same within a composition" if quantity == "energy" else "all zero"
+        sides = ("labels", "pretrained model's") if label == 0 else ("pretrained model's", "labels")
+        message = f"the {quantity}: the {sides[0]} are {zero} and the {sides[1]} are not (rms {max(label, model):.2g})"
+        remedy = "check that they were computed, and that the name they are read from is the right one"
+        return Finding("label", "warning", [], message, remedy)
     slope, correlation = compared.slope, compared.correlation
     seen = f"against the pretrained model: slope {slope:.4g}, correlation {correlation:.2f}"
     found = likely_unit(quantity, compared)

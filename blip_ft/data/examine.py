@@ -25,6 +25,7 @@ from blip_ft.data.leaks import group_leaks
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.robust import Floats
 from blip_ft.data.splits import Splits
+from blip_ft.data.unused import unmatched_labels
 from blip_ft.errors import DataError
 
 #: frames whose labels are compared with the pretrained model; of more, an even sample
@@ -76,8 +77,8 @@ def examine(
     Args:
         splits: frames of every role.
         backbone: the pretrained model, as loaded.
-        findings: of ``check_frames``, ``group_leaks`` and ``check_units`` where they have been
-            called; otherwise all are done here, and a wrong unit is a finding, not an error.
+        findings: of ``check_frames``, ``group_leaks``, ``labels_found`` and ``check_units`` where they have
+            been called; otherwise all are done here, and a wrong unit is a finding, not an error.
         use_stress: stress will be trained on.
         most: frames to compare with the model; of more, an even sample is taken and said so.
         progress: called with the number of frames predicted and of all that will be.
@@ -91,7 +92,7 @@ def examine(
     if findings is None:
         # the message names the groups; whole roles of frames would bury what else is found
         leaks = [replace(finding, frames=[]) for finding in group_leaks(splits)]
-        found = check_frames(splits, backbone) + leaks
+        found = check_frames(splits, backbone) + leaks + unmatched_labels(roles, use_stress=use_stress)
     else:
         found = list(findings)
     report = DataReport(found, {name: summarise(frames) for name, frames in roles.items()})

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from blip_ft.data.layouts import PLAIN, Layout, parsed
 from blip_ft.errors import DataError
 
+#: larger numbers are no labels: a stress of 10 TPa in Pa has 1e13
+LARGEST = 1e15
+
 
 @dataclass
 class RawFrame:
@@ -102,7 +105,13 @@ def numeric(raw: RawFrame, name: str) -> NDArray[np.float64]:
         raise raw.error(
             "the label is NaN or infinite",
             field=name,
-            remedy="remove the label (it is then left out of the loss) or the frame",
+            remedy="did the calculation finish? remove the label (it is then left out of the loss) or the frame",
+        )
+    if np.abs(array).max(initial=0.0) > LARGEST:
+        raise raw.error(
+            f"a value of {np.abs(array).max():.0e} is no label in any unit",
+            field=name,
+            remedy="a mark for a missing value, or a damaged file? remove the label or the frame",
         )
     return array
 

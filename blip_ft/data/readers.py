@@ -142,7 +142,7 @@ def _images(path: Path, kind: str) -> tuple[Iterator[Atoms], bool]:
         return _database(path), False
     if kind == "vasp-out":  # by itself ASE makes a list of all steps: which one is damaged would be lost
         return _outcar(path), False
-    eager = not ioformats[kind].single and kind not in _STEP_BY_STEP
+    eager = kind in ioformats and not ioformats[kind].single and kind not in _STEP_BY_STEP
     return ase.io.iread(str(path), index=":", format=kind), eager
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from blip_ft.data.findings import Finding
 from blip_ft.data.frames import RawFrame
+from blip_ft.errors import DataError
 
 NOT_CONVERGED = " | not converged"
 _UNUSED = " | unused "
@@ -99,6 +100,20 @@ def unmatched_labels(roles: Mapping[str, datasets.Dataset], *, use_stress: bool 
             asked = label == "stress" and role == "train"
             if names or asked:
                 findings.append(_finding(role, label, names, asked=asked))
+    return findings
+
+
+def labels_found(roles: Mapping[str, datasets.Dataset], *, use_stress: bool) -> list[Finding]:
+    """The same before a training.
+
+    Raises:
+        DataError: stress is to be trained on and no training frame has one.
+    """
+    findings = unmatched_labels(roles, use_stress=use_stress)
+    for finding in findings:
+        if finding.severity == "error":
+            source = roles["train"][0]["source"]
+            raise DataError(finding.message, file=source, field="stress", remedy=finding.remedy)
     return findings
 
 

@@ -176,7 +176,9 @@ def test_given_needs_the_column_to_name_the_roles(frames: Frames, save: Save) ->
 
 
 def test_given_without_a_column_is_refused(frames: Frames, save: Save) -> None:
-    with pytest.raises(DataError, match="names no split"):
+    with pytest.raises(
+        DataError, match=r"field 'data\.split\.by': no frame names a split\n.*\{split: my_key\}"
+    ):
         load_splits(DataConfig(train=save(frames(9)), split={"by": "given"}))
 
 
