@@ -104,6 +104,11 @@ def _coverage(role: str, rows: list[Row]) -> list[Finding]:
     return findings
 
 
+_OVERLAP = (
+    "check the unit of length, the cell and pbc, and atoms that are written twice (partly occupied sites)"
+)
+
+
 def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
     close = []
     for row, atoms in zip(rows, structures, strict=True):
@@ -115,7 +120,7 @@ def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Findi
     if not close:
         return []
     message = f"{role}: atoms overlap in {len(close)} of {len(rows)} frames"
-    return [Finding("geometry", "warning", close, message, "check the unit of length and the cell")]
+    return [Finding("geometry", "warning", close, message, _OVERLAP)]
 
 
 def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
@@ -225,10 +230,17 @@ def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Compari
     return Comparison(both[:, 0], both[:, 1])
 
 
+_SLOPE = (
+    "check the units; or the model is that far off for this material, or the labels are a part of the energy"
+)
+
+
 def _judge(quantity: str, compared: Comparison) -> Finding | None:
     label, model = (float(np.sqrt(np.mean(np.square(x)))) for x in (compared.label, compared.model))
     if max(label, model) < _NOTHING[quantity]:
         return None  # forces on an atom in a crystal of one are zero by symmetry: nothing to compare
+    if quantity == "energy" and min(label, model) == 0 and max(label, model) < 0.01:
+        return None
     if label == 0 or model == 0:
         zero = "all the same within a composition" if quantity == "energy" else "all zero"
         sides = ("labels", "pretrained model's") if label == 0 else ("pretrained model's", "labels")
@@ -251,10 +263,11 @@ def _judge(quantity: str, compared: Comparison) -> Finding | None:
             "warning",
             [],
             f"the {quantity} hardly correlate with the pretrained model ({seen})",
-            "check that labels belong to these structures, and the order of atoms and axes",
+            "check that labels belong to these structures, and the order of atoms and axes; labels near zero "
+            "(relaxed structures) and materials that the model does not know look like that too",
         )
     if not PLAUSIBLE[0] <= slope <= PLAUSIBLE[1]:
         return Finding(
-            "unit", "warning", [], f"the {quantity} are far from the pretrained model ({seen})", "check units"
+            "unit", "warning", [], f"the {quantity} are far from the pretrained model ({seen})", _SLOPE
         )
     return None

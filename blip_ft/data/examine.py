@@ -6,6 +6,7 @@ predictions. It is what ``blip-finetune check`` prints and a part of ``blip-fine
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -111,11 +112,12 @@ def examine(
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
         check = check_labels(compared)
+        kinds = Counter(map(_composition, rows)) if check.faults else Counter()
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group"):
             role, index = chosen[fault.index]
-            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
+            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows, kinds)}"
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
@@ -369,20 +371,23 @@ _MESSAGES = {
     ("stress", "unknown"): "the stresses of {n} frames do not belong to their structures",
 }
 _REMEDIES = {
-    "offset": "look whether these calculations converged and used the settings of the others; remove "
-    "the frames or repeat them (data.bad_labels: drop leaves them out)",
+    "offset": "another kind of structure than the others (molecule, surface, other composition), other settings "
+    "or level of theory, or a calculation that did not converge: look which; remove or repeat the frames "
+    "that are wrong (data.bad_labels: drop leaves them out)",
     "axes": "write positions and forces in the same frame of axes",
     "factor": "convert all frames from one unit",
     "frame": "labels and structures were joined in different orders: join them again",
     "atoms": "a program sorted the atoms (by element, say): bring forces into the order of the positions",
-    "unknown": "look whether these calculations finished and belong to these structures; remove the "
-    "frames or repeat them (data.bad_labels: drop leaves them out)",
+    "unknown": "labels of another structure, a calculation that did not finish or converge, or a kind of structure "
+    "that the model does not know: look which; remove or repeat the frames that are wrong (data.bad_labels: "
+    "drop leaves them out)",
 }
 
 
 def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
     groups: dict[tuple[str, str], list[LabelFault]] = {}
+    kinds = Counter(map(_composition, rows)) if faults else Counter()
     for fault in faults:
         groups.setdefault((fault.label, fault.cause), []).append(fault)
     out = []
@@ -393,7 +398,7 @@ def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Fi
         remedy = "an error of the model there, or other settings than for the rest"
         out.append(Finding("label", "info", [], message, remedy))
     for key, members in groups.items():
-        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
         message = _MESSAGES[key].format(n=len(members))
         out.append(Finding("label", "warning", frames, message, _REMEDIES[key[1]]))
     return out
@@ -404,9 +409,24 @@ def _kind(row: Row) -> str:
     return f"{formula} ({row['group']})" if row["group"] else formula
 
 
-def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
+def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
+    """Elements and their reduced numbers."""
+    zs, counts = np.unique(row["numbers"], return_counts=True)
+    return tuple(zs.tolist()), tuple((counts // np.gcd.reduce(counts)).tolist())
+
+
+def _note(fault: LabelFault, rows: Sequence[Row], kinds: Mapping[Any, int]) -> str:
+    """What a user is told of a fault.
+
+    Args:
+        fault: of ``rows[fault.index]``.
+        rows: all that were compared.
+        kinds: number of rows of each :func:`_composition`.
+    """
     if fault.label == "energy":
-        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}"
+        alone = kinds[_composition(rows[fault.index])] == 1
+        note = "; no other frame is of this composition" if alone else ""
+        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}{note}"
     if fault.other is not None:
         return f"those of frame {rows[fault.other]['frame']}"
     if fault.text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import lzma
+import pickle
 import zlib
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from blip_ft.data.hub import quiet
 from blip_ft.errors import DataError, first_line
 
+#: kinds of files that are read as tables
+TABLES = frozenset({"table", "parquet", "arrow", "a folder of tables", "npz"})
 _ISOTOPES = {"D": "deuterium", "T": "tritium"}
 
 
@@ -43,7 +46,7 @@ def unreadable(name: str, error: Exception, kind: str = "", frame: int | None = 
     what = f"cannot be read as {kind}" if kind else "cannot be read"
     symbol = _unknown_symbol(error)
     problem = first_line(error) if symbol is None else f"'{symbol}' is not a chemical element"
-    remedy = symbol_remedy(symbol) if symbol is not None else _remedy(error, frame)
+    remedy = symbol_remedy(symbol) if symbol is not None else _remedy(error, kind, frame)
     return DataError(f"{what}: {problem}", file=name, frame=frame, remedy=remedy)
 
 
@@ -77,14 +80,17 @@ def os_remedy(error: OSError) -> str:
     return "check the disk or the network that it lies on, and that the file is whole"
 
 
-def _remedy(error: Exception, frame: int | None) -> str:
+def _remedy(error: Exception, kind: str, frame: int | None) -> str:
     given = getattr(error, "remedy", "")
+    text = str(error)
     if given:
         return str(given)
     if isinstance(error, ImportError):
         return f"ASE reads this format with a package that is not installed: pip install {error.name or 'it'}"
     if isinstance(error, MemoryError):
         return "the file does not fit into memory: divide it, or convert it to extended XYZ"
+    if isinstance(error, pickle.UnpicklingError):
+        return "save it again with arrays of numbers and texts alone: Python objects are not loaded, they may run code"
     if isinstance(error, UnicodeDecodeError):
         return "it is no text in UTF-8: a packed or binary file under another name, or a text to be converted (iconv)"
     if isinstance(error, NotImplementedError):
@@ -93,6 +99,19 @@ def _remedy(error: Exception, frame: int | None) -> str:
         return "the packed file is damaged or cut short, or its ending names another packer: copy it again"
     if isinstance(error, OSError) and error.errno is not None:
         return os_remedy(error)
+    if "locked" in text:
+        return "another program is writing it: wait until that has finished, or copy the file"
+    if "ncomplete" in text:
+        return "the calculation has not come to the end of its first step, or the file is cut: look at its last lines"
+    if kind in TABLES:
+        return (
+            "a file that is cut or of another format than its name says, or one whose columns or types are not "
+            "those of the rows before: look at the row that is named, else open it with the library that wrote it"
+        )
+    if kind in ("db", "json", "aselmdb"):
+        return (
+            "a damaged file, or none that ASE's database wrote: copy it again, or export it to extended XYZ"
+        )
     if frame is not None:
         before = f"; the {frame} frames before it can be read (@:{frame})" if frame else ""
         return (

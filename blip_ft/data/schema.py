@@ -50,7 +50,7 @@ from blip_ft.data.frames import (
 )
 from blip_ft.data.layouts import STRUCTURE
 from blip_ft.data.units import conversion
-from blip_ft.data.unused import marks
+from blip_ft.data.unused import candidates, line_for, marks, sounds_like
 from blip_ft.errors import DataError, nearest
 
 __all__ = ["FEATURES", "Mapper", "RawFrame", "canonical_split", "to_numbers", "voigt"]
@@ -205,11 +205,15 @@ class Mapper:
         if energy is not None:
             energy = energy - self.energy_offset * scale["energy"]
         if self.require_labels and energy is None and forces is None and raw.converged:
+            likely = [
+                (k, n) for k in ("energy", "forces") for n in candidates(raw, k, ()) if sounds_like(k, n)
+            ]
+            hint = f", for instance {line_for(*likely[0])}" if likely else ""
             raise raw.error(
                 "the frame has neither energy nor forces",
                 field="energy, forces",
-                remedy="label the frame or remove it; if its labels have other names, give them in "
-                f"data.fields (this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
+                remedy=f"label the frame or remove it; if its labels have other names, give them in data.fields{hint} "
+                f"(this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
             )
         group, group_name = self._text(raw, "group", GROUPS)
         weight, atom_weight = self._weight(raw, "weight"), self._weight(raw, "atom_weight")

@@ -27,6 +27,7 @@ _LIKELY = {
     "forces": re.compile(r"forc|grad|^f$", re.IGNORECASE),
     "stress": re.compile(r"stress|virial|sigma|pressure|^s$", re.IGNORECASE),
 }
+_EATEN = re.compile(r"(^|\s)\w*energy\s*=", re.IGNORECASE)
 #: names that are told
 _MOST = 5
 
@@ -39,7 +40,10 @@ def marks(raw: RawFrame, lacking: Collection[str], used: Collection[str]) -> str
         lacking: labels that it does not have.
         used: names that something was taken from.
     """
-    found = {label: names for label in lacking if (names := _candidates(raw, label, used))}
+    found = {label: names for label in lacking if (names := candidates(raw, label, used))}
+    if "energy" in lacking:
+        texts = [k for k, v in raw.values.items() if isinstance(v, str) and _EATEN.search(v)]
+        found |= {"text": texts[:1]} if texts else {}
     text = f"{_UNUSED}{json.dumps(found)}" if found else ""
     return text + ("" if raw.converged else NOT_CONVERGED)
 
@@ -49,20 +53,22 @@ def without_marks(mapping: str) -> str:
     return mapping.partition(" | ")[0]
 
 
-def _candidates(raw: RawFrame, label: str, used: Collection[str]) -> list[str]:
-    """Names of the numbers that could be a label, those that sound like it or else all."""
-    names = []
-    for name, value in raw.values.items():
-        if name in used or isinstance(value, bool | str | bytes | Mapping) or value is None:
-            if label == "energy" and isinstance(value, str) and re.search(r"energy\s*=", value):
-                names.append(name)  # a text that holds the label: a quotation mark is missing
-            continue
-        if _fits(label, value, len(raw.numbers)):
-            names.append(name)
-    likely = [name for name in names if _LIKELY[label].search(name)]
-    if not likely and label != "energy":
-        return []
-    return (likely or names)[:_MOST]
+def candidates(raw: RawFrame, label: str, used: Collection[str]) -> list[str]:
+    """Names of the numbers that could be a label: those that sound like it; for energies, else all."""
+    names = [
+        name
+        for name, value in raw.values.items()
+        if name not in used
+        and not isinstance(value, bool | str | bytes | Mapping | None)
+        and _fits(label, value, len(raw.numbers))
+    ]
+    likely = [name for name in names if sounds_like(label, name)]
+    return (likely or (names if label == "energy" else []))[:_MOST]
+
+
+def sounds_like(label: str, name: str) -> bool:
+    """Whether a name is one that people give to this label."""
+    return _LIKELY[label].search(name) is not None
 
 
 def _fits(label: str, value: Any, n: int) -> bool:
@@ -80,7 +86,9 @@ def _fits(label: str, value: Any, n: int) -> bool:
 
 
 def unmatched_labels(roles: Mapping[str, datasets.Dataset], *, use_stress: bool = False) -> list[Finding]:
-    """A finding for each label that no frame of a role has though numbers are left that could be it.
+    """A finding for each label that frames lack though numbers are left that could be it.
+
+    Where some frames of a role have the label, only numbers of a name like it count.
 
     Args:
         roles: frames of every role.
@@ -89,17 +97,17 @@ def unmatched_labels(roles: Mapping[str, datasets.Dataset], *, use_stress: bool 
     findings: list[Finding] = []
     told: set[tuple[str, tuple[str, ...]]] = set()
     for role, frames in roles.items():
-        for label in _LIKELY:
-            if not len(frames) or any(value is not None for value in frames[label]):
+        for label in _LIKELY if use_stress else ("energy", "forces"):
+            lacking = _lacking(frames, label)
+            if not lacking:
                 continue
-            wanted = label != "stress" or use_stress
-            names = _names(frames, label)
-            if not wanted or (label, tuple(names)) in told:
+            alone = len(lacking) == len(frames)
+            names, places = _names(frames, lacking, label, all_names=alone)
+            asked = label == "stress" and role == "train" and alone
+            if not asked and (not (names or "text" in places) or (label, tuple(names)) in told):
                 continue
             told.add((label, tuple(names)))
-            asked = label == "stress" and role == "train"
-            if names or asked:
-                findings.append(_finding(role, label, names, asked=asked))
+            findings.append(_finding(role, label, names, places, len(frames), asked=asked, alone=alone))
     return findings
 
 
@@ -117,40 +125,74 @@ def labels_found(roles: Mapping[str, datasets.Dataset], *, use_stress: bool) -> 
     return findings
 
 
-def _names(frames: datasets.Dataset, label: str) -> list[str]:
-    count: Counter[str] = Counter()
-    for text in frames["mapping"]:
-        _, mark, rest = text.partition(_UNUSED)
-        if mark:
-            count.update(json.JSONDecoder().raw_decode(rest)[0].get(label, []))
-    return [name for name, _ in count.most_common(_MOST)]
-
-
-def _finding(role: str, label: str, names: list[str], *, asked: bool) -> Finding:
-    what = {"energy": "energy", "forces": "forces", "stress": "stress"}[label]
-    message = (
-        f"{role}: no frame has {'an ' if label == 'energy' else 'a ' if label == 'stress' else ''}{what}"
-    )
-    remedy = "give frames with a stress, or set objective.use_stress=false"
-    if names:
-        listed = ", ".join(f"'{name}'" for name in names)
-        message += f"; nothing uses {listed}"
-        remedy = f"if it is '{names[0]}', write {_line(label, names[0])}"
-    if asked:
-        message += " (objective.use_stress)"
-        remedy += "" if not names else "; or set objective.use_stress=false"
-    elif names:
-        remedy += "; else nothing is to do: the label is left out"
-    return Finding("coverage", "error" if asked else "warning", [], message, remedy)
-
-
-def _line(label: str, name: str) -> str:
+def line_for(label: str, name: str) -> str:
     """What to write into the recipe to take a label from a name."""
     lower = name.lower()
     if label == "stress" and "vir" in lower:
-        return f"data.fields: {{virial: {name}}} (virial = -stress * volume; else data.units: {{virial: -1 * eV}})"
+        return f"data.fields: {{virial: {name}}} (with data.units: {{virial: -1 * eV}} if it has the stress's sign)"
     if label == "energy" and "atom" in lower:
         return f"data.fields: {{energy_per_atom: {name}}}"
     if label == "forces" and "grad" in lower:
         return f"data.fields: {{forces: {name}}} and data.units: {{forces: -1 * eV/Ang}}"
     return f"data.fields: {{{label}: {name}}}"
+
+
+def _lacking(frames: datasets.Dataset, label: str) -> list[int]:
+    """Rows without a label."""
+    if not len(frames):
+        return []
+    column = frames.select_columns([label]).with_format("arrow")[:][label]
+    return [i for i, null in enumerate(column.is_null().to_pylist()) if null]
+
+
+def _names(
+    frames: datasets.Dataset, rows: list[int], label: str, *, all_names: bool
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Unused numbers of the rows, the most frequent first, and where they (or a ``text``) are."""
+    places: dict[str, list[str]] = {}
+    count: Counter[str] = Counter()
+    for i, text in zip(rows, frames.select(rows)["mapping"], strict=True):
+        _, mark, rest = text.partition(_UNUSED)
+        if not mark:
+            continue
+        found = json.JSONDecoder().raw_decode(rest)[0]
+        names = [name for name in found.get(label, []) if all_names or sounds_like(label, name)]
+        count.update(names)
+        where = f"{frames[i]['source']}, frame {frames[i]['frame']}"
+        for name in names:
+            places.setdefault(name, []).append(where)
+        if label == "energy" and "text" in found:
+            places.setdefault("text", []).append(f"{where} ('{found['text'][0]}')")
+    return [name for name, _ in count.most_common(_MOST)], places
+
+
+def _finding(
+    role: str,
+    label: str,
+    names: list[str],
+    places: Mapping[str, list[str]],
+    total: int,
+    *,
+    asked: bool,
+    alone: bool,
+) -> Finding:
+    article = {"energy": "an ", "forces": "", "stress": "a "}[label]
+    where = places[names[0]] if names else places.get("text", [])
+    message = f"{role}: no frame has {article}{label}"
+    if not alone:
+        message = f"{role}: {len(where)} of {total} frames have no {label}"
+    remedies = []
+    if names:
+        message += f"; nothing uses {', '.join(map(repr, names))}"
+        remedies.append(f"if it is '{names[0]}', write {line_for(label, names[0])}")
+    elif where:
+        message += "; a text holds 'energy='"
+        remedies.append("a quotation mark or a bracket before it is not closed: mend the comment line")
+    if asked:
+        message += " (objective.use_stress)"
+        remedies.append("give frames with a stress, or set objective.use_stress=false")
+    else:
+        remedies.append("else nothing is to do: the label is left out of the loss")
+    return Finding(
+        "coverage", "error" if asked else "warning", [] if alone else where, message, "; ".join(remedies)
+    )
