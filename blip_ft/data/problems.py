@@ -8,6 +8,7 @@ import pickle
 import zlib
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -128,5 +129,8 @@ def _unknown_symbol(error: Exception) -> str | None:
     """The text that ASE looked up as a chemical symbol in vain."""
     if not isinstance(error, KeyError) or len(error.args) != 1 or not isinstance(error.args[0], str):
         return None
-    text = error.args[0]
-    return text if 0 < len(text) <= 8 and text[0].isalpha() and text[0].isupper() else None
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = "" if last is None else Path(last.tb_frame.f_code.co_filename).name
+    return error.args[0] if where in ("symbols.py", "formula.py", "atom.py", "atoms.py") else None
