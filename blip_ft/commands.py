@@ -254,6 +254,7 @@ def data_convert(args: argparse.Namespace) -> None:
     from blip_ft.config import SourceConfig
     from blip_ft.data.card import Card
     from blip_ft.data.convert import convert
+    from blip_ft.data.set_aside import SetAside
     from blip_ft.data.sources import load_source, mappings
     from blip_ft.files import check_target
 
@@ -273,7 +274,10 @@ def data_convert(args: argparse.Namespace) -> None:
         raise BlipError(
             f"bad options: {error}".splitlines()[0], remedy="see blip-finetune data convert --help"
         ) from error
-    frames = load_source(source, labels=not args.unlabelled)
+    aside = SetAside()
+    frames = aside.converged(load_source(source, labels=not args.unlabelled))
+    for place in aside.places:
+        print(f"left out: {place}", file=sys.stderr)
     for line in mappings(frames):
         print(f"labels of {line}")
     card = Card(Path(args.target).name, args.license or "", args.about or "")

@@ -51,6 +51,22 @@ class SetAside:
         Raises:
             DataError: no frame of the source has converged.
         """
+        frames = self.converged(frames)
+        single = [i for i, numbers in enumerate(frames["numbers"]) if len(numbers) == 1]
+        alone = [i for i in single if is_isolated(frames[i])]
+        if not alone or len(alone) == len(frames):
+            return frames
+        for i in alone:
+            self._enter(frames[i])
+        taken = set(alone)
+        return frames.select([i for i in range(len(frames)) if i not in taken])
+
+    def converged(self, frames: datasets.Dataset) -> datasets.Dataset:
+        """The frames of a source whose own file does not say that they did not converge.
+
+        Raises:
+            DataError: there are none.
+        """
         failed = [i for i, text in enumerate(frames["mapping"]) if NOT_CONVERGED in text]
         if failed and len(failed) == len(frames):
             raise DataError(
@@ -60,15 +76,7 @@ class SetAside:
                 remedy="converge them (more electronic steps, other mixing) or give other frames",
             )
         self.places += [f"{place(frames[i])}: not converged, as the file itself says" for i in failed]
-        rest = sorted(set(range(len(frames))) - set(failed))
-        alone = [i for i in rest if len(frames[i]["numbers"]) == 1] if _has_single(frames) else []
-        alone = [i for i in alone if is_isolated(frames[i])]
-        if len(alone) == len(rest):
-            alone = []
-        for i in alone:
-            self._enter(frames[i])
-        taken = set(alone)
-        return frames.select([i for i in rest if i not in taken]) if failed or alone else frames
+        return frames.select(sorted(set(range(len(frames))) - set(failed))) if failed else frames
 
     def _enter(self, row: dict[str, Any]) -> None:
         z, energy = row["numbers"][0], row["energy"]
@@ -87,8 +95,9 @@ class SetAside:
         self.places.append(f"{place(row)}: {note}")
 
 
-def _has_single(frames: datasets.Dataset) -> bool:
-    return any(len(numbers) == 1 for numbers in frames["numbers"])
+def is_example(row: dict[str, Any]) -> bool:
+    """Whether one row of the schema is neither an isolated atom nor of a calculation that did not converge."""
+    return NOT_CONVERGED not in row["mapping"] and not is_isolated(row)
 
 
 def is_isolated(row: dict[str, Any]) -> bool:

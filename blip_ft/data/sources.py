@@ -34,7 +34,8 @@ from blip_ft.data.frames import check_geometry
 from blip_ft.data.hub import cached_dataset
 from blip_ft.data.readings import LabelOptions, Reading, plan
 from blip_ft.data.schema import FEATURES, Mapper, RawFrame, canonical_split
-from blip_ft.data.unused import NOT_CONVERGED, without_marks
+from blip_ft.data.set_aside import is_example
+from blip_ft.data.unused import without_marks
 from blip_ft.errors import DataError, nearest
 
 _SLICE = re.compile(r"-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?\d+)?)?")
@@ -66,8 +67,6 @@ def iterate_source(
 ) -> Iterator[dict[str, Any]]:
     """The same rows one by one, without a cache: for sources larger than the disk.
 
-    Frames whose own file says that they did not converge are left out.
-
     Args:
         spec: as for :func:`load_source`.
         labels: refuse frames that have neither energy nor forces.
@@ -77,7 +76,7 @@ def iterate_source(
         DataError: as for :func:`load_source`, when the row is reached.
     """
     for reading in plan(spec, labels=labels, digest=False, **options):
-        yield from (row for row in _rows(reading) if NOT_CONVERGED not in row["mapping"])
+        yield from _rows(reading)
 
 
 def iterate_frames(spec: Source) -> Iterator[RawFrame]:
@@ -96,9 +95,9 @@ def iterate_frames(spec: Source) -> Iterator[RawFrame]:
 
 
 def file_rows(reading: Reading) -> Iterator[dict[str, Any]]:
-    """The rows of one file of a reading, lists in place of arrays; other files may have further labels."""
+    """The examples of one file of a reading, lists in place of arrays; other files may have further labels."""
     for row in _rows(reading, whole=False):
-        if NOT_CONVERGED not in row["mapping"]:
+        if is_example(row):
             yield plain_row(row)
 
 

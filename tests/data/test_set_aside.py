@@ -16,7 +16,7 @@ from blip_ft.data import check_frames, check_units, load_source, load_splits
 from blip_ft.data.checks import unit_findings
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.set_aside import SetAside, is_isolated
-from blip_ft.data.sources import iterate_source
+from blip_ft.data.stream import rows_of, sample_of
 from blip_ft.errors import DataError
 from blip_ft.fake import FakeBackbone
 
@@ -130,7 +130,18 @@ def test_frames_that_did_not_converge_are_named_and_left_out(frames: Frames, sav
     splits = load_splits(DataConfig(train=path))
     assert sum(len(part) for part in splits.roles().values()) == 12
     assert splits.dropped == [f"{path}, frame {i}: not converged, as the file itself says" for i in (5, 11)]
-    assert [row["frame"] for row in iterate_source(path)] == [i for i in range(14) if i not in (5, 11)]
+
+
+def test_streams_leave_them_out_too(frames: Frames, save: Save) -> None:
+    some = frames(6)
+    some[2].info["scf_converged"] = False
+    path = save([*some, lone("O", **BOX)])
+    config = DataConfig(train=path, stream={"frames": 5, "sample": 5})
+    assert [row["frame"] for row in rows_of(config)()] == [0, 1, 3, 4, 5]
+    aside = SetAside()
+    sample = aside.examples(sample_of(config))
+    assert sample["frame"][:] == [0, 1, 3, 4, 5]
+    assert sum(sample["weight"]) == pytest.approx(5)
 
 
 def test_nothing_converged(frames: Frames, save: Save) -> None:
