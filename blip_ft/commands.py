@@ -81,10 +81,14 @@ def evaluate(args: argparse.Namespace) -> None:
     output = None if args.output is None else check_target(args.output, overwrite=args.overwrite)
     potential = _load(args)
     from blip_ft.data import FrameDataset, load_source
+    from blip_ft.data.set_aside import SetAside
     from blip_ft.uncertainty.metrics import set_metrics
     from blip_ft.uncertainty.predict import predict_set
 
-    frames = FrameDataset(load_source(args.source), potential.backbone)
+    aside = SetAside()
+    frames = FrameDataset(aside.examples(load_source(args.source)), potential.backbone)
+    for place in aside.places:
+        print(f"left out: {place}", file=sys.stderr)
     prediction = predict_set(
         potential,
         frames,
@@ -253,6 +257,7 @@ def data_convert(args: argparse.Namespace) -> None:
     from blip_ft.config.loading import problems_of
     from blip_ft.data.card import Card
     from blip_ft.data.convert import convert
+    from blip_ft.data.set_aside import SetAside
     from blip_ft.data.sources import load_source, mappings
     from blip_ft.files import check_target
 
@@ -274,7 +279,10 @@ def data_convert(args: argparse.Namespace) -> None:
             "; ".join(problems_of(error, tree, SourceConfig).values()),
             remedy="see blip-finetune data convert --help",
         ) from error
-    frames = load_source(source, labels=not args.unlabelled)
+    aside = SetAside()
+    frames = aside.converged(load_source(source, labels=not args.unlabelled))
+    for place in aside.places:
+        print(f"left out: {place}", file=sys.stderr)
     for line in mappings(frames):
         print(f"labels of {line}")
     card = Card(Path(args.target).name, args.license or "", args.about or "")

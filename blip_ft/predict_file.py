@@ -1,6 +1,7 @@
-"""Predict every structure of one file into another, in constant memory.
+"""Predict every structure of a source into a file, in constant memory.
 
-Input is anything that ASE reads, with or without labels. Output is extended XYZ with
+Input is whatever ``fit`` and ``evaluate`` read (:mod:`blip_ft.data.sources`), with or without labels. Output
+is extended XYZ with
 
 ==========================  ==============================================================
 ASE results                 ``energy`` eV, ``energies`` (n,) eV, ``forces`` (n, 3) eV/Å, ``stress``
@@ -13,14 +14,14 @@ ASE results                 ``energy`` eV, ``energies`` (n,) eV, ``forces`` (n, 
 ==========================  ==============================================================
 
 The stds are epistemic; the same names with ``_aleatoric`` are the scatter of the labels, in ``info`` as it is one number
-for all components, with ``_total`` both; neither is written for what no calibration frame had a label of. Other info and
-arrays of the input are kept; its own energies, forces and stress are replaced. ASE writes values per
-atom with eight decimals.
+for all components, with ``_total`` both; neither is written for what no calibration frame had a label of. Other info,
+arrays and results of the input are kept; its own energies, forces and stress are replaced. Numbers have all their digits, and
+what ASE cannot write so that it reads it again is written in another way (:mod:`blip_ft.data.write_extxyz`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -28,14 +29,18 @@ from typing import Any, cast
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import iread, write
 
+from blip_ft.data.frames import RawFrame
+from blip_ft.data.sources import iterate_frames
+from blip_ft.data.write_extxyz import write_frame
 from blip_ft.errors import DataError
 from blip_ft.files import check_target, whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import Method, predict_atoms
 
 RESULTS = ("energy", "energies", "forces", "stress")
+#: results of the input that belong to its own energy
+_REPLACED = (*RESULTS, "free_energy", "stresses", "virial")
 PER_STRUCTURE = (
     "energy_std",
     "energy_std_aleatoric",
@@ -65,7 +70,8 @@ def predict_file(
 
     Args:
         potential: the trained model.
-        source: a file that ASE reads, gzip included.
+        source: file, folder, pattern, set, each with a selector if wanted: see
+            :mod:`blip_ft.data.sources`.
         target: the extended XYZ file to write (``.xyz`` or ``.extxyz``, optionally ``.gz``). It
             appears under this name only when it is complete.
         batch_size: structures per call of the model.
@@ -88,51 +94,40 @@ def predict_file(
             file=path,
             remedy="call the output .extxyz or .extxyz.gz",
         )
-    structures = read_structures(source)
+    structures = iterate_frames(str(source))
     done = 0
     with whole_file(path, overwrite=overwrite) as file:
         while chunk := list(islice(structures, batch_size)):
-            for frame, atoms in enumerate(chunk, start=done):
-                _check_geometry(atoms, source, frame)
-                potential.backbone.check(atoms, file=str(source), frame=frame)
+            given = [structure(raw) for raw in chunk]
+            for raw, atoms in zip(chunk, given, strict=True):
+                potential.backbone.check(atoms, file=raw.source, frame=raw.frame)
             predictions = predict_atoms(
-                potential, chunk, batch_size=batch_size, n_draws=n_draws, method=method
+                potential, given, batch_size=batch_size, n_draws=n_draws, method=method
             )
-            for atoms, prediction in zip(chunk, predictions, strict=True):
-                write(file, annotate(atoms, prediction), format="extxyz")
-            done += len(chunk)
+            for atoms, prediction in zip(given, predictions, strict=True):
+                write_frame(file, annotate(atoms, prediction))
+            done += len(given)
             if progress is not None:
                 progress(done)
-        if done == 0:
-            raise DataError("no structures in this file", file=source, remedy="check the path")
     return done
 
 
-def read_structures(source: str | Path) -> Iterator[Atoms]:
-    """Structures of a file, one after the other; labels are not needed.
+def structure(raw: RawFrame) -> Atoms:
+    """The structure of a frame with whatever else it has: columns of a table become info and arrays."""
+    if raw.atoms is not None:
+        return raw.atoms
+    atoms = Atoms(numbers=raw.numbers, positions=raw.positions, cell=raw.cell, pbc=raw.pbc)
+    for name, value in raw.values.items():
+        array = np.asarray(value) if isinstance(value, list | np.ndarray) and _is_even(value) else None
+        if array is not None and _per_atom(array, len(atoms)) and name not in atoms.arrays:
+            atoms.new_array(name, array)
+        elif value is not None:
+            atoms.info[name] = value
+    return atoms
 
-    Raises:
-        DataError: missing or damaged file, with the frame that could not be read.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise DataError("there is no such file", file=source, remedy="check the path")
-    frames: Iterator[Atoms] = iread(str(path), index=":", do_not_split_by_at_sign=True)
-    frame = 0
-    while True:
-        try:
-            atoms = next(frames)
-        except StopIteration:
-            return
-        except Exception as error:  # readers of ASE raise anything on a damaged file
-            raise DataError(
-                f"ASE cannot read this structure: {type(error).__name__}: {error}",
-                file=source,
-                frame=frame,
-                remedy="mend or remove the frame, or convert the file to extended XYZ",
-            ) from error
-        yield atoms
-        frame += 1
+
+def _per_atom(array: np.ndarray, n: int) -> bool:
+    return array.ndim in (1, 2) and len(array) == n and array.dtype.kind in "biufU"
 
 
 def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
@@ -141,7 +136,10 @@ def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
     _forget(out.info, RESULTS + PER_STRUCTURE)
     _forget(out.arrays, RESULTS + PER_ATOM)
     results = {key: prediction[key] for key in RESULTS if prediction.get(key) is not None}
+    own = {} if atoms.calc is None else dict(atoms.calc.results)
+    _forget(own, _REPLACED + PER_STRUCTURE + PER_ATOM)
     out.calc = SinglePointCalculator(out, **results)
+    out.calc.results |= own
     out.info.update({k: prediction[k] for k in PER_STRUCTURE if prediction.get(k) is not None})
     for key in PER_ATOM:
         if prediction.get(key) is not None:
@@ -149,16 +147,12 @@ def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
     return cast("Atoms", out)
 
 
-def _check_geometry(atoms: Atoms, source: str | Path, frame: int) -> None:
-    problem = ""
-    if len(atoms) == 0:
-        problem = "a structure without atoms"
-    elif not np.isfinite(atoms.positions).all() or not np.isfinite(atoms.cell.array).all():
-        problem = "a position or a box vector is not a number"
-    elif atoms.pbc.all() and atoms.cell.rank < 3:
-        problem = "periodic in all directions, but its cell has no volume"
-    if problem:
-        raise DataError(problem, file=source, frame=frame, remedy="mend or remove the frame")
+def _is_even(value: Any) -> bool:
+    try:
+        np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return False
+    return True
 
 
 def _forget(mapping: dict[str, Any], keys: Iterable[str]) -> None:

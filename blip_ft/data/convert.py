@@ -4,8 +4,7 @@
 target                     what is written
 =========================  ====================================================================
 ``.xyz``, ``.extxyz``      extended XYZ with ``REF_energy``, ``REF_forces``, ``REF_stress`` (9
-(also ``.gz``)             numbers, positive = tensile), ``config_weight``, ``group``, ``split``;
-                           ASE writes eight decimals
+(also ``.gz``)             numbers, positive = tensile), ``config_weight``, ``group``, ``split``
 ``.traj``                  ASE trajectory
 ``.db``, ``.aselmdb``      ASE database; group and split as key-value pairs
 ``.parquet``               the schema of this package
@@ -15,12 +14,13 @@ a folder                   data set as on the Hugging Face hub: ``data/*.parquet
                            data card ``README.md`` (:mod:`blip_ft.data.card`)
 =========================  ====================================================================
 
-Everything is in eV and Å, with the sign and order of ASE.
+Everything is in eV and Å, with the sign and order of ASE, and with all digits.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +30,13 @@ import ase.db
 import datasets
 import numpy as np
 from ase import Atoms
-from ase.io.extxyz import write_xyz
 from ase.io.trajectory import Trajectory
 
 from blip_ft.data.card import Card, write_card
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.hub import quiet
 from blip_ft.data.readers import lmdb_backend
+from blip_ft.data.write_extxyz import write_frame
 from blip_ft.errors import DataError
 from blip_ft.files import check_target, whole_path
 
@@ -90,7 +90,7 @@ def _extxyz(frames: datasets.Dataset, path: Path, name: str) -> None:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "wt", encoding="utf-8") as file:
         for row in frames:  # one by one: a list of all structures may not fit into memory
-            write_xyz(file, [_with_ref_keys(row)])
+            write_frame(file, _with_ref_keys(row))
 
 
 def _with_ref_keys(row: dict[str, Any]) -> Atoms:
@@ -159,8 +159,9 @@ def _parquet(frames: datasets.Dataset, path: Path, name: str) -> None:
 
 def _json(frames: datasets.Dataset, path: Path, name: str) -> None:
     del name
-    with quiet():
-        frames.to_json(str(path), lines=True)
+    with path.open("w", encoding="utf-8") as file:  # `datasets` keeps ten decimals
+        for row in frames.with_format(None):
+            file.write(f"{json.dumps(row)}\n")
 
 
 def _npz(frames: datasets.Dataset, path: Path, name: str) -> None:

@@ -6,6 +6,7 @@ predictions. It is what ``blip-finetune check`` prints and a part of ``blip-fine
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from blip_ft.data.leaks import group_leaks
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.robust import Floats
 from blip_ft.data.splits import Splits
+from blip_ft.data.unused import unmatched_labels
 from blip_ft.errors import DataError
 
 #: frames whose labels are compared with the pretrained model; of more, an even sample
@@ -78,8 +80,8 @@ def examine(
     Args:
         splits: frames of every role.
         backbone: the pretrained model, as loaded.
-        findings: of ``check_frames``, ``group_leaks`` and ``check_units`` where they have been
-            called; otherwise all are done here, and a wrong unit is a finding, not an error.
+        findings: of ``check_frames``, ``group_leaks``, ``labels_found`` and ``check_units`` where they have
+            been called; otherwise all are done here, and a wrong unit is a finding, not an error.
         use_stress: stress will be trained on.
         most: frames to compare with the model; of more, an even sample is taken and said so.
         progress: called with the number of frames predicted and of all that will be.
@@ -93,7 +95,7 @@ def examine(
     if findings is None:
         # the message names the groups; whole roles of frames would bury what else is found
         leaks = [replace(finding, frames=[]) for finding in group_leaks(splits)]
-        found = check_frames(splits, backbone) + leaks
+        found = check_frames(splits, backbone) + leaks + unmatched_labels(roles, use_stress=use_stress)
     else:
         found = list(findings)
     report = DataReport(found, {name: summarise(frames) for name, frames in roles.items()})
@@ -114,11 +116,12 @@ def examine(
         check = check_labels(compared)
         if not use_stress:  # no frame is lost for a label that nobody trains on
             check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
+        kinds = Counter(map(_composition, rows)) if check.faults else Counter()
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group" or f.certain):
             role, index = chosen[fault.index]
-            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
+            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows, kinds)}"
             if fault.certain:
                 report.certain.setdefault(role, {})[index] = report.bad[role][index]
         if 0 < len(compared) < MIN_FRAMES:
@@ -381,14 +384,16 @@ _MESSAGES = {
     ("stress", "unknown"): "the stresses of {n} frames do not belong to their structures",
 }
 _REMEDIES = {
-    "offset": "look whether these calculations converged and used the settings of the others; remove "
-    "the frames or repeat them (data.bad_labels: drop leaves them out)",
+    "offset": "another kind of structure than the others (molecule, surface, other composition), other settings "
+    "or level of theory, or a calculation that did not converge: look which; remove or repeat the frames "
+    "that are wrong (data.bad_labels: drop leaves them out)",
     "axes": "write positions and forces in the same frame of axes",
     "factor": "convert all frames from one unit",
     "frame": "labels and structures were joined in different orders: join them again",
     "atoms": "a program sorted the atoms (by element, say): bring forces into the order of the positions",
-    "unknown": "look whether these calculations finished and belong to these structures; remove the "
-    "frames or repeat them (data.bad_labels: drop leaves them out)",
+    "unknown": "labels of another structure, a calculation that did not finish or converge, or a kind of structure "
+    "that the model does not know: look which; remove or repeat the frames that are wrong (data.bad_labels: "
+    "drop leaves them out)",
 }
 
 
@@ -398,12 +403,13 @@ _CERTAIN = "mend or remove them; fit leaves them out, in every role, unless data
 
 def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
+    kinds = Counter(map(_composition, rows)) if faults else Counter()
     out = []
     certain: dict[str, list[LabelFault]] = {}
     for fault in (f for f in faults if f.certain):
         certain.setdefault(fault.label, []).append(fault)
     for label, members in certain.items():
-        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
         message = f"the {_PLURAL[label]} of {len(members)} frames are wrong beyond doubt"
         out.append(Finding("label", "warning", frames, message, _CERTAIN))
     groups: dict[tuple[str, str], list[LabelFault]] = {}
@@ -416,7 +422,7 @@ def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Fi
         remedy = "an error of the model there, or other settings than for the rest"
         out.append(Finding("label", "info", [], message, remedy))
     for key, members in groups.items():
-        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
         message = _MESSAGES[key].format(n=len(members))
         out.append(Finding("label", "warning", frames, message, _REMEDIES[key[1]]))
     return out
@@ -427,9 +433,24 @@ def _kind(row: Row) -> str:
     return f"{formula} ({row['group']})" if row["group"] else formula
 
 
-def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
+def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
+    """Elements and their reduced numbers."""
+    zs, counts = np.unique(row["numbers"], return_counts=True)
+    return tuple(zs.tolist()), tuple((counts // np.gcd.reduce(counts)).tolist())
+
+
+def _note(fault: LabelFault, rows: Sequence[Row], kinds: Mapping[Any, int]) -> str:
+    """What a user is told of a fault.
+
+    Args:
+        fault: of ``rows[fault.index]``.
+        rows: all that were compared.
+        kinds: number of rows of each :func:`_composition`.
+    """
     if fault.label == "energy":
-        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}"
+        alone = kinds[_composition(rows[fault.index])] == 1
+        note = "; no other frame is of this composition" if alone else ""
+        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}{note}"
     if fault.other is not None:
         return f"those of frame {rows[fault.other]['frame']}"
     if fault.text:

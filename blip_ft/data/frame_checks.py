@@ -70,12 +70,18 @@ def outliers(rows: Sequence[Row]) -> list[Finding]:
     return findings
 
 
+_OUTLIER = (
+    "another kind of structure than the others, other settings, or a calculation that did not converge: look "
+    "which; remove the frames that are wrong"
+)
+
+
 def _far(what: str, rows: Sequence[Row], far: Mapping[int, str]) -> list[Finding]:
     if not far:
         return []
     message = f"the {what} of {len(far)} frames is far from that of the others"
     notes = [place(rows[i], text) for i, text in sorted(far.items())]
-    return [Finding("outlier", "warning", notes, message, "check these calculations; remove them if wrong")]
+    return [Finding("outlier", "warning", notes, message, _OUTLIER)]
 
 
 def net_forces(role: str, rows: Sequence[Row]) -> list[Finding]:
@@ -113,7 +119,13 @@ def lone_atoms(role: str, rows: Sequence[Row], structures: Sequence[Atoms], cuto
         return []
     message = f"{role}: in {len(found)} frames an atom has no neighbour within {cutoff:g} Å"
     return [
-        Finding("geometry", "info", found, message, "check the unit of length; the model gives it no force")
+        Finding(
+            "geometry",
+            "info",
+            found,
+            message,
+            "the model gives it no force; an atom that has left, a dummy atom, or a wrong unit of length?",
+        )
     ]
 
 

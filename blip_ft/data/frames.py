@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 from blip_ft.data.layouts import PLAIN, Layout, parsed
 from blip_ft.errors import DataError
+
+#: larger numbers are no labels: a stress of 10 TPa in Pa has 1e13
+LARGEST = 1e15
 
 
 @dataclass
@@ -28,6 +32,9 @@ class RawFrame:
         frame: number in that file, from 0.
         layout: of the table or file.
         used: columns that hold the structure.
+        atoms: the frame as its library gave it, info and arrays included, where that is ASE.
+        clash: a name that holds two different values; only labels are hurt by that.
+        converged: False where the file says that the calculation did not converge.
     """
 
     numbers: NDArray[np.int64]
@@ -39,6 +46,9 @@ class RawFrame:
     frame: int
     layout: Layout = PLAIN
     used: frozenset[str] = frozenset()
+    atoms: Atoms | None = None
+    clash: str = ""
+    converged: bool = True
 
     def error(self, problem: str, *, field: str | None = None, remedy: str = "") -> DataError:
         """A :class:`DataError` that names this frame."""
@@ -95,7 +105,13 @@ def numeric(raw: RawFrame, name: str) -> NDArray[np.float64]:
         raise raw.error(
             "the label is NaN or infinite",
             field=name,
-            remedy="remove the label (it is then left out of the loss) or the frame",
+            remedy="did the calculation finish? remove the label (it is then left out of the loss) or the frame",
+        )
+    if np.abs(array).max(initial=0.0) > LARGEST:
+        raise raw.error(
+            f"a value of {np.abs(array).max():.0e} is no label in any unit",
+            field=name,
+            remedy="a mark for a missing value, or a damaged file? remove the label or the frame",
         )
     return array
 
@@ -144,6 +160,14 @@ def voigt(stress: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([s[0, 0], s[1, 1], s[2, 2], s[1, 2], s[0, 2], s[0, 1]])
 
 
+class UnknownSymbolError(ValueError):
+    """A text that is no chemical symbol."""
+
+    def __init__(self, symbol: str) -> None:
+        super().__init__(f"'{symbol}' is not a chemical element")
+        self.symbol = symbol
+
+
 def to_numbers(species: Any) -> NDArray[np.int64]:
     """Atomic numbers from numbers or chemical symbols.
 
@@ -154,7 +178,7 @@ def to_numbers(species: Any) -> NDArray[np.int64]:
     if array.dtype.kind in "UO" and all(isinstance(s, str) for s in array.ravel()):
         unknown = [s for s in array.ravel().tolist() if s not in atomic_numbers]
         if unknown:
-            raise ValueError(f"'{unknown[0]}' is not a chemical element")
+            raise UnknownSymbolError(unknown[0])
         return np.array([atomic_numbers[s] for s in array.ravel().tolist()], dtype=np.int64)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError("atomic numbers must be integers or chemical symbols")

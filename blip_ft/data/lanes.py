@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from blip_ft.data.problems import unreadable
-from blip_ft.data.readers import LMDB
+from blip_ft.data.readers import LMDB, open_lmdb
 from blip_ft.data.readings import Reading
 from blip_ft.data.sources import file_rows
+from blip_ft.errors import DataError
 
 Row = dict[str, Any]
 #: (groups, parts) that are tried, the largest first: 12 is divisible by 2, 3, 4 and 6 workers
@@ -105,11 +106,14 @@ def length(file: Reading) -> int | None:
             import pyarrow.parquet
 
             return int(pyarrow.parquet.read_metadata(path).num_rows)
-        if ending in LMDB or ending == ".db":
+        if ending in LMDB:
+            return len(open_lmdb(path, file.paths[0][1]).ids)
+        if ending == ".db":
             import ase.db
 
-            with ase.db.connect(str(path), **({"type": "aselmdb"} if ending in LMDB else {})) as database:
-                return int(database.count())
+            return int(ase.db.connect(str(path), use_lock_file=False).count())
+    except DataError:
+        raise
     except Exception as error:  # whatever the library raises for a damaged file
         raise unreadable(file.paths[0][1], error) from error
     return None

@@ -6,33 +6,32 @@ Each reader yields frames in file order and turns whatever its library raises in
 
 from __future__ import annotations
 
-import io
 import json
-import re
-import sys
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.io.extxyz import read_xyz
-from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats, open_with_compression
+from ase.io.vasp import iread_vasp_out
 
-from blip_ft.data import tables
+from blip_ft.data import convergence, tables
 from blip_ft.data.archives import npz_frames
 from blip_ft.data.layouts import recognise
 from blip_ft.data.problems import unreadable
+from blip_ft.data.read_extxyz import read_extxyz
 from blip_ft.data.schema import RawFrame
 from blip_ft.errors import DataError
 
 #: file name endings of ASE's LMDB databases
 LMDB = frozenset({".aselmdb", ".lmdb"})
 
-_VOIGT = re.compile(r'\b(stress|virial)\s*=\s*["{]([^"{}]*)["}]')
+#: formats of many structures whose readers give each one as it is read; other readers make a list
+_STEP_BY_STEP = frozenset({"bundletrajectory", "cp2k-dcd", "espresso-out", "onetep-out", "traj", "vasp-xml"})
 _PLAIN = ("numbers", "positions")  # arrays that every ase.Atoms has
 
 
@@ -67,11 +66,18 @@ def read_frames(path: Path, name: str, fields: Mapping[str, str] | None = None) 
 # ---- ASE ---------------------------------------------------------------------------------------
 
 
-def from_atoms(atoms: Atoms, source: str, frame: int) -> RawFrame:
+def from_atoms(atoms: Atoms, source: str, frame: int, *, kind: str = "", converged: bool = True) -> RawFrame:
     """A raw frame of an ``ase.Atoms``: info, arrays and calculator results become its values.
 
-    Raises:
-        DataError: info and calculator hold different values under one name.
+    Empty texts are no values. A name that holds different values in info, arrays and calculator is the
+    frame's ``clash``.
+
+    Args:
+        atoms: the structure.
+        source: file or set.
+        frame: number in it.
+        kind: ASE's name of the format.
+        converged: what the file says about the calculation.
     """
     info = dict(atoms.info)
     nested = (info.pop("key_value_pairs", None), info.pop("data", None))  # of an ASE database
@@ -84,19 +90,21 @@ def from_atoms(atoms: Atoms, source: str, frame: int) -> RawFrame:
         values=values,
         source=source,
         frame=frame,
+        atoms=atoms,
     )
     arrays = {k: v for k, v in atoms.arrays.items() if k not in _PLAIN}
     # Results as stored: get_forces() would set the forces on constrained atoms to zero.
     results = {k: v for k, v in (atoms.calc.results if atoms.calc else {}).items() if v is not None}
     for part in (info, arrays, results):
         for key, value in part.items():
+            if isinstance(value, str) and not value.strip():
+                continue
             if key in values and not np.array_equal(values[key], value):
-                raise raw.error(
-                    f"'{key}' occurs twice with different values (info, arrays or calculator)",
-                    field=key,
-                    remedy="remove one of them from the file",
-                )
+                raw.clash = key
             values[key] = value
+    raw.converged = converged and not convergence.says_no(values, kind)
+    if not raw.converged and isinstance(values.get("energy"), float) and np.isnan(values["energy"]):
+        del values["energy"]  # how ASE says so for ORCA
     raw.layout = recognise(set(values))
     return raw
 
@@ -109,26 +117,43 @@ def _ase(path: Path, name: str) -> Iterator[RawFrame]:
     except Exception as error:  # damaged compression, undecodable text: any library's exception
         raise unreadable(name, error) from error
     if kind == "extxyz":
-        yield from _extxyz(path, name)
+        for frame, atoms in enumerate(read_extxyz(path, name)):
+            yield from_atoms(atoms, name, frame)
         return
-    images = _database(path) if kind in ("db", "json") else ase.io.iread(str(path), index=":", format=kind)
+    images, eager = _images(path, kind)
+    flags = convergence.steps(path, kind)
     frame = 0
     while True:
         try:
-            atoms = next(images)
+            atoms, converged = next(images), next(flags)
         except StopIteration:
             return
         except UnknownFileTypeError as error:
             raise _unknown(name) from error
         except Exception as error:
-            raise unreadable(name, error, kind, frame) from error
-        yield from_atoms(atoms, name, frame)
+            raise unreadable(name, error, kind, None if eager else frame) from error
+        yield from_atoms(atoms, name, frame, kind=kind, converged=converged)
         frame += 1
+
+
+def _images(path: Path, kind: str) -> tuple[Iterator[Atoms], bool]:
+    """The structures of a file, and whether the reader makes all of them before it gives the first."""
+    if kind in ("db", "json"):
+        return _database(path), False
+    if kind == "vasp-out":  # by itself ASE makes a list of all steps: which one is damaged would be lost
+        return _outcar(path), False
+    eager = kind in ioformats and not ioformats[kind].single and kind not in _STEP_BY_STEP
+    return ase.io.iread(str(path), index=":", format=kind), eager
+
+
+def _outcar(path: Path) -> Iterator[Atoms]:
+    with open_with_compression(str(path), "r") as file:
+        yield from iread_vasp_out(file, index=slice(None))
 
 
 def _database(path: Path) -> Iterator[Atoms]:
     """Rows of an ASE database with their key-value pairs, which ``ase.io`` leaves out."""
-    for row in ase.db.connect(str(path)).select():
+    for row in ase.db.connect(str(path), use_lock_file=False).select():
         yield row.toatoms(add_additional_information=True)
 
 
@@ -152,131 +177,36 @@ def lmdb_backend(name: str) -> Any:
     return LMDBDatabase
 
 
-def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
-    """Rows of fairchem's LMDB files, through ASE's own backend for them.
+def open_lmdb(path: Path, name: str) -> Any:
+    """An LMDB file of ASE for reading only: no lock file, and its folder may be read-only.
+
+    Args:
+        path: the file.
+        name: how the user wrote it.
 
     Raises:
         DataError: the backend is not installed, or the file is no ASE database.
     """
     backend = lmdb_backend(name)
     try:
-        database = backend(path, readonly=True, use_lock_file=False)
-        ids = list(database.ids)
+        return backend(path, readonly=True, use_lock_file=False)
     except Exception as error:  # lmdb and zlib raise their own
         raise unreadable(name, error, "aselmdb") from error
-    for frame, key in enumerate(ids):
+
+
+def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
+    """Rows of fairchem's LMDB files, through ASE's own backend for them.
+
+    Raises:
+        DataError: the backend is not installed, or the file is no ASE database.
+    """
+    database = open_lmdb(path, name)
+    for frame, key in enumerate(list(database.ids)):
         try:
             atoms = database._get_row(key).toatoms(add_additional_information=True)
         except Exception as error:
             raise unreadable(name, error, "aselmdb", frame) from error
         yield from_atoms(atoms, name, frame)
-
-
-def _extxyz(path: Path, name: str) -> Iterator[RawFrame]:
-    """Extended XYZ frame by frame, in constant memory.
-
-    ASE reads a whole file by seeking, which takes quadratic time in a compressed one, stops
-    without a word at a blank line, and does not say which frame is damaged. Hence the text is
-    divided here and ASE parses one frame at a time.
-    """
-    frame = 0
-    with _Lines(path, name) as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            if not line.strip().isdecimal():
-                raise DataError(
-                    f"line {lines.number} should be a number of atoms and is '{line.strip()[:40]}'",
-                    file=name,
-                    frame=frame,
-                    remedy="the frame before has more lines than it announces, or this is no XYZ file",
-                )
-            digits = line.strip()
-            n = int(digits) if len(digits) < 19 else sys.maxsize  # more than any list can hold
-            head = next(lines, "")
-            rows = list(islice(lines, n))
-            if len(rows) < n or not head:
-                raise DataError(
-                    f"the frame announces {digits[:40]} atoms and the file ends after {len(rows)}",
-                    file=name,
-                    frame=frame,
-                    remedy="the file is cut short: copy it again, or remove the last frame",
-                )
-            following = next(lines, None)
-            if following is None and _cut_inside_line(rows):
-                raise DataError(
-                    "the last line is shorter than the others and has no end: the file is cut short",
-                    file=name,
-                    frame=frame,
-                    remedy="copy the file again, or remove the last frame",
-                )
-            while following is not None and following.startswith("VEC"):  # lattice of the older dialect
-                rows.append(following)
-                following = next(lines, None)
-            lines.put_back(following)
-            try:
-                atoms = next(read_xyz(io.StringIO("".join([line, _VOIGT.sub(_full, head), *rows])), index=0))
-            except Exception as error:
-                raise unreadable(name, error, "extxyz", frame) from error
-            yield from_atoms(atoms, name, frame)
-            frame += 1
-
-
-class _Lines(Iterator[str]):
-    """Lines of a text file, packed or not, one of which can be put back.
-
-    Attributes:
-        number: of the line that was given last, from 1.
-    """
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.number = 0
-        self._name = name
-        self._back: str | None = None
-        try:
-            self._file = io.TextIOWrapper(open_with_compression(str(path), "rb"), encoding="utf-8")
-        except Exception as error:
-            raise unreadable(name, error, "extxyz") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __next__(self) -> str:
-        line, self._back = self._back, None
-        if line is None:
-            try:
-                line = self._file.readline()
-            except Exception as error:  # damaged compression, undecodable text
-                raise unreadable(self._name, error, "extxyz") from error
-        if not line:
-            raise StopIteration
-        self.number += 1
-        return line
-
-    def put_back(self, line: str | None) -> None:
-        """Give ``line`` again next."""
-        if line is not None:
-            self._back = line
-            self.number -= 1
-
-
-def _full(match: re.Match[str]) -> str:
-    """``stress="xx yy zz yz xz xy"`` as the nine numbers that ASE insists on; others as they are."""
-    numbers = match[2].split()
-    if len(numbers) != 6:
-        return match[0]
-    xx, yy, zz, yz, xz, xy = numbers
-    return f'{match[1]}="{xx} {xy} {xz} {xy} {yy} {yz} {xz} {yz} {zz}"'
-
-
-def _cut_inside_line(rows: list[str]) -> bool:
-    """True if a fixed-width table stops within its last number, which would read as another one."""
-    widths = {len(row.rstrip("\r\n")) for row in rows[:-1]}
-    last = rows[-1] if rows else ""
-    return len(rows) > 2 and len(widths) == 1 and not last.endswith("\n") and len(last) < widths.pop()
 
 
 def _is_ase_database(path: Path) -> bool:

@@ -17,7 +17,8 @@ group       text                     trajectory, phase, ... it belongs to, or ""
 split       text                     split the source itself names, or ""
 source      text                     file or set, as the user wrote it
 frame       ()                       number of the frame in that file, from 0
-mapping     text                     layout, and the name each label was found under
+mapping     text                     layout, the name each label was found under, and what
+                                     :mod:`blip_ft.data.unused` remembers
 =========== ============== ========= ==================================================
 
 A label is looked for under the names of :data:`LABELS`, or under the one name that ``fields``
@@ -49,12 +50,13 @@ from blip_ft.data.frames import (
 )
 from blip_ft.data.layouts import STRUCTURE
 from blip_ft.data.units import conversion
+from blip_ft.data.unused import candidates, line_for, marks, sounds_like
 from blip_ft.errors import DataError, nearest
 
 __all__ = ["FEATURES", "Mapper", "RawFrame", "canonical_split", "to_numbers", "voigt"]
 
 #: part of the cache key: raise it when a source must be read anew
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _VECTORS = Sequence(Sequence(Value("float64")))
 FEATURES = Features(
@@ -117,6 +119,8 @@ GROUPS = (
 )
 #: keys of ``data.fields``
 FIELDS = (*LABELS, *DERIVED, *WEIGHTS, "group", "split", *STRUCTURE)
+#: names that mean something else
+_KNOWN = frozenset({*(n for names in WEIGHTS.values() for n in names), *LABEL_WEIGHTS, *GROUPS, "split"})
 #: order of six stress components in the source -> places of xx yy zz yz xz xy in it
 STRESS_ORDERS = {"ase": (0, 1, 2, 3, 4, 5), "vasp": (0, 1, 2, 4, 5, 3)}
 _SPLIT_ALIASES = {
@@ -200,6 +204,12 @@ class Mapper:
             DataError: no atoms, NaN, wrong shape, no labels, or two candidates for one label.
         """
         check_geometry(raw)
+        if raw.clash:
+            raise raw.error(
+                f"'{raw.clash}' occurs twice with different values (info, arrays or calculator)",
+                field=raw.clash,
+                remedy="remove one of them from the file",
+            )
         self._missing -= {k for k, name in self.fields.items() if name in raw.values or name in raw.used}
         scale, units = self._units(raw)
         labels: dict[str, NDArray[np.float64] | None] = {}
@@ -211,18 +221,24 @@ class Mapper:
         energy, forces = labels["energy"], labels["forces"]
         if energy is not None:
             energy = energy - self.energy_offset * scale["energy"]
-        if self.require_labels and energy is None and forces is None:
+        if self.require_labels and energy is None and forces is None and raw.converged:
+            likely = [
+                (k, n) for k in ("energy", "forces") for n in candidates(raw, k, ()) if sounds_like(k, n)
+            ]
+            hint = f", for instance {line_for(*likely[0])}" if likely else ""
             raise raw.error(
                 "the frame has neither energy nor forces",
                 field="energy, forces",
-                remedy="label the frame or remove it; if its labels have other names, give them in "
-                f"data.fields (this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
+                remedy=f"label the frame or remove it; if its labels have other names, give them in data.fields{hint} "
+                f"(this frame has: {', '.join(sorted(raw.values)) or 'nothing'})",
             )
         positions, cell = raw.positions * scale["length"], raw.cell * scale["length"]
         sizes = {"positions": positions, "cell": cell, "energy": energy, "forces": forces}
         _check_sizes(raw, sizes | {"stress": labels["stress"]})
         group, group_name = self._text(raw, "group", GROUPS)
         weight, atom_weight = self._weight(raw, "weight"), self._weight(raw, "atom_weight")
+        lacking = [label for label, value in labels.items() if value is None]
+        used = {text.partition(" ")[0] for text in found.values()} | {group_name} | _KNOWN
         return {
             "numbers": raw.numbers,
             "positions": positions,
@@ -237,7 +253,8 @@ class Mapper:
             "split": self.split(raw),
             "source": raw.source,
             "frame": raw.frame,
-            "mapping": _mapping(raw.layout.name, found | {"group": group_name}, units),
+            "mapping": _mapping(raw.layout.name, found | {"group": group_name}, units)
+            + marks(raw, lacking, used),
         }
 
     def split(self, raw: RawFrame) -> str:

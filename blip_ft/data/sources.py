@@ -30,9 +30,12 @@ import numpy as np
 
 from blip_ft.config import Source
 from blip_ft.data import readers, tables, units
+from blip_ft.data.frames import check_geometry
 from blip_ft.data.hub import cached_dataset
 from blip_ft.data.readings import LabelOptions, Reading, plan
 from blip_ft.data.schema import FEATURES, Mapper, RawFrame, canonical_split
+from blip_ft.data.set_aside import is_example
+from blip_ft.data.unused import without_marks
 from blip_ft.errors import DataError, nearest
 
 _SLICE = re.compile(r"-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?\d+)?)?")
@@ -76,10 +79,26 @@ def iterate_source(
         yield from _rows(reading)
 
 
+def iterate_frames(spec: Source) -> Iterator[RawFrame]:
+    """Structures of a source as they are, one by one; labels are not looked at.
+
+    Args:
+        spec: as for :func:`load_source`.
+
+    Raises:
+        DataError: as for :func:`load_source`, and a structure that is none; when it is reached.
+    """
+    for reading in plan(spec, labels=False, digest=False):
+        for raw in _frames(reading, Mapper({}, units.factors({}), require_labels=False)):
+            check_geometry(raw)
+            yield raw
+
+
 def file_rows(reading: Reading) -> Iterator[dict[str, Any]]:
-    """The rows of one file of a reading, lists in place of arrays; other files may have further labels."""
+    """The examples of one file of a reading, lists in place of arrays; other files may have further labels."""
     for row in _rows(reading, whole=False):
-        yield plain_row(row)
+        if is_example(row):
+            yield plain_row(row)
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
     """
     found: dict[tuple[str, str], None] = {}
     for source, mapping in zip(dataset["source"], dataset["mapping"], strict=True):
-        found.setdefault((source, mapping))
+        found.setdefault((source, without_marks(mapping)))
     many = 4  # the files of a pattern mostly agree: one line then
     by_text: dict[str, list[str]] = {}
     for source, mapping in found:
@@ -147,6 +166,21 @@ def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
         stress_order=reading.stress_order,
         energy_offset=reading.energy_offset,
     )
+    names: set[str] = set()
+    for raw in _frames(reading, mapper):
+        names |= set(raw.values)
+        yield mapper.row(raw)
+    if whole:
+        mapper.finish(reading.source, names)
+
+
+def _frames(reading: Reading, mapper: Mapper) -> Iterator[RawFrame]:
+    """The frames of a reading that its selector names.
+
+    Raises:
+        DataError: there are none.
+    """
+    fields = dict(reading.fields)
     files: Iterable[Iterator[RawFrame]] = (
         (readers.read_frames(Path(path), name, fields) for path, name in reading.paths)
         if reading.paths
@@ -154,16 +188,12 @@ def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
     )
     count = 0
     splits: set[str] = set()
-    names: set[str] = set()
     for file in files:
         for raw in _selected(file, reading.selector, mapper, splits):
-            names |= set(raw.values)
-            yield mapper.row(raw)
+            yield raw
             count += 1
     if not count:
         raise _nothing(reading, splits)
-    if whole:
-        mapper.finish(reading.source, names)
 
 
 def _selected(

@@ -38,6 +38,7 @@ from blip_ft.data.dataset import to_atoms
 from blip_ft.data.division import by_block, by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.readings import as_text, label_options
+from blip_ft.data.set_aside import SetAside
 from blip_ft.data.sources import load_source
 from blip_ft.data.splits_file import from_file
 from blip_ft.data.stream import sample_of
@@ -64,8 +65,8 @@ class Splits:
         test: ``seen`` and one entry per unseen set; may be empty.
         rule: what was done, in sentences.
         dropped: frames that no role took, each as ``"file, frame: reason"``.
-        isolated: energies of isolated atoms in the source of ``train``, eV by atomic number; they
-            are references and no frames to train on.
+        isolated: energies of isolated atoms in all sources, eV by atomic number, that of ``train`` first;
+            they are references and no frames to train on.
     """
 
     train: datasets.Dataset
@@ -89,9 +90,12 @@ def load_splits(config: DataConfig) -> Splits:
         DataError: a source cannot be read, a role that was asked for would be empty, a test set
             has a reserved name, or a frame stands in two roles.
     """
-    given = _load_given(config)
+    aside = SetAside()
     frames = load_role(config, config.train) if config.stream is None else sample_of(config)
-    source, isolated, alone = _without_isolated(frames)
+    source = aside.examples(frames)
+    given = {name: aside.examples(part) for name, part in _load_given(config).items()}
+    if aside.others and config.references == "isolated_atoms":
+        raise aside.others[0]
     # a stream is not divided: what is not given is not there
     wanted = [role for role in HELD_OUT if not _has(given, role) and config.stream is None]
     if config.stream is None:
@@ -99,7 +103,7 @@ def load_splits(config: DataConfig) -> Splits:
     else:
         parts, dropped = {"train": source}, []
         rules = [f"{_text(config)} is a stream of {config.stream.frames} frames; train is a sample of it."]
-    dropped += alone
+    dropped += aside.places
     divided = set(parts)
     parts |= given
     if given:
@@ -127,7 +131,7 @@ def load_splits(config: DataConfig) -> Splits:
         test={n.removeprefix("test/"): frames for n, frames in parts.items() if n.startswith("test/")},
         rule=" ".join(rules),
         dropped=dropped,
-        isolated=isolated,
+        isolated=aside.energies,
     )
     check_disjoint(splits, divided)
     return splits
@@ -202,37 +206,6 @@ def _load_given(config: DataConfig) -> Parts:
         f"test/{name}": spec for name, spec in tests.items()
     }
     return {name: load_role(config, spec) for name, spec in sources.items() if spec is not None}
-
-
-def _without_isolated(source: datasets.Dataset) -> tuple[datasets.Dataset, dict[int, float], list[str]]:
-    """Take out single atoms: those without periodicity, or marked ``IsolatedAtom`` as MACE has it.
-
-    Raises:
-        DataError: two different energies for one element.
-    """
-    alone = [
-        i
-        for i, (numbers, pbc, group) in enumerate(
-            zip(source["numbers"], source["pbc"], source["group"], strict=True)
-        )
-        if len(numbers) == 1 and (not any(pbc) or group == "IsolatedAtom")
-    ]
-    if not alone or len(alone) == len(source):
-        return source, {}, []
-    energies: dict[int, float] = {}
-    for row in source.select(alone):
-        z, energy = row["numbers"][0], row["energy"]
-        if energy is not None and abs(energies.setdefault(z, energy) - energy) > 1e-4:
-            raise DataError(
-                f"an isolated atom of element {z} has {energy:.6f} eV here and {energies[z]:.6f} eV before",
-                file=row["source"],
-                frame=row["frame"],
-                field="energy",
-                remedy="keep one of them",
-            )
-    places = [f"{_place(row)}: an isolated atom, kept as reference" for row in source.select(alone)]
-    rest = sorted(set(range(len(source))) - set(alone))
-    return source.select(rest), energies, places
 
 
 def _divide(

@@ -23,6 +23,7 @@ from blip_ft.data.dataset import collate, content_key, make_item
 from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.readings import label_options, plan
 from blip_ft.data.schema import FEATURES
+from blip_ft.data.set_aside import is_example
 from blip_ft.data.sources import iterate_source, plain_row
 from blip_ft.errors import DataError
 
@@ -181,7 +182,8 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         return DataError(
             f"the stream has {found} where the recipe says {self.frames} frames of weight {self.total_weight:g}",
             field="data.stream",
-            remedy="set data.stream.frames (and data.stream.weight) to what it has: the likelihood is scaled by it",
+            remedy="set data.stream.frames (and data.stream.weight) to what it has, isolated atoms and frames that "
+            "did not converge not counted: the likelihood is scaled by it",
         )
 
 
@@ -192,12 +194,16 @@ def _atoms(row: Row) -> Any:
 
 
 def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
-    """What opens the stream of ``data.train``."""
+    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.set_aside`)."""
 
     def rows() -> Iterator[Row]:
-        yield from map(plain_row, iterate_source(config.train, **label_options(config)))
+        yield from filter(is_example, _all_rows(config))
 
     return rows
+
+
+def _all_rows(config: DataConfig) -> Iterator[Row]:
+    yield from map(plain_row, iterate_source(config.train, **label_options(config)))
 
 
 def grid_of(config: DataConfig, batch: int) -> Grid | None:
@@ -244,6 +250,8 @@ def make_stream(
 def sample_of(config: DataConfig) -> datasets.Dataset:
     """Frames from the start of the stream, each with the weight of those it stands for.
 
+    Isolated atoms and frames that did not converge are among them, and count nothing.
+
     The sum of their weights is that of the whole stream, so that sums over them (the Gauss-Newton
     matrix, N) have the size of the whole.
 
@@ -252,13 +260,21 @@ def sample_of(config: DataConfig) -> datasets.Dataset:
     """
     options = config.stream
     assert options is not None
-    rows = []
-    for row in rows_of(config)():
+    rows, examples = [], []
+    for row in _all_rows(config):
         rows.append(row)
-        if len(rows) == min(options.sample, options.frames):
+        if is_example(row):
+            examples.append(row)
+        if len(examples) == min(options.sample, options.frames):
             break
-    total = sum(row["weight"] for row in rows)
+    total = sum(row["weight"] for row in examples)
+    if not examples:
+        raise DataError(
+            "the stream has no frame to learn from",
+            field="data.train",
+            remedy="it holds isolated atoms or frames that did not converge alone: give others",
+        )
     scale = (options.frames if options.weight is None else options.weight) / total
-    for row in rows:
+    for row in examples:
         row["weight"] *= scale
     return datasets.Dataset.from_list(rows, features=FEATURES)

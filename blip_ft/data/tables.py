@@ -16,9 +16,11 @@ import datasets
 import numpy as np
 from ase.io.formats import open_with_compression
 
+from blip_ft.data.convergence import says_no
+from blip_ft.data.frames import UnknownSymbolError
 from blip_ft.data.hub import load_hub, quiet
 from blip_ft.data.layouts import STRUCTURE, Layout, flatten, from_pymatgen, parsed, recognise
-from blip_ft.data.problems import guard, unreadable
+from blip_ft.data.problems import guard, symbol_remedy, unreadable
 from blip_ft.data.schema import RawFrame, to_numbers
 from blip_ft.errors import DataError
 
@@ -99,7 +101,12 @@ def hub_frames(
 
 
 def table(loaded: Any, name: str, fields: Fields) -> Iterator[RawFrame]:
-    """Rows of a (streamed or memory-mapped) table, or of a dict of them, one per split."""
+    """Rows of a (streamed or memory-mapped) table, or of a dict of them, one per split.
+
+    A format that the table was saved with (``with_format("torch")``) would give numbers of 32 bits and
+    hide columns: it is taken off.
+    """
+    loaded = loaded.with_format(None)
     parts = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
     # One lone split is called "train" by default, which says nothing about its use.
     named = len(parts) > 1
@@ -223,7 +230,7 @@ def from_row(
     Raises:
         DataError: no structure in it.
     """
-    values = flatten(row)
+    values = {k: v for k, v in flatten(row).items() if not (isinstance(v, str) and not v.strip())}
     layout = layout or recognise(set(values))
     for own in ("source", "frame", "mapping"):
         values.pop(own, None)
@@ -253,6 +260,7 @@ def from_row(
             frame=frame,
             layout=layout,
             used=frozenset(used),
+            converged=not says_no(values),
         )
     except (TypeError, ValueError) as error:
         raise DataError(
@@ -260,7 +268,10 @@ def from_row(
             file=name,
             frame=frame,
             field="numbers, positions, cell or pbc",
-            remedy="see the schema of tables in docs/data.md",
+            remedy=symbol_remedy(error.symbol)
+            if isinstance(error, UnknownSymbolError)
+            else "numbers (n,), positions (n, 3) Å, cell (3, 3) Å and pbc (3,) make a structure; other names "
+            "of these columns go into data.fields (docs/data.md)",
         ) from error
 
 

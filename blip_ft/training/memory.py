@@ -25,6 +25,7 @@ from blip_ft.backbone import Batch
 from blip_ft.config import Recipe
 from blip_ft.data.dataset import Item, collate, make_item, to_atoms
 from blip_ft.data.references import fit_references
+from blip_ft.data.set_aside import SetAside
 from blip_ft.data.splits import load_role
 from blip_ft.objectives import Likelihood
 from blip_ft.potential import BayesianPotential
@@ -161,7 +162,8 @@ def load_memory(recipe: Recipe, potential: BayesianPotential) -> list[Item]:
     if options is None or options.source is None:
         return []
     own = options.labels == "own"
-    rows = list(load_role(recipe.data, options.source, labels=own))
+    frames = load_role(recipe.data, options.source, labels=own)
+    rows = list(SetAside().examples(frames) if own else frames)
     for row in rows:
         potential.backbone.check(to_atoms(row, labels=False), file=row["source"], frame=row["frame"])
     items = [make_item(row, potential.backbone) for row in rows]

@@ -29,6 +29,7 @@ from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
 from blip_ft.data.stream import FrameStream, make_stream
+from blip_ft.data.unused import labels_found
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
@@ -96,6 +97,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if options.dtype == "float64":
         backbone.double()
     findings = check_frames(splits, backbone) + group_leaks(splits)
+    findings += labels_found(splits.roles(), use_stress=recipe.objective.use_stress)
     calculator = backbone.stock_calculator()
     original = copy.deepcopy(backbone)  # for the vendor's calculator in float64, where that is needed
     backbone.arrange()

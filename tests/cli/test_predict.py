@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from blip_ft.checkpoint import load_model, save_model
@@ -155,6 +158,89 @@ def test_predict_reads_other_formats(call: Any, run: Path, tmp_path: Path):
     assert len(read(tmp_path / "out.xyz", ":")) == 1
 
 
+def numbered(n: int) -> list[Atoms]:
+    """Labelled structures that ASE and we must both read."""
+    return [labelled(structure(seed=i), seed=i) for i in range(n)]
+
+
+def test_predict_and_evaluate_read_the_same_frames(call: Any, run: Path, tmp_path: Path):
+    """Blank lines between frames, six numbers of a stress, an empty text before the labels."""
+    source, out_file = tmp_path / "in.xyz", tmp_path / "out.xyz"
+    write(source, numbered(5), format="extxyz")
+    lines = source.read_text().splitlines(keepends=True)
+    lines[9] = re.sub('stress="[^"]*"', 'stress="1 2 3 4 5 6"', f'config_type="" {lines[9]}')
+    source.write_text("".join([*lines[:8], "\n", *lines[8:16], "  \n\n", *lines[16:]]))
+    assert call("predict", run, source, "-o", out_file)[:2] == (0, f"{out_file}: 5 structures\n")
+    code, _, err = call("evaluate", run, source, "-o", tmp_path / "metrics.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "metrics.json").read_text())["n_structures"] == 5
+    for before, after in zip(numbered(5), read(out_file, ":"), strict=True):
+        np.testing.assert_allclose(after.positions, before.positions, atol=1e-7)
+        assert "energy_std" in after.info
+
+
+@pytest.mark.parametrize(
+    "spec", ["in.xyz@1:4", "in.xyz@valid", "*.xyz@1:4", "in.parquet@1:4", "in.jsonl@1:4"]
+)
+def test_predict_reads_every_source(call: Any, run: Path, tmp_path: Path, spec: str):
+    from blip_ft.data import load_source
+    from blip_ft.data.convert import convert
+
+    some = numbered(5)
+    for i, atoms in enumerate(some):
+        atoms.info["split"] = "validation" if 0 < i < 4 else "train"
+    write(tmp_path / "in.xyz", some, format="extxyz")
+    if not spec.endswith(("xyz@1:4", "valid")):
+        convert(load_source(str(tmp_path / "in.xyz")), tmp_path / spec.partition("@")[0])
+    out_file = tmp_path / "out.extxyz"
+    assert call("predict", run, f"{tmp_path}/{spec}", "-o", out_file)[:2] == (
+        0,
+        f"{out_file}: 3 structures\n",
+    )
+    for before, after in zip(some[1:4], read(out_file, ":"), strict=True):
+        np.testing.assert_allclose(after.positions, before.positions, atol=1e-7)
+        assert after.info["split"] == "validation"
+
+
+def test_predict_reads_an_embedded_set(call: Any, run: Path, tmp_path: Path):
+    assert call("predict", run, "sio2_polymorphs@0:2", "-o", tmp_path / "out.xyz")[0] == 0
+    assert len(read(tmp_path / "out.xyz", ":")) == 2
+
+
+def test_whatever_a_frame_holds_is_in_the_predicted_file(call: Any, run: Path, tmp_path: Path):
+    atoms = structure()
+    atoms.info |= {"config_type": "", "none": np.zeros(0), "note": "two\nlines", "number": "5", "one": [1.5]}
+    atoms.info |= {"virial": np.arange(3.0), "energy_std": 9.0}
+    atoms.set_array("label", np.array(["a", "", "c d", "e", "f", "g"]))
+    atoms.set_array("fine", np.full(6, 1e-12) / 3)
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, magmoms=np.arange(6.0), dipole=[1.0, 2.0, 3.0])
+    write(tmp_path / "in.traj", [atoms, atoms])
+    assert call("predict", run, tmp_path / "in.traj", "-o", tmp_path / "out.xyz")[0] == 0
+    want = predict_atoms(load_model(run), [atoms])[0]
+    outputs = read(tmp_path / "out.xyz", ":")
+    assert len(outputs) == 2
+    for out in outputs:
+        assert out.get_potential_energy() == want["energy"]
+        assert np.array_equal(out.get_forces(), want["forces"])
+        assert out.info["energy_std"] == want["energy_std"]
+        assert (out.info["config_type"], out.info["note"], out.info["number"]) == ("", "two\nlines", "5")
+        assert (len(out.info["none"]), out.info["one"].tolist()) == (0, [1.5])
+        assert out.info["info_virial"].tolist() == [0, 1, 2]
+        assert out.calc.results["magmoms"].tolist() == list(range(6))
+        assert out.calc.results["dipole"].tolist() == [1, 2, 3]
+        assert np.array_equal(out.arrays["forces_std"], want["forces_std"])
+
+
+def test_evaluate_leaves_isolated_atoms_out_and_says_so(call: Any, run: Path, tmp_path: Path):
+    atom = Atoms("O", cell=[15, 15, 15], pbc=True)
+    atom.calc = SinglePointCalculator(atom, energy=-430.0, forces=np.zeros((1, 3)))
+    write(tmp_path / "in.xyz", [*numbered(5), atom], format="extxyz")
+    code, _, err = call("evaluate", run, tmp_path / "in.xyz", "-o", tmp_path / "metrics.json")
+    assert code == 0
+    assert "in.xyz, frame 5: an isolated atom" in err
+    assert json.loads((tmp_path / "metrics.json").read_text())["n_structures"] == 5
+
+
 def test_predict_refuses_an_existing_file_unless_told(call: Any, run: Path, frames: Path, tmp_path: Path):
     out_file = tmp_path / "out.extxyz"
     out_file.write_text("precious")
@@ -187,9 +273,9 @@ def flat_cell(frames: list[Atoms]) -> None:
     ("damage", "text"),
     [
         (bad_element, "element Au is unknown"),
-        (bad_position, "is not a number"),
-        (no_atoms, "without atoms"),
-        (flat_cell, "no volume"),
+        (bad_position, "field 'positions': NaN or infinite value"),
+        (no_atoms, "the frame has no atoms"),
+        (flat_cell, "the lattice vectors do not span a cell"),
     ],
 )
 @pytest.mark.parametrize("batch_size", ["1", "16"])

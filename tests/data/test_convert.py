@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from blip_ft.cli import main
@@ -61,6 +62,23 @@ def test_there_and_back(ending: str, source: str, tmp_path: Path) -> None:
         assert again[column][:] == [frames[column][i] for i in order], column
     assert again["atom_weight"][order.index(1)] == [1, 0, 2, 1, 1, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"rounded.xyz", "in.xyz", target.name})
+
+
+@pytest.mark.parametrize("ending", [t for t in TARGETS if t != "folder"] + [".npz"])
+def test_all_digits(ending: str, frames: Frames, tmp_path: Path) -> None:
+    """Labels and positions come back bit for bit from every format."""
+    some = frames(4)
+    for atoms in some:
+        labels = atoms.calc.results
+        atoms.positions[0] *= 1e-7
+        atoms.calc = SinglePointCalculator(
+            atoms, **labels | {"energy": labels["energy"] - 183034.27778415725}
+        )
+    write(tmp_path / "in.traj", some)
+    before = load_source(str(tmp_path / "in.traj"))
+    after = load_source(str(convert(before, tmp_path / f"out{ending}")))
+    for column in ("numbers", "positions", "cell", "pbc", "energy", "forces", "stress"):
+        assert after[column][:] == before[column][:], column
 
 
 def test_npz_holds_frames_of_the_same_atoms(frames: Frames, tmp_path: Path) -> None:

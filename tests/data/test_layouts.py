@@ -17,7 +17,9 @@ from ase.io import write
 
 from blip_ft.config import SourceConfig
 from blip_ft.data import fingerprint, load_source
+from blip_ft.data.lanes import make_grid
 from blip_ft.data.layouts import flatten, from_pymatgen, recognise
+from blip_ft.data.readings import plan
 from blip_ft.data.sources import iterate_source, mappings
 from blip_ft.errors import DataError
 
@@ -418,6 +420,24 @@ def test_lmdb_files_and_folders(lmdb_shards: Path, reference: str) -> None:
     assert fingerprint(load_source(str(lmdb_shards))) == expected
     assert fingerprint(load_source(f"{lmdb_shards}/*.aselmdb")) == expected
     assert load_source(str(lmdb_shards))["source"][-1] == f"{lmdb_shards}/data.0001.aselmdb"
+
+
+@pytest.mark.backend("fairchem")
+def test_streams_of_lmdb_files_write_nothing(lmdb_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lmdb
+
+    opened: list[dict[str, Any]] = []
+    real = lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda *a, **k: (opened.append(k), real(*a, **k))[1])
+    before = {p.name: p.stat().st_mtime_ns for p in lmdb_shards.iterdir() if not p.name.endswith("-lock")}
+    for file in lmdb_shards.glob("*-lock"):
+        file.unlink()
+    grid = make_grid(plan(f"{lmdb_shards}/*.aselmdb", digest=False), 6, 2)
+    assert grid is not None
+    assert sum(1 for group in grid for lane in group for rows in lane.files for _ in rows()) == 6
+    assert opened
+    assert all(k["readonly"] and not k["lock"] for k in opened)
+    assert {p.name: p.stat().st_mtime_ns for p in lmdb_shards.iterdir()} == before
 
 
 @pytest.mark.backend("fairchem")

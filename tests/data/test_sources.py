@@ -16,7 +16,7 @@ from ase.io import read, write
 
 from blip_ft.data import FEATURES, fingerprint, load_source, to_atoms
 from blip_ft.data.readings import split_selector
-from blip_ft.data.sources import grid
+from blip_ft.data.sources import grid, iterate_frames
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]
@@ -104,6 +104,15 @@ def test_blank_lines_between_frames_lose_nothing(frames: Frames, save: Save) -> 
     same(load_source(str(path)), expected)
 
 
+def test_what_changes_between_info_and_calculator_hurts_labels_only(tmp_path: Path) -> None:
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms = Atoms("O", info={"energy": -2.0})
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+    write(tmp_path / "a.traj", [atoms, atoms])
+    assert [raw.frame for raw in iterate_frames(str(tmp_path / "a.traj"))] == [0, 1]
+
+
 def test_windows_line_ends(frames: Frames, save: Save) -> None:
     expected = frames(2)
     path = Path(save(expected))
@@ -141,6 +150,23 @@ def test_tables(table: datasets.Dataset, frames: Frames, tmp_path: Path, name: s
     assert found["frame"][:] == [0, 1, 2, 3]
     assert found["source"][:] == [str(path)] * 4
     assert set(found["split"]) == {""}
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["set", "splits"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_saved_format_costs_no_digits_and_no_columns(
+    table: datasets.Dataset, tmp_path: Path, kind: str, parts: bool
+) -> None:
+    odd = table.map(
+        lambda row, i: {"energy": -1e4 / 3 - i, "forces": (np.array(row["forces"]) / 3).tolist()},
+        with_indices=True,
+    )
+    saved = odd.with_format(kind, columns=["numbers", "positions", "energy"])
+    whole = datasets.DatasetDict({"train": saved, "validation": saved}) if parts else saved
+    whole.save_to_disk(str(tmp_path / "saved"))
+    found = load_source(f"{tmp_path}/saved@train" if parts else str(tmp_path / "saved"))
+    for column in ("numbers", "positions", "cell", "energy", "forces", "stress", "weight"):
+        assert found[column][:] == odd[column][:], column
 
 
 @pytest.mark.parametrize("layout", ["files", "disk"])

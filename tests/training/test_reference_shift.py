@@ -114,5 +114,8 @@ def test_what_is_missing_is_named(source: Path, potential: BayesianPotential, tm
 def test_two_energies_of_one_isolated_atom_are_refused(source: Path, tmp_path: Path) -> None:
     atom = Atoms("O", info={"REF_energy": -1.0})
     write(tmp_path / "b.xyz", atom)
+    train = [str(source), str(tmp_path / "b.xyz")]
     with pytest.raises(DataError, match="an isolated atom of element 8 has"):
-        load_splits(DataConfig(train=[str(source), str(tmp_path / "b.xyz")]))
+        load_splits(DataConfig(train=train, references="isolated_atoms"))
+    splits = load_splits(DataConfig(train=train))  # where nothing needs them
+    assert sum("its energy is not that of the one before" in d for d in splits.dropped) == 1
