@@ -13,11 +13,9 @@ gives. ``export.json`` beside the files holds these factors.
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -22,6 +22,8 @@ except ImportError:  # no such locks on Windows: there two programs are told apa
 
 #: what stays as it is in names of files
 _SAFE = " !#$&'()+,;=@[]^{}~"
+
+
 def file_name(name: str) -> str:
     """A name of a set as part of a file's name: what a path would take for a separator is written ``%2F``."""
     return quote(name, safe=_SAFE)
