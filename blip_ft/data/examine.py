@@ -19,6 +19,7 @@ from ase.formula import Formula
 from blip_ft.backbone import Backbone
 from blip_ft.data.checks import Row, check_frames, unit_findings
 from blip_ft.data.dataset import FrameDataset, Item, make_item
+from blip_ft.data.energy_sets import energy_sets
 from blip_ft.data.findings import SEVERITIES, Finding, place
 from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelCheck, LabelFault, check_labels
 from blip_ft.data.leaks import group_leaks
@@ -109,7 +110,9 @@ def examine(
         units_found, wrong_unit = _units(names, rows, compared, use_stress)
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
-        check = check_labels(compared)
+        sets_found = energy_sets(rows, compared)
+        found += sets_found.findings
+        check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group"):
