@@ -30,6 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "spin": ("spin", "total_spin", "spin_multiplicity", "multiplicity"),
 }
 KEYS = tuple(NAMES)
+_NESTED = ("key_value_pairs", "data")
 
 #: what a frame is that says nothing, when frames are compared
 NEUTRAL = (0.0, 1.0)
@@ -37,11 +38,13 @@ NEUTRAL = (0.0, 1.0)
 
 def own(info: Mapping[str, Any]) -> dict[str, Any]:
     """Charge and spin in ``atoms.info`` as they stand there; what is not there is absent."""
-    found = {}
-    for key, names in NAMES.items():
-        value = next((info[name] for name in names if info.get(name) is not None), None)
-        if value is not None:
-            found[key] = value
+    found: dict[str, Any] = {}
+    # rows of ASE's databases keep theirs one level deeper
+    for part in (info, *(info[name] for name in _NESTED if isinstance(info.get(name), Mapping))):
+        for key, names in NAMES.items():
+            value = next((part[name] for name in names if part.get(name) is not None), None)
+            if value is not None:
+                found.setdefault(key, value)
     return found
 
 

@@ -31,6 +31,7 @@ def water(**info: Any) -> Atoms:
         ({"total_charge": np.int64(1), "total_spin": 1.0}, {"charge": 1.0, "spin": 1.0}),
         ({"spin_multiplicity": 3, "charge": None}, {"spin": 3.0}),
         ({"charge": "+2", "multiplicity": np.array([1])}, {"charge": 2.0, "spin": 1.0}),
+        ({"key_value_pairs": {"charge": 1}, "data": {"spin": 2}}, {"charge": 1.0, "spin": 2.0}),
     ],
 )
 def test_names_and_numbers(info: dict[str, Any], found: dict[str, float]) -> None:

@@ -17,7 +17,6 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from blip_ft import electrons
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
@@ -212,12 +211,13 @@ def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict
 
 
 def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
-    """Energies relative to the mean of their composition, charge and spin; ``None`` without two alike."""
-    kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    """Energies relative to the mean of their composition; ``None`` without two alike."""
+    kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
         if row["energy"] is not None and np.isfinite(predicted["energy"]):
-            kind = (*sorted(row["numbers"]), electrons.state(row.get("charge"), row.get("spin")))
-            kinds.setdefault(kind, []).append((row["energy"], float(predicted["energy"])))
+            kinds.setdefault(tuple(sorted(row["numbers"])), []).append(
+                (row["energy"], float(predicted["energy"]))
+            )
     centred = [np.array(k) - np.mean(k, axis=0) for k in kinds.values() if len(k) > 2]
     if not centred:
         return None

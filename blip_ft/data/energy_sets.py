@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from blip_ft.data.findings import Finding
-from blip_ft.data.label_faults import Compared
+from blip_ft.data.label_faults import Compared, state_columns
 from blip_ft.data.robust import Floats, spread
 
 Row = Mapping[str, Any]
@@ -78,6 +78,8 @@ def energy_sets(rows: Sequence[Row], frames: Sequence[Compared]) -> EnergySets:
         return found
     elements = sorted({int(z) for i in members for z in np.unique(frames[i].atoms.numbers)})
     shares = np.array([[np.mean(frames[i].atoms.numbers == z) for z in elements] for i in members])
+    states = state_columns([frames[i].atoms for i in members])  # constants of charge states are no sets
+    shares = np.concatenate([shares, states], axis=1)
     residual = np.array([(frames[i].energy - frames[i].model_energy) / len(frames[i].atoms) for i in members])  # type: ignore[operator]
     for column in ("theory", "group", "source"):
         names = np.array([str(rows[i].get(column) or "") for i in members])
@@ -136,7 +138,7 @@ def _fit(shares: Floats, residual: Floats) -> tuple[Floats, float]:
     """Energies per element of least norm, eV, and the robust scatter of what they leave over, eV/atom."""
     kept = np.ones(len(residual), dtype=bool)
     for _ in range(3):
-        energies = np.linalg.lstsq(shares[kept], residual[kept], rcond=1e-6)[0]
+        energies: Floats = np.linalg.lstsq(shares[kept], residual[kept], rcond=1e-6)[0].astype(np.float64)
         left = residual - shares @ energies
         kept = np.abs(left - np.median(left)) <= max(5.0 * spread(left), _NOISE)
     return energies, float(spread(left))
@@ -176,5 +178,5 @@ def _key(column: str, row: Row) -> str:
     """The name under which the column was found in the source."""
     if column == "source":
         return "file"
-    match = re.search(rf"(?:^|[ ,]){column} <- ([^,\[]+)", str(row.get("mapping") or ""))
-    return match[1].strip() if match else column
+    match = re.search(rf"(?:^|[ ,]){column} <- ([^\s,]+)", str(row.get("mapping") or ""))
+    return match[1] if match else column

@@ -23,6 +23,7 @@ from blip_ft.data.dataset import atoms_key, content_key, row_key
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.electron_checks import electron_findings
 from blip_ft.data.frame_checks import near_duplicates, outliers
+from blip_ft.data.label_faults import Compared, check_labels
 from blip_ft.data.ledger import exact_key
 from blip_ft.data.splits_file import keys
 from blip_ft.errors import DataError
@@ -303,3 +304,21 @@ def test_rows_of_older_tables_lack_the_columns(charged: list[Atoms], save: Save)
     assert to_atoms(old).info == {}
     assert row_key(old) == content_key(row["numbers"], row["positions"], row["cell"])
     assert {"charge", "spin", "theory"} <= set(FEATURES)
+
+
+def test_energies_of_states_do_not_look_wrong() -> None:
+    """A model that knows no charge: ions differ by a constant, and a wrong energy among them is found."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for i in range(48):
+        atoms = Atoms("Si2O4", positions=rng.uniform(0, 5, (6, 3)), cell=[5, 5, 5], pbc=True)
+        atoms.info = {"charge": int(i % 6 == 0), "spin": 1 + int(i % 6 == 0)}
+        model = float(rng.normal(-30, 2))
+        energy = model + 6 * rng.normal(0, 0.004) + 8.0 * atoms.info["charge"] + 0.6 * (i == 12)
+        forces = rng.normal(0, 1, (6, 3))
+        frames.append(Compared(atoms, energy, forces, None, model, forces))
+    faults = check_labels(frames).faults
+    assert [(f.index, f.label, f.cause) for f in faults] == [(12, "energy", "offset")]
+    for one in frames:
+        one.atoms.info = {}
+    assert len(check_labels(frames).faults) >= 7
