@@ -70,7 +70,10 @@ def given(info: Mapping[str, Any], *, file: str | None = None, frame: int | None
     return found
 
 
-REMEDY = "charge counts e, spin is the multiplicity 2S + 1; mend it, or remove it for the model's default"
+REMEDY = (
+    "charge counts e, spin is the multiplicity 2S + 1; mend it, remove it for the model's default, or rename it if it "
+    "means something else"
+)
 
 
 def changes(before: Atoms | None, after: Atoms, geometry: list[str]) -> list[str]:

@@ -130,10 +130,17 @@ def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding
     differ = [i for i in copies if contradict(rows[i], rows[heads[i]])]
     if differ:
         message = f"{role}: {len(differ)} frames have other labels than a frame of the same structure"
-        notes = [place(rows[i], f"and frame {rows[heads[i]]['frame']}") for i in differ]
+        notes = [place(rows[i], _other(rows[i], rows[heads[i]])) for i in differ]
         remedy = "one of each two is wrong, or they are of two levels of theory: remove one"
         findings.append(Finding("label", "warning", notes, message, remedy))
     return findings
+
+
+def _other(row: Row, twin: Row) -> str:
+    """The frame of the same structure, and both levels of theory where they differ."""
+    theories = [r.get("theory") or "" for r in (row, twin)]
+    told = f", {' and '.join(t or 'none' for t in theories)}" if theories[0] != theories[1] else ""
+    return f"and frame {twin['frame']}{told}"
 
 
 # ---- units -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from blip_ft.config import DataConfig
@@ -322,3 +323,14 @@ def test_energies_of_states_do_not_look_wrong() -> None:
     for one in frames:
         one.atoms.info = {}
     assert len(check_labels(frames).faults) >= 7
+
+
+def test_copies_of_two_levels_of_theory_are_named(frames: Frames, save: Save, backbone: FakeBackbone) -> None:
+    (one,) = frames(1)
+    other = one.copy()
+    other.calc = SinglePointCalculator(other, **{**one.calc.results, "energy": -9.0})
+    one.info["head"], other.info["head"] = "pbe", "r2scan"
+    spare = load_source("sio2_polymorphs")
+    splits = Splits(load_source(save([one, other])), *(spare.select([i]) for i in (0, 1)), {}, "")
+    (finding,) = (f for f in check_frames(splits, backbone) if "other labels" in f.message)
+    assert finding.to_json()["notes"] == ["and frame 0, r2scan and pbe"]
