@@ -17,6 +17,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
@@ -146,7 +147,9 @@ def _other(row: Row, twin: Row) -> str:
 # ---- units -------------------------------------------------------------------------------------
 
 
-def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool = True) -> list[Finding]:
+def check_units(
+    train: datasets.Dataset, predict: Predict, *, use_stress: bool = True, by_state: bool = False
+) -> list[Finding]:
     """Compare labels with the pretrained model on up to :data:`UNIT_FRAMES` frames.
 
     A pretrained model is right to some ten per cent wherever it has any business, so the slope of
@@ -157,6 +160,7 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
         train: frames of the schema.
         predict: the pretrained model.
         use_stress: stress labels are trained on: then a wrong unit there stops, else it warns.
+        by_state: the model does not take charge and spin, so that energies are compared within each state only.
 
     Raises:
         DataError: the labels are in another unit or of the other sign (slope within 20 % of that
@@ -165,7 +169,7 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
     chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), UNIT_FRAMES)).round().astype(int))
     rows = [train[int(i)] for i in chosen]
     predictions = predict([to_atoms(row, labels=False) for row in rows])
-    findings = unit_findings(rows, predictions, use_stress=use_stress)
+    findings = unit_findings(rows, predictions, use_stress=use_stress, by_state=by_state)
     for quantity, finding in findings.items():
         if finding.severity == "error":
             raise DataError(finding.message, file=rows[0]["source"], field=quantity, remedy=finding.remedy)
@@ -173,7 +177,11 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
 
 
 def unit_findings(
-    rows: list[Row], predictions: Sequence[dict[str, Any]], *, use_stress: bool = True
+    rows: list[Row],
+    predictions: Sequence[dict[str, Any]],
+    *,
+    use_stress: bool = True,
+    by_state: bool = False,
 ) -> dict[str, Finding]:
     """What :func:`check_units` finds in given frames, by quantity; nothing is raised.
 
@@ -181,9 +189,10 @@ def unit_findings(
         rows: of the schema.
         predictions: of the pretrained model, one per row, see :data:`Predict`.
         use_stress: a wrong unit of stress is an error rather than a warning.
+        by_state: as for :func:`check_units`.
     """
     findings: dict[str, Finding] = {}
-    for quantity, compared in _comparisons(rows, predictions).items():
+    for quantity, compared in _comparisons(rows, predictions, by_state).items():
         finding = _judge(quantity, compared)
         if finding is not None:
             mild = finding.severity == "error" and quantity == "stress" and not use_stress
@@ -191,7 +200,9 @@ def unit_findings(
     return findings
 
 
-def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
+def _comparisons(
+    rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool
+) -> dict[str, Comparison]:
     """Labels and predictions of each quantity that both have, flattened."""
     pairs: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {"forces": [], "stress": []}
     virials: list[NDArray[np.float64]] = []
@@ -213,18 +224,18 @@ def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict
     }
     if virials:
         result["stress"] = Comparison(result["stress"].label, result["stress"].model, np.concatenate(virials))
-    energies = _energies(rows, predictions)
+    energies = _energies(rows, predictions, by_state)
     return result | ({"energy": energies} if energies else {})
 
 
-def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
-    """Energies relative to the mean of their composition; ``None`` without two alike."""
-    kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool) -> Comparison | None:
+    """Energies relative to the mean of their composition (and charge and spin); ``None`` without two alike."""
+    kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
         if row["energy"] is not None and np.isfinite(predicted["energy"]):
-            kinds.setdefault(tuple(sorted(row["numbers"])), []).append(
-                (row["energy"], float(predicted["energy"]))
-            )
+            state = electrons.state(row.get("charge"), row.get("spin")) if by_state else ()
+            kind = (*sorted(row["numbers"]), state)
+            kinds.setdefault(kind, []).append((row["energy"], float(predicted["energy"])))
     centred = [np.array(k) - np.mean(k, axis=0) for k in kinds.values() if len(k) > 2]
     if not centred:
         return None

@@ -107,7 +107,7 @@ def examine(
     report.model = model_errors(names, compared)
     wrong_unit = False
     if findings is None:
-        units_found, wrong_unit = _units(names, rows, compared, use_stress)
+        units_found, wrong_unit = _units(names, rows, compared, use_stress, by_state=not backbone.conditions)
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
         sets_found = energy_sets(rows, compared)
@@ -271,7 +271,12 @@ def compare(
 
 
 def _units(
-    names: Sequence[str], rows: Sequence[Row], compared: Sequence[Compared], use_stress: bool
+    names: Sequence[str],
+    rows: Sequence[Row],
+    compared: Sequence[Compared],
+    use_stress: bool,
+    *,
+    by_state: bool,
 ) -> tuple[list[Finding], bool]:
     """Findings on units and signs per role, and whether energies or forces are in a wrong unit.
 
@@ -289,7 +294,9 @@ def _units(
             }
             for i in members
         ]
-        by_quantity = unit_findings([rows[i] for i in members], predictions, use_stress=use_stress)
+        by_quantity = unit_findings(
+            [rows[i] for i in members], predictions, use_stress=use_stress, by_state=by_state
+        )
         for quantity, finding in by_quantity.items():
             if quantity not in wrong:
                 found.append(replace(finding, message=f"{role}: {finding.message}"))

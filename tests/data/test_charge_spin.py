@@ -17,7 +17,7 @@ from ase.io import write
 
 from blip_ft.config import DataConfig
 from blip_ft.data import FEATURES, FrameDataset, Splits, fingerprint, load_source, load_splits, to_atoms
-from blip_ft.data.checks import check_frames
+from blip_ft.data.checks import check_frames, unit_findings
 from blip_ft.data.context import perturbed
 from blip_ft.data.convert import convert
 from blip_ft.data.dataset import atoms_key, content_key, row_key
@@ -334,3 +334,24 @@ def test_copies_of_two_levels_of_theory_are_named(frames: Frames, save: Save, ba
     splits = Splits(load_source(save([one, other])), *(spare.select([i]) for i in (0, 1)), {}, "")
     (finding,) = (f for f in check_frames(splits, backbone) if "other labels" in f.message)
     assert finding.to_json()["notes"] == ["and frame 0, r2scan and pbe"]
+
+
+def test_ions_do_not_look_like_another_unit() -> None:
+    """Energies of four states lie far apart where the model sees one: within each they have the right unit."""
+    rng = np.random.default_rng(0)
+    model = rng.normal(-50, 0.3, 16)
+    rows = [
+        {
+            "numbers": [8, 14],
+            "energy": e + 10.0 * (i % 4),
+            "charge": float(i % 4),
+            "spin": None,
+            "forces": None,
+        }
+        | {"stress": None, "source": "a", "frame": i, "pbc": [True] * 3, "cell": np.eye(3)}
+        for i, e in enumerate(np.sort(model))
+    ]
+    predictions = [{"energy": e, "forces": None, "stress": None} for e in np.sort(model)]
+    assert unit_findings(rows, predictions, by_state=True) == {}
+    rows = [row | {"energy": 23.0605 * row["energy"]} for row in rows]
+    assert "kcal/mol" in unit_findings(rows, predictions, by_state=True)["energy"].message
