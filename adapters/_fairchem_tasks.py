@@ -14,6 +14,7 @@ from blip_ft.adapters._fairchem import class_names, importing
 from blip_ft.adapters._vendor import default_dtype
 from torch import Tensor
 
+from blip_ft import electrons
 from blip_ft.errors import CheckpointError, DataError, RecipeError, nearest
 
 
@@ -209,16 +210,18 @@ def check_system(charge: Any, spin: Any, task: str) -> tuple[int, int]:
     return int(charge), int(spin)
 
 
-def system_of(atoms: Atoms, charge: int, spin: int) -> tuple[int, int]:
+def system_of(
+    atoms: Atoms, charge: int, spin: int, *, file: str | None = None, frame: int | None = None
+) -> tuple[int, int]:
     """Charge and spin of a structure: its own (``atoms.info``), as the vendor reads them, or the given ones.
 
     Raises:
         DataError: not whole numbers that the vendor has an embedding for.
     """
-    own = {"charge": atoms.info.get("charge", charge), "spin": atoms.info.get("spin", spin)}
+    own = {"charge": charge, "spin": spin} | electrons.own(atoms.info)
     for name, value in own.items():
         if not _fits(name, value):
-            raise DataError(_misfit(name, value), remedy=_REMEDY, field=name)
+            raise DataError(_misfit(name, value), remedy=_REMEDY, file=file, frame=frame, field=name)
     return int(own["charge"]), int(own["spin"])
 
 

@@ -20,7 +20,7 @@ from ase import Atoms
 from blip_ft.adapters._vendor import default_dtype, import_backend, quiet
 from torch import Tensor, nn
 
-from blip_ft import edges
+from blip_ft import edges, electrons
 from blip_ft.backbone import Batch
 from blip_ft.errors import CheckpointError, RecipeError, nearest
 from blip_ft.variational.layers import VariationalLinear
@@ -314,7 +314,7 @@ def atom_graphs(batch: Batch, edge_vec: Tensor, max_neighbors: int) -> Any:
     )
 
 
-def calculator(model: nn.Module, device: torch.device, electrons: Mapping[str, float]) -> Any:
+def calculator(model: nn.Module, device: torch.device, defaults: Mapping[str, float]) -> Any:
     """``ORBCalculator`` in the type of the weights.
 
     The vendor's graphs are made in torch's default type, which is set meanwhile. Slabs and wires, for
@@ -323,19 +323,24 @@ def calculator(model: nn.Module, device: torch.device, electrons: Mapping[str, f
     Args:
         model: the vendor's model.
         device: of the weights.
-        electrons: ``charge`` and ``spin`` of structures that do not bring their own.
+        defaults: ``charge`` and ``spin`` of structures that do not bring their own.
     """
     from orb_models.forcefield.calculator import ORBCalculator
 
     dtype = next(p.dtype for p in model.parameters())
+    charged = getattr(getattr(model, "model", None), "conditioner", None) is not None
 
     class _Calculator(ORBCalculator):  # type: ignore[misc]
         """The vendor's calculator; see the function's text."""
 
+        def check_state(self, atoms: Any, tol: float = 1e-15) -> list[str]:
+            """As in ASE, and a changed charge or spin counts, which the vendor's calculator overlooks."""
+            return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
+
         def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
             del properties, system_changes  # the vendor always computes everything
             frame = edges.boxed(atoms, 2 * RADIUS) if atoms.pbc.any() else atoms.copy()
-            frame.info = {k: atoms.info.get(k, v) for k, v in electrons.items()}
+            frame.info = {**defaults, **electrons.given(atoms.info)} if charged else {}
             with precision(dtype):
                 super().calculate(frame)
             self.atoms = atoms.copy()

@@ -208,6 +208,16 @@ class _EscnBackbone(Backbone):
         )
 
     # ---- graphs --------------------------------------------------------------------------
+    @property
+    def conditions(self) -> Mapping[str, float | None]:
+        """Charge and spin, in every task."""
+        return {"charge": float(self.charge), "spin": float(self.spin)}
+
+    def check(self, atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
+        """Raise a ``DataError`` if the model cannot describe ``atoms``, or has no embedding for charge or spin."""
+        super().check(atoms, file=file, frame=frame)
+        tasks.system_of(atoms, self.charge, self.spin, file=file, frame=frame)
+
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
         """The vendor's edges of one structure in float64; keys as in :func:`edges.collate`, and ``charge`` (),
         ``spin`` ().

@@ -27,10 +27,10 @@ from blip_ft.adapters._files import open_file
 from blip_ft.adapters._vendor import import_backend, parameter_names, quiet, refuse_options
 from torch import Tensor, nn
 
-from blip_ft import edges
+from blip_ft import edges, electrons
 from blip_ft.backbone import Backbone, Batch, Prediction
 from blip_ft.conservative import ConservativeBackbone, Evaluation
-from blip_ft.errors import DataError, RecipeError
+from blip_ft.errors import RecipeError
 from blip_ft.variational.layers import VariationalLayer, layer_type
 
 _EDGES = r"model\._encoder\._edge_fn\.mlp\.NN-\d+"
@@ -164,6 +164,11 @@ class OrbBackbone(Backbone):
         )
 
     # ---- graphs --------------------------------------------------------------------------
+    @property
+    def conditions(self) -> Mapping[str, float | None]:
+        """Charge and spin in ``omol`` models, with the values that the options gave."""
+        return {key: self.electrons.get(key) for key in electrons.KEYS} if self.kind.charged else {}
+
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
         """The vendor's edges of one structure in float64.
 
@@ -171,7 +176,8 @@ class OrbBackbone(Backbone):
         conditioned on them ``total_charge`` () and ``total_spin`` ().
 
         Raises:
-            DataError: charge or spin are needed and neither the structure nor the options have them.
+            DataError: charge or spin are needed and neither the structure nor the options have them, or they
+                are no numbers.
         """
         self.check(atoms)
         # The vendor has no slabs and wires: they go into a box. Free molecules stay as they are.
@@ -185,15 +191,9 @@ class OrbBackbone(Backbone):
             **edges.scalars(atoms),
         }
         if self.kind.charged:
-            for key in ("charge", "spin"):
-                value = atoms.info.get(key, self.electrons.get(key))
-                if value is None:
-                    raise DataError(
-                        f"this Orb model needs the {key} of every structure",
-                        remedy=f"set atoms.info['{key}'], or model.options.{key} for all of them",
-                        field=key,
-                    )
-                graph[f"total_{key}"] = torch.tensor(float(value), dtype=torch.float64)
+            known = self.electrons | electrons.given(atoms.info)
+            for key in electrons.KEYS:
+                graph[f"total_{key}"] = torch.tensor(known[key], dtype=torch.float64)
         return graph
 
     def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:

@@ -35,6 +35,7 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
+from blip_ft import electrons
 from blip_ft.errors import BlipError, DataError, MissingBackendError, nearest
 from blip_ft.side_by_side import cut
 
@@ -278,6 +279,15 @@ class Backbone(nn.Module, ABC):
         raise BlipError(f"the {self.name} adapter cannot open its vendor's format")
 
     # ---- shared --------------------------------------------------------------------------
+    @property
+    def conditions(self) -> Mapping[str, float | None]:
+        """What the model is told beside the geometry: ``charge`` (e), ``spin`` (multiplicity), or neither.
+
+        The value is the model's for structures that have none in ``atoms.info``; ``None`` where each must
+        have its own. An adapter that reads them in :meth:`graph` (:func:`blip_ft.electrons.given`) says so here.
+        """
+        return {}
+
     def check(self, atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
         """Raise a :class:`DataError` if the model cannot describe ``atoms``."""
         unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
@@ -292,6 +302,19 @@ class Backbone(nn.Module, ABC):
                 frame=frame,
                 field="numbers",
             )
+        if not (needed := [key for key, default in self.conditions.items() if default is None]):
+            return
+        known = electrons.given(atoms.info, file=file, frame=frame)
+        for key in needed:
+            if key not in known:
+                raise DataError(
+                    f"this {self.name} model needs the {key} of every structure",
+                    remedy=f"give every frame its {key} (atoms.info['{key}'], a column, or under another name "
+                    f"data.fields: {{{key}: NAME}}), or set model.options.{key} for all that have none",
+                    file=file,
+                    frame=frame,
+                    field=key,
+                )
 
     def batch(self, atoms: Sequence[Atoms], *, parts: int = 1) -> Batch:
         """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``."""

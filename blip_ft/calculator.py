@@ -7,6 +7,7 @@ from typing import Any
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
+from blip_ft import electrons
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.predict import Method, predict_atoms
 
@@ -66,6 +67,9 @@ class BlipCalculator(Calculator):
             molecular dynamics. ``linear``: also its exact ``forces_cov`` and ``stress_std``, or an
             estimate from ``n_draws`` random directions.
 
+    Models that take charge and spin (``Backbone.conditions``) find them in ``atoms.info``; a change of either is a
+    change of the structure.
+
     Structures that are not periodic in all directions have no stress: asking for it raises
     ``PropertyNotImplementedError``.
     """
@@ -82,6 +86,10 @@ class BlipCalculator(Calculator):
     ) -> None:
         super().__init__(**kwargs)
         self.potential, self.n_draws, self.method = potential, n_draws, method
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """As in ASE, and charge and spin in ``atoms.info`` count."""
+        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
 
     def calculate(
         self,

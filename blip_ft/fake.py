@@ -20,13 +20,13 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.neighborlist import primitive_neighbor_list
 from torch import Tensor, nn
 
-from blip_ft import edges
+from blip_ft import edges, electrons
 from blip_ft.backbone import Batch
 from blip_ft.conservative import ConservativeBackbone, Evaluation, sum_rows
 from blip_ft.errors import CheckpointError, RecipeError, nearest
 
-#: width of the atoms' features, hidden width, number of radial functions
-_SIZES = {"tiny": (8, 16, 6)}
+#: width of the atoms' features, hidden width, number of radial functions; ``charged`` also sees charge and spin
+_SIZES = {"tiny": (8, 16, 6), "charged": (8, 16, 6)}
 _ELEMENTS = (1, 6, 7, 8, 14)
 _CUTOFF = 4.0  # Å
 
@@ -39,11 +39,14 @@ class FakeModel(nn.Module):
         hidden: width of the hidden layers.
         n_radial: number of radial functions.
         seed: of the weights.
+        charged: add an embedding of charge and spin to every atom's features.
     """
 
     references: Tensor
 
-    def __init__(self, width: int, hidden: int, n_radial: int, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, hidden: int, n_radial: int, seed: int = 0, *, charged: bool = False
+    ) -> None:
         super().__init__()
         self.embedding = nn.Linear(len(_ELEMENTS), width, bias=False)
         self.radial = nn.Sequential(nn.Linear(n_radial, hidden), nn.SiLU(), nn.Linear(hidden, width))
@@ -54,6 +57,7 @@ class FakeModel(nn.Module):
         self.register_buffer(
             "frequencies", math.pi / _CUTOFF * torch.arange(1, n_radial + 1), persistent=False
         )
+        self.conditioner = nn.Linear(2, width, bias=False) if charged else None
         self.double()
         self._draw(seed)
 
@@ -67,19 +71,24 @@ class FakeModel(nn.Module):
             parameter.copy_(noise / math.sqrt(fan_in))
         self.references.copy_(torch.randn(len(_ELEMENTS), generator=generator, dtype=torch.float64) - 5.0)
 
-    def forward(self, species: Tensor, edge_index: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, species: Tensor, edge_index: Tensor, distance: Tensor, electrons: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Energies and features of the atoms.
 
         Args:
             species: (n,) index into the known elements.
             edge_index: (2, e) receiving and sending atom of every edge.
             distance: (e,) Å.
+            electrons: (n, 2) charge and spin of each atom's structure, for a model that sees them.
 
         Returns:
             (n,) eV, and (n, width).
         """
         one_hot = nn.functional.one_hot(species, len(_ELEMENTS)).to(distance.dtype)
         features = self.embedding(one_hot)
+        if self.conditioner is not None:
+            features = features + self.conditioner(electrons)
         r = distance.unsqueeze(1)
         basis = torch.sin(self.frequencies.to(r.dtype) * r) / r  # type: ignore[operator]
         u = (r / _CUTOFF).clamp(max=1.0)
@@ -96,7 +105,7 @@ class FakeBackbone(ConservativeBackbone):
     """The tiny test backbone; float64 by default.
 
     Args:
-        size: name of a size; only ``tiny`` exists.
+        size: ``tiny``, or ``charged``, which also sees charge and spin.
         seed: of the weights.
     """
 
@@ -109,11 +118,12 @@ class FakeBackbone(ConservativeBackbone):
         "radial": (r"radial\.\d+",),
     }
     native_suffix: ClassVar[str] = ".pt"
+    keep: ClassVar[Mapping[str, str]] = {"conditioner": "embedding of charge and spin"}
 
     def __init__(self, size: str = "tiny", seed: int = 0) -> None:
         super().__init__()
         self.size, self.seed = size, seed
-        self.model = FakeModel(*_SIZES[size], seed=seed)
+        self.model = FakeModel(*_SIZES[size], seed=seed, charged=size == "charged")
         self.cutoff = _CUTOFF
         self.elements = frozenset(_ELEMENTS)
         self.origin = {"checkpoint": f"{size}, seed {seed}", "sha256": ""}
@@ -153,22 +163,35 @@ class FakeBackbone(ConservativeBackbone):
         return cls(config["size"], config["seed"])
 
     # ---- graphs --------------------------------------------------------------------------
+    @property
+    def conditions(self) -> Mapping[str, float | None]:
+        """Charge 0 and spin 1 in the size that sees them."""
+        return {"charge": 0.0, "spin": 1.0} if self.size == "charged" else {}
+
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """Edges of one structure; keys as in :func:`blip_ft.edges.collate`."""
+        """Edges of one structure; keys as in :func:`blip_ft.edges.collate`, and ``electrons`` (2,) where they count."""
         self.check(atoms)
         plain = edges.bare(atoms)
         i, j, vector = primitive_neighbor_list(  # type: ignore[no-untyped-call]
             "ijD", plain.pbc, plain.cell.array, plain.positions, self.cutoff, self_interaction=False
         )
+        own: dict[str, Tensor] = {}
+        if self.conditions:
+            known = {**self.conditions, **electrons.given(atoms.info)}
+            own["electrons"] = torch.tensor([known[k] for k in electrons.KEYS], dtype=torch.float64)
         return {
             "edge_index": torch.as_tensor(np.stack((i, j)), dtype=torch.int64),
             "edge_vec": torch.as_tensor(vector, dtype=torch.float64).reshape(-1, 3),
             **edges.scalars(atoms),
+            **own,
         }
 
     def collate(self, atoms: Sequence[Atoms], graphs: Sequence[dict[str, Tensor]]) -> Batch:
         """Batch graphs: atoms and edges are concatenated, structure after structure."""
-        return edges.collate(atoms, graphs)
+        batch = edges.collate(atoms, graphs)
+        if self.conditions:
+            batch.graph["electrons"] = torch.stack([g["electrons"] for g in graphs])
+        return batch
 
     # ---- evaluation ----------------------------------------------------------------------
     def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
@@ -181,7 +204,10 @@ class FakeBackbone(ConservativeBackbone):
         edge_vec = edge_vec + torch.einsum("ei,eij->ej", edge_vec, strain[batch.rows["edge"]])
         known = torch.tensor(_ELEMENTS, device=batch.numbers.device)
         species = torch.searchsorted(known, batch.numbers)
-        node_energy, features = self.model(species, batch.graph["edge_index"], edge_vec.norm(dim=1))
+        state = batch.graph.get("electrons")
+        if state is not None:
+            state = state.to(edge_vec.dtype)[batch.structure]
+        node_energy, features = self.model(species, batch.graph["edge_index"], edge_vec.norm(dim=1), state)
         energy = sum_rows(node_energy, batch.structure, batch.n_structures)
         return Evaluation(node_energy, energy, (shift, strain) if leaves else (), features)
 

@@ -22,7 +22,7 @@ from blip_ft.data.sources import load_source
 SHA256 = "a3fc80029e89a32b004bc5042f53ec5ee0ca57585f76664449b88d1b20208a58"
 EXTRA = {"phase": pa.string(), "temperature_K": pa.int64(), "trajectory": pa.string(), "step": pa.int64()}
 #: columns that say nothing about this set
-LEFT_OUT = ["weight", "atom_weight", "mapping"]
+LEFT_OUT = ["weight", "atom_weight", "charge", "spin", "theory", "mapping"]
 
 
 def main() -> None:

@@ -145,8 +145,8 @@ class DataConfig(Strict):
     fields: dict[str, str] = {}
     """names of the labels in the source, where they are not found by themselves:
     ``{energy: my_energy, forces: my_forces, stress: my_stress, group: run}``; also ``virial``,
-    ``energy_per_atom``, ``weight``, ``atom_weight``, ``split``, and for tables ``numbers``,
-    ``positions``, ``cell``, ``pbc``"""
+    ``energy_per_atom``, ``weight``, ``atom_weight``, ``charge``, ``spin``, ``theory``, ``split``, and for
+    tables ``numbers``, ``positions``, ``cell``, ``pbc``"""
     units: dict[Quantity, str] = {}
     """units of the source where they are not eV, Å, eV/Å, eV/Å^3 (names of ``ase.units``); a factor
     of -1 turns the sign"""

@@ -25,7 +25,10 @@ _COLUMNS = """| column | shape | unit | |
 | `stress` | (6,) | eV/Å³ | positive = tensile; xx yy zz yz xz xy; or null |
 | `weight` | () | | factor of the frame's log likelihood |
 | `atom_weight` | (n,) | | factor of each atom's force terms, or null |
+| `charge` | () | e | total charge, or null |
+| `spin` | () | | spin multiplicity 2S + 1, or null |
 | `group` | text | | trajectory, phase, ... or empty |
+| `theory` | text | | level of theory, head, ... of the labels, or empty |
 | `split` | text | | split, or empty |
 | `mapping` | text | | names under which the labels were found in the source |
 """

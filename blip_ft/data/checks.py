@@ -17,9 +17,11 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
+from blip_ft.data.electron_checks import electron_findings
 from blip_ft.data.findings import Finding, place
 from blip_ft.data.frame_checks import contradict, lone_atoms, near_duplicates, net_forces, outliers
 from blip_ft.data.likely_units import Comparison, likely_unit
@@ -79,6 +81,7 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
         findings += net_forces(role, rows)
     findings += outliers([row for frames in splits.roles().values() for row in frames])
     findings += near_duplicates(splits.roles())
+    findings += electron_findings((row for frames in splits.roles().values() for row in frames), backbone)
     if splits.dropped:
         findings.append(
             Finding(
@@ -137,16 +140,25 @@ def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding
     differ = [i for i in copies if contradict(rows[i], rows[heads[i]])]
     if differ:
         message = f"{role}: {len(differ)} frames have other labels than a frame of the same structure"
-        notes = [place(rows[i], f"and frame {rows[heads[i]]['frame']}") for i in differ]
+        notes = [place(rows[i], _other(rows[i], rows[heads[i]])) for i in differ]
         remedy = "one of each two is wrong, or they are of two levels of theory: remove one"
         findings.append(Finding("label", "warning", notes, message, remedy))
     return findings
 
 
+def _other(row: Row, twin: Row) -> str:
+    """The frame of the same structure, and both levels of theory where they differ."""
+    theories = [r.get("theory") or "" for r in (row, twin)]
+    told = f", {' and '.join(t or 'none' for t in theories)}" if theories[0] != theories[1] else ""
+    return f"and frame {twin['frame']}{told}"
+
+
 # ---- units -------------------------------------------------------------------------------------
 
 
-def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool = True) -> list[Finding]:
+def check_units(
+    train: datasets.Dataset, predict: Predict, *, use_stress: bool = True, by_state: bool = False
+) -> list[Finding]:
     """Compare labels with the pretrained model on up to :data:`UNIT_FRAMES` frames.
 
     A pretrained model is right to some ten per cent wherever it has any business, so the slope of
@@ -157,6 +169,7 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
         train: frames of the schema.
         predict: the pretrained model.
         use_stress: stress labels are trained on: then a wrong unit there stops, else it warns.
+        by_state: the model does not take charge and spin, so that energies are compared within each state only.
 
     Raises:
         DataError: the labels are in another unit or of the other sign (slope within 20 % of that
@@ -165,7 +178,7 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
     chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), UNIT_FRAMES)).round().astype(int))
     rows = [train[int(i)] for i in chosen]
     predictions = predict([to_atoms(row, labels=False) for row in rows])
-    findings = unit_findings(rows, predictions, use_stress=use_stress)
+    findings = unit_findings(rows, predictions, use_stress=use_stress, by_state=by_state)
     for quantity, finding in findings.items():
         if finding.severity == "error":
             raise DataError(finding.message, file=rows[0]["source"], field=quantity, remedy=finding.remedy)
@@ -173,7 +186,11 @@ def check_units(train: datasets.Dataset, predict: Predict, *, use_stress: bool =
 
 
 def unit_findings(
-    rows: list[Row], predictions: Sequence[dict[str, Any]], *, use_stress: bool = True
+    rows: list[Row],
+    predictions: Sequence[dict[str, Any]],
+    *,
+    use_stress: bool = True,
+    by_state: bool = False,
 ) -> dict[str, Finding]:
     """What :func:`check_units` finds in given frames, by quantity; nothing is raised.
 
@@ -181,9 +198,10 @@ def unit_findings(
         rows: of the schema.
         predictions: of the pretrained model, one per row, see :data:`Predict`.
         use_stress: a wrong unit of stress is an error rather than a warning.
+        by_state: as for :func:`check_units`.
     """
     findings: dict[str, Finding] = {}
-    for quantity, compared in _comparisons(rows, predictions).items():
+    for quantity, compared in _comparisons(rows, predictions, by_state).items():
         finding = _judge(quantity, compared)
         if finding is not None:
             mild = finding.severity == "error" and quantity == "stress" and not use_stress
@@ -191,7 +209,9 @@ def unit_findings(
     return findings
 
 
-def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
+def _comparisons(
+    rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool
+) -> dict[str, Comparison]:
     """Labels and predictions of each quantity that both have, flattened."""
     pairs: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {"forces": [], "stress": []}
     virials: list[NDArray[np.float64]] = []
@@ -213,18 +233,18 @@ def _comparisons(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> dict
     }
     if virials:
         result["stress"] = Comparison(result["stress"].label, result["stress"].model, np.concatenate(virials))
-    energies = _energies(rows, predictions)
+    energies = _energies(rows, predictions, by_state)
     return result | ({"energy": energies} if energies else {})
 
 
-def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]]) -> Comparison | None:
-    """Energies relative to the mean of their composition; ``None`` without two alike."""
-    kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool) -> Comparison | None:
+    """Energies relative to the mean of their composition (and charge and spin); ``None`` without two alike."""
+    kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
         if row["energy"] is not None and np.isfinite(predicted["energy"]):
-            kinds.setdefault(tuple(sorted(row["numbers"])), []).append(
-                (row["energy"], float(predicted["energy"]))
-            )
+            state = electrons.state(row.get("charge"), row.get("spin")) if by_state else ()
+            kind = (*sorted(row["numbers"]), state)
+            kinds.setdefault(kind, []).append((row["energy"], float(predicted["energy"])))
     centred = [np.array(k) - np.mean(k, axis=0) for k in kinds.values() if len(k) > 2]
     if not centred:
         return None

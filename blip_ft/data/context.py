@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ase import Atoms
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone
 from blip_ft.config import DataConfig
 from blip_ft.data.dataset import to_atoms
@@ -62,12 +63,13 @@ def load_context(
 
 
 def perturbed(atoms: Atoms, rng: np.random.Generator) -> Atoms:
-    """A strained, sheared and rattled copy without labels.
+    """A strained, sheared and rattled copy without labels, of the same charge and spin.
 
     Structures without a cell are scaled about their centre instead. A displacement that brings two
     atoms closer than ``CLOSEST`` of the closest approach before is halved until it does not.
     """
     bare = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    bare.info = electrons.own(atoms.info)
     e = rng.normal(0.0, SHEAR, (3, 3))
     deformation = np.eye(3) * (1 + rng.uniform(*STRAIN)) + (e + e.T) / 2
     displacement = rng.normal(0.0, rng.uniform(*RATTLE), bare.positions.shape)

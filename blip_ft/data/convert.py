@@ -4,9 +4,10 @@
 target                     what is written
 =========================  ====================================================================
 ``.xyz``, ``.extxyz``      extended XYZ with ``REF_energy``, ``REF_forces``, ``REF_stress`` (9
-(also ``.gz``)             numbers, positive = tensile), ``config_weight``, ``group``, ``split``
+(also ``.gz``)             numbers, positive = tensile), ``config_weight``, ``charge``, ``spin``,
+                           ``group``, ``theory``, ``split``
 ``.traj``                  ASE trajectory
-``.db``, ``.aselmdb``      ASE database; group and split as key-value pairs
+``.db``, ``.aselmdb``      ASE database; charge, spin, group, theory and split in ``data``
 ``.parquet``               the schema of this package
 ``.jsonl``, ``.json``      the same as json lines
 ``.npz``                   arrays with one entry per frame; all frames of the same atoms
@@ -32,6 +33,7 @@ import numpy as np
 from ase import Atoms
 from ase.io.trajectory import Trajectory
 
+from blip_ft import electrons
 from blip_ft.data.card import Card, write_card
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.hub import quiet
@@ -110,8 +112,9 @@ def _with_ref_keys(row: dict[str, Any]) -> Atoms:
 
 
 def _about(row: dict[str, Any]) -> dict[str, Any]:
-    """Weight, group and split, where they say something."""
-    about: dict[str, Any] = {k: row[k] for k in ("group", "split") if row[k]}
+    """Weight, charge, spin, group, theory and split, where they say something."""
+    about: dict[str, Any] = {k: row[k] for k in ("group", "theory", "split") if row[k]}
+    about |= {k: electrons.plain(row[k]) for k in electrons.KEYS if row[k] is not None}
     return about | ({"config_weight": row["weight"]} if row["weight"] != 1.0 else {})
 
 
@@ -166,7 +169,8 @@ def _json(frames: datasets.Dataset, path: Path, name: str) -> None:
 
 def _npz(frames: datasets.Dataset, path: Path, name: str) -> None:
     numbers, pbc = frames[0]["numbers"], frames[0]["pbc"]
-    arrays: dict[str, list[Any]] = {"positions": [], "cells": [], "energies": [], "forces": [], "stress": []}
+    labels = ("positions", "cells", "energies", "forces", "stress", *electrons.KEYS)
+    arrays: dict[str, list[Any]] = {key: [] for key in labels}
     names = {"positions": "positions", "cells": "cell", "energies": "energy"}
     for i, row in enumerate(frames):
         if row["numbers"] != numbers or row["pbc"] != pbc:

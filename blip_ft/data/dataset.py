@@ -33,11 +33,15 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.data.sources import grid
+from blip_ft.errors import DataError
 from blip_ft.side_by_side import cut
 
 _ONE = torch.ones((), dtype=torch.float64)
+#: columns that make a frame's key, beside charge and spin
+KEY_COLUMNS = ("numbers", "positions", "cell")
 
 
 @dataclass
@@ -111,8 +115,7 @@ class FrameDataset(torch.utils.data.Dataset[Item]):
         item = self._items[index]
         if item is not None:
             return item.key
-        row = self.frames[index]
-        return content_key(row["numbers"], row["positions"], row["cell"])
+        return row_key(self.frames[index])
 
     def select(self, index: Sequence[int]) -> FrameDataset:
         """Some of the frames, with the graphs that exist."""
@@ -153,14 +156,21 @@ def bytes_of(value: Any, depth: int = 6) -> int:
 
 
 def make_item(row: Mapping[str, Any], backbone: Backbone) -> Item:
-    """Structure, graph, labels and key of one row of the schema."""
+    """Structure, graph, labels and key of one row of the schema.
+
+    Raises:
+        DataError: the model cannot describe the structure; names the row's file and frame.
+    """
     atoms = to_atoms(row, labels=False)
-    return Item(
-        atoms=atoms,
-        graph=backbone.graph(atoms),
-        labels=_labels(row),
-        key=content_key(row["numbers"], row["positions"], row["cell"]),
-    )
+    try:
+        graph = backbone.graph(atoms)
+    except DataError as error:
+        if error.file is not None or row.get("source") is None:
+            raise
+        raise DataError(
+            error.problem, remedy=error.remedy, file=row["source"], frame=row["frame"], field=error.field
+        ) from error
+    return Item(atoms=atoms, graph=graph, labels=_labels(row), key=row_key(row))
 
 
 def collate(backbone: Backbone, items: Sequence[Item], *, parts: int = 1, copies: bool = False) -> Batch:
@@ -195,13 +205,14 @@ def collate(backbone: Backbone, items: Sequence[Item], *, parts: int = 1, copies
 
 
 def to_atoms(row: Mapping[str, Any], *, labels: bool = True) -> Atoms:
-    """The structure of one row of the schema.
+    """The structure of one row of the schema, with its charge and spin in ``info`` where it has them.
 
     Args:
         row: one row.
         labels: put the labels that exist into a ``SinglePointCalculator``.
     """
     atoms = Atoms(numbers=row["numbers"], positions=row["positions"], cell=row["cell"], pbc=row["pbc"])
+    atoms.info = {k: electrons.plain(row[k]) for k in electrons.KEYS if row.get(k) is not None}
     if labels:
         results = {k: row[k] for k in ("energy", "forces", "stress") if row[k] is not None}
         if results:
@@ -210,16 +221,33 @@ def to_atoms(row: Mapping[str, Any], *, labels: bool = True) -> Atoms:
     return atoms
 
 
-def content_key(numbers: Any, positions: Any, cell: Any) -> int:
-    """Identity of a structure: a 63-bit hash of numbers, positions and cell to 1e-6 Å.
+def content_key(
+    numbers: Any, positions: Any, cell: Any, charge: float | None = None, spin: float | None = None
+) -> int:
+    """Identity of a structure: a 63-bit hash of numbers, positions and cell to 1e-6 Å, charge and spin.
 
     It does not depend on the file, its format, or the place in it, so that noise keyed by it
-    does not either. It does depend on the order of the atoms and on translations.
+    does not either. It does depend on the order of the atoms and on translations. A neutral singlet has
+    the key of a structure that says nothing of charge and spin.
     """
     digest = hashlib.blake2b(np.asarray(numbers, dtype="<i8").tobytes(), digest_size=8)
     digest.update(grid(positions, 1e-6).tobytes())
     digest.update(grid(cell, 1e-6).tobytes())
+    digest.update(electrons.state_bytes(charge, spin))
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def row_key(row: Mapping[str, Any]) -> int:
+    """:func:`content_key` of one row of the schema."""
+    return content_key(*(row[k] for k in KEY_COLUMNS), *(row.get(k) for k in electrons.KEYS))
+
+
+def atoms_key(atoms: Atoms) -> int:
+    """:func:`content_key` of a structure with charge and spin in ``info``."""
+    known = electrons.given(atoms.info)
+    return content_key(
+        atoms.numbers, atoms.positions, atoms.cell.array, known.get("charge"), known.get("spin")
+    )
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 Two frames are the same if their atoms coincide within 1e-6 Å, each with one of its own element,
 whatever the order of the atoms and the periodic images they are written in, and their cells
-agree. Labels do not count. Candidates are found by sorting a number that all of these leave
+agree, and so do charge and spin: two charge states of one geometry are two frames, while a frame that
+says nothing is a neutral singlet. Labels do not count. Candidates are found by sorting a number that all of these leave
 unchanged, so that thousands of frames cost no pairwise comparison; only candidates are compared.
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 from ase import Atoms
 from ase.geometry import complete_cell, find_mic
 from numpy.typing import NDArray
+
+from blip_ft import electrons
 
 TOLERANCE = 1e-6
 """Å"""
@@ -44,6 +47,8 @@ def same_structure(a: Atoms, b: Atoms) -> bool:
     """True if two frames are the same within :data:`TOLERANCE`."""
     if len(a) != len(b) or not np.array_equal(a.pbc, b.pbc):
         return False
+    if electrons.state_of(a.info) != electrons.state_of(b.info):
+        return False
     if not np.allclose(a.cell.array, b.cell.array, rtol=0.0, atol=TOLERANCE):
         return False
     if np.array_equal(a.numbers, b.numbers):
@@ -66,7 +71,8 @@ def first_same(frames: Sequence[Atoms]) -> list[int]:
     """For each frame the index of the first frame that is the same structure (often its own)."""
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, atoms in enumerate(frames):
-        kinds[(tuple(np.sort(atoms.numbers)), tuple(atoms.pbc))].append(index)
+        state = electrons.state_of(atoms.info)
+        kinds[(tuple(np.sort(atoms.numbers)), tuple(atoms.pbc), state)].append(index)
     first = list(range(len(frames)))
     for members in kinds.values():
         if len(members) > 1:

@@ -20,6 +20,7 @@ from ase.formula import Formula
 from blip_ft.backbone import Backbone
 from blip_ft.data.checks import Row, check_frames, unit_findings
 from blip_ft.data.dataset import FrameDataset, Item, make_item
+from blip_ft.data.energy_sets import energy_sets
 from blip_ft.data.findings import SEVERITIES, Finding, place
 from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelCheck, LabelFault, check_labels
 from blip_ft.data.leaks import group_leaks
@@ -110,10 +111,12 @@ def examine(
     report.model = model_errors(names, compared)
     wrong_unit = False
     if findings is None:
-        units_found, wrong_unit = _units(names, rows, compared, use_stress)
+        units_found, wrong_unit = _units(names, rows, compared, use_stress, by_state=not backbone.conditions)
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
-        check = check_labels(compared)
+        sets_found = energy_sets(rows, compared)
+        found += sets_found.findings
+        check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
         if not use_stress:  # no frame is lost for a label that nobody trains on
             check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
         kinds = Counter(map(_composition, rows)) if check.faults else Counter()
@@ -281,7 +284,12 @@ def compare(
 
 
 def _units(
-    names: Sequence[str], rows: Sequence[Row], compared: Sequence[Compared], use_stress: bool
+    names: Sequence[str],
+    rows: Sequence[Row],
+    compared: Sequence[Compared],
+    use_stress: bool,
+    *,
+    by_state: bool,
 ) -> tuple[list[Finding], bool]:
     """Findings on units and signs per role, and whether energies or forces are in a wrong unit.
 
@@ -299,7 +307,9 @@ def _units(
             }
             for i in members
         ]
-        by_quantity = unit_findings([rows[i] for i in members], predictions, use_stress=use_stress)
+        by_quantity = unit_findings(
+            [rows[i] for i in members], predictions, use_stress=use_stress, by_state=by_state
+        )
         for quantity, finding in by_quantity.items():
             if quantity not in wrong:
                 found.append(replace(finding, message=f"{role}: {finding.message}"))

@@ -67,6 +67,8 @@ def from_error(error: BlipError) -> Finding:
         "energy, forces": "label",
         "positions": "geometry",
         "cell": "geometry",
+        "charge": "coverage",
+        "spin": "coverage",
     }.get(error.field or "", "leak" if "frame stands in" in error.problem else "file")
     name = "" if error.file is None or where else f"{error.file}: "
     return Finding(kind, "error", where, f"{name}{error.problem}", error.remedy)

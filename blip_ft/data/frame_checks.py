@@ -12,6 +12,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
+from blip_ft import electrons
 from blip_ft.data.dataset import to_atoms
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.findings import Finding, place
@@ -44,14 +45,15 @@ MAX_NEAR = 5000
 def outliers(rows: Sequence[Row]) -> list[Finding]:
     """Frames whose energy per atom or largest force is far from that of the others.
 
-    Energies are compared among frames of one composition, forces among all.
+    Energies are compared among frames of one composition, charge and spin, forces among all.
     """
     findings = []
-    kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         if row["energy"] is not None:
             counts = np.bincount(row["numbers"])
-            kinds[tuple((counts / np.gcd.reduce(counts)).astype(int))].append(i)
+            state = electrons.state(row.get("charge"), row.get("spin"))
+            kinds[(*(counts / np.gcd.reduce(counts)).astype(int), state)].append(i)
     far: dict[int, str] = {}
     for members in kinds.values():
         if len(members) >= _MIN_FRAMES:
@@ -157,7 +159,7 @@ def near_duplicates(roles: Mapping[str, datasets.Dataset]) -> list[Finding]:
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, atoms in enumerate(structures):
         if first[i] == i and (len(atoms) > 1 or atoms.pbc.any()):
-            kinds[(tuple(np.sort(atoms.numbers)), tuple(atoms.pbc))].append(i)
+            kinds[(tuple(np.sort(atoms.numbers)), tuple(atoms.pbc), electrons.state_of(atoms.info))].append(i)
     pairs: list[tuple[int, int]] = []
     for members in kinds.values():
         if len(members) > 1:

@@ -18,6 +18,7 @@ How often they are right is measured by ``benchmarks/label_faults.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,6 +28,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
+from blip_ft import electrons
 from blip_ft.data.alternatives import explain_forces
 from blip_ft.data.doubt import ABSURD_ENERGY, wrong_energies, wrong_forces, wrong_stress
 from blip_ft.data.pairwise import PairFunctions, pair_corrections
@@ -58,6 +60,8 @@ _FRAMES_PER_COMPONENT = 6
 _NEIGHBOURS = 15
 #: elements with features of their own; sets with more use the mean over all atoms
 _MAX_ELEMENTS = 8
+#: states of charge and spin with constants of their own
+_MOST_STATES = 8
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -202,7 +206,7 @@ class _Space:
     """Coordinates of structures in which alike frames are near each other.
 
     Attributes:
-        composition: (m, elements) share of each element, centred.
+        composition: (m, elements + states) share of each element, and a constant per charge state, centred.
         components: (m, k) principal components of the features, unit variance, strongest first.
         weights: (k,) their strength relative to the first.
         functions: pair functions of the set.
@@ -212,6 +216,7 @@ class _Space:
         structures = [f.atoms for f in frames]
         elements = sorted({int(z) for atoms in structures for z in np.unique(atoms.numbers)})
         shares = np.array([[np.mean(atoms.numbers == z) for z in elements] for atoms in structures])
+        shares = np.concatenate([shares, state_columns(structures)], axis=1)
         self.composition = shares - shares.mean(axis=0)
         self.functions = PairFunctions(structures)
         features = _features(frames, elements, self.functions)
@@ -252,6 +257,19 @@ def _features(frames: Sequence[Compared], elements: list[int], functions: PairFu
             row[elements.index(z)] = value / len(frame.atoms)
     flat: Floats = rows.sum(axis=1) if len(elements) > _MAX_ELEMENTS else rows.reshape(len(frames), -1)
     return flat
+
+
+def state_columns(structures: Sequence[Atoms]) -> Floats:
+    """(m, k) for each state of charge and spin but the commonest: 1 / atoms in its frames, of about unit size.
+
+    A constant of the total energy per state: electron affinities and ionisation energies, of which the model may
+    know nothing. States of fewer than three frames have none, and none at all where all frames are alike.
+    """
+    states = [electrons.state_of(atoms.info) for atoms in structures]
+    others = [s for s, n in Counter(states).most_common(_MOST_STATES)[1:] if n >= 3]
+    sizes = np.array([len(atoms) for atoms in structures], dtype=float)
+    columns = [np.array([s == other for s in states]) * (sizes.mean() / sizes) for other in others]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(structures), 0))
 
 
 # ---- energies ----------------------------------------------------------------------------------

@@ -145,6 +145,17 @@ def from_pymatgen(structure: Any) -> tuple[list[str], NDArray[np.float64], NDArr
     return symbols, np.asarray(positions, dtype=np.float64).reshape(-1, 3), cell, pbc
 
 
+def pymatgen_charge(structure: Any) -> float | None:
+    """Total charge of a serialised pymatgen ``Structure``; 0, which it has where nobody has set one, is none."""
+    if isinstance(structure, str):
+        try:
+            structure = json.loads(structure)
+        except json.JSONDecodeError:
+            return None
+    charge = structure.get("charge") if isinstance(structure, Mapping) else None
+    return charge or None
+
+
 def parsed(value: Any) -> Any:
     """A table of numbers that was stored as text (``"[[0, 1], ...]"``) as a list; others as they are."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":

@@ -16,6 +16,7 @@ import torch
 from ase import Atoms
 from numpy.typing import NDArray
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone
 from blip_ft.data.dataset import Item
 from blip_ft.errors import DataError
@@ -124,6 +125,8 @@ def exact_key(atoms: Atoms) -> bytes:
     digest = hashlib.blake2b(atoms.numbers.astype("<i8").tobytes(), digest_size=16)
     for values in (atoms.positions, atoms.cell.array, atoms.pbc):
         digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
+    # as given: a model has its own default for a frame that says nothing
+    digest.update(repr(sorted(electrons.given(atoms.info).items())).encode() if atoms.info else b"")
     return digest.digest()
 
 

@@ -154,7 +154,19 @@ def _outcar(path: Path) -> Iterator[Atoms]:
 def _database(path: Path) -> Iterator[Atoms]:
     """Rows of an ASE database with their key-value pairs, which ``ase.io`` leaves out."""
     for row in ase.db.connect(str(path), use_lock_file=False).select():
-        yield row.toatoms(add_additional_information=True)
+        yield _structure(row)
+
+
+def _structure(row: Any) -> Atoms:
+    """One row with its key-value pairs as they were stored.
+
+    ASE's row answers ``charge``, ``mass`` or ``volume`` by what it works out itself, ``charge`` by the sum of
+    initial charges, mostly 0.
+    """
+    atoms: Atoms = row.toatoms(add_additional_information=True)
+    pairs = atoms.info.get("key_value_pairs", {})
+    pairs.update({key: vars(row)[key] for key in pairs if key in vars(row)})
+    return atoms
 
 
 def lmdb_backend(name: str) -> Any:
@@ -203,7 +215,7 @@ def _lmdb(path: Path, name: str) -> Iterator[RawFrame]:
     database = open_lmdb(path, name)
     for frame, key in enumerate(list(database.ids)):
         try:
-            atoms = database._get_row(key).toatoms(add_additional_information=True)
+            atoms = _structure(database._get_row(key))
         except Exception as error:
             raise unreadable(name, error, "aselmdb", frame) from error
         yield from_atoms(atoms, name, frame)

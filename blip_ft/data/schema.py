@@ -13,7 +13,10 @@ stress      (6,)           eV/Å^3    ASE sign (positive = tensile) and Voigt or
                                      xx yy zz yz xz xy, or None
 weight      ()                       factor of the frame's log likelihood
 atom_weight (n,)                     factor of each atom's force terms, or None
+charge      ()             e         total charge, or None
+spin        ()                       spin multiplicity 2S + 1, or None
 group       text                     trajectory, phase, ... it belongs to, or ""
+theory      text                     level of theory, head, ... of its labels, or ""
 split       text                     split the source itself names, or ""
 source      text                     file or set, as the user wrote it
 frame       ()                       number of the frame in that file, from 0
@@ -37,6 +40,7 @@ import numpy as np
 from datasets import Features, Sequence, Value
 from numpy.typing import NDArray
 
+from blip_ft import electrons
 from blip_ft.data.frames import (
     RawFrame,
     check_geometry,
@@ -70,7 +74,10 @@ FEATURES = Features(
         "stress": Sequence(Value("float64")),
         "weight": Value("float64"),
         "atom_weight": Sequence(Value("float64")),
+        "charge": Value("float64"),
+        "spin": Value("float64"),
         "group": Value("string"),
+        "theory": Value("string"),
         "split": Value("string"),
         "source": Value("string"),
         "frame": Value("int64"),
@@ -117,10 +124,41 @@ GROUPS = (
     "material_id",
     "provenance.original_mp_id",
 )
+#: the first of these that a frame has names the level of theory of its labels; ``config_type`` too, where it is
+#: not the group
+THEORIES = (
+    "theory",
+    "level_of_theory",
+    "theory_level",
+    "functional",
+    "xc_functional",
+    "dft_functional",
+    "xc",
+    "dft_level",
+    "level",
+    "head",
+    "modal",
+    "modality",
+    "data_modality",
+    "method",
+    "settings",
+    "code",
+    "dataset",
+    "dataset_name",
+)
 #: keys of ``data.fields``
-FIELDS = (*LABELS, *DERIVED, *WEIGHTS, "group", "split", *STRUCTURE)
+FIELDS = (*LABELS, *DERIVED, *WEIGHTS, *electrons.KEYS, "group", "theory", "split", *STRUCTURE)
 #: names that mean something else
-_KNOWN = frozenset({*(n for names in WEIGHTS.values() for n in names), *LABEL_WEIGHTS, *GROUPS, "split"})
+_KNOWN = frozenset(
+    {
+        *(n for names in WEIGHTS.values() for n in names),
+        *LABEL_WEIGHTS,
+        *GROUPS,
+        *THEORIES,
+        *electrons.KEYS,
+        "split",
+    }
+)
 #: order of six stress components in the source -> places of xx yy zz yz xz xy in it
 STRESS_ORDERS = {"ase": (0, 1, 2, 3, 4, 5), "vasp": (0, 1, 2, 4, 5, 3)}
 _SPLIT_ALIASES = {
@@ -236,6 +274,15 @@ class Mapper:
         sizes = {"positions": positions, "cell": cell, "energy": energy, "forces": forces}
         _check_sizes(raw, sizes | {"stress": labels["stress"]})
         group, group_name = self._text(raw, "group", GROUPS)
+        theory, theory_name = self._text(raw, "theory", _theories(group_name))
+        charge, charge_name = self._electrons(raw, "charge")
+        spin, spin_name = self._electrons(raw, "spin")
+        names = {
+            "charge": charge_name,
+            "spin": spin_name,
+            "group": group_name,
+            "theory": theory_name if theory else "",
+        }
         weight, atom_weight = self._weight(raw, "weight"), self._weight(raw, "atom_weight")
         lacking = [label for label, value in labels.items() if value is None]
         used = {text.partition(" ")[0] for text in found.values()} | {group_name} | _KNOWN
@@ -249,12 +296,14 @@ class Mapper:
             "stress": labels["stress"],
             "weight": 1.0 if weight is None else float(weight),
             "atom_weight": atom_weight,
+            "charge": charge,
+            "spin": spin,
             "group": group,
+            "theory": theory,
             "split": self.split(raw),
             "source": raw.source,
             "frame": raw.frame,
-            "mapping": _mapping(raw.layout.name, found | {"group": group_name}, units)
-            + marks(raw, lacking, used),
+            "mapping": _mapping(raw.layout.name, found | names, units) + marks(raw, lacking, used),
         }
 
     def split(self, raw: RawFrame) -> str:
@@ -400,6 +449,30 @@ class Mapper:
             )
         return value
 
+    def _electrons(self, raw: RawFrame, key: str) -> tuple[float | None, str]:
+        """Total charge or spin, and the name it was found under.
+
+        A value for each atom under one of the known names is something else.
+        """
+        named, n = key in self.fields, len(raw.numbers)
+        found: dict[str, float] = {}
+        for name in (self.fields[key],) if named else electrons.NAMES[key]:
+            value = raw.values.get(name)
+            if value is None or (not named and np.ndim(value) > 0 and (np.size(value) != 1 or n == 1)):
+                continue
+            try:
+                found[name] = electrons.as_number(value)
+            except ValueError as error:
+                raise raw.error(f"the {key} is {error}", field=name, remedy=electrons.REMEDY) from error
+        if len(set(found.values())) > 1:
+            first, other = list(found)[:2]
+            raise raw.error(
+                f"'{first}' and '{other}' could both be the {key} and differ",
+                field=key,
+                remedy=f"say which one to take: data.fields: {{{key}: {first}}}",
+            )
+        return next(((value, name) for name, value in found.items()), (None, ""))
+
     def _text(self, raw: RawFrame, key: str, names: tuple[str, ...]) -> tuple[str, str]:
         """A text and the name it was found under."""
         for name in (self.fields[key],) if key in self.fields else names:
@@ -407,6 +480,11 @@ class Mapper:
             if value is not None and np.ndim(value) == 0:
                 return str(value), name
         return "", ""
+
+
+def _theories(group_name: str) -> tuple[str, ...]:
+    """Names of the level of theory in a frame whose group was found under ``group_name``."""
+    return tuple(n for n in (*THEORIES, "config_type") if n != group_name)
 
 
 #: label that a derived one stands for

@@ -28,6 +28,7 @@ from typing import Any, Unpack
 import datasets
 import numpy as np
 
+from blip_ft import electrons
 from blip_ft.config import Source
 from blip_ft.data import readers, tables, units
 from blip_ft.data.frames import check_geometry
@@ -127,7 +128,7 @@ def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
-    """SHA-256 of structures and labels in their order, whatever file they came from.
+    """SHA-256 of structures (with charge and spin) and labels in their order, whatever file they came from.
 
     Numbers count to 1e-6 (Å, eV, eV/Å, eV/Å^3), so that a set has one fingerprint in text and
     binary formats.
@@ -138,6 +139,7 @@ def fingerprint(dataset: datasets.Dataset) -> str:
         for column in ("positions", "cell", "energy", "forces", "stress"):
             digest.update(b"-" if row[column] is None else grid(row[column], 1e-6).tobytes())
         digest.update(bytes(row["pbc"]))
+        digest.update(electrons.state_bytes(row.get("charge"), row.get("spin")))
     return digest.hexdigest()
 
 

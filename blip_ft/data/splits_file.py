@@ -1,7 +1,7 @@
 """A division that was written down: ``splits.json`` in a run's folder, and runs that follow one.
 
 Frames are known by their content, so that a division holds when files are renamed, converted,
-shuffled or extended: by a hash of numbers, positions and cell to 1e-6 Å, or, since text formats
+shuffled or extended: by a hash of numbers, positions and cell to 1e-6 Å (and charge and spin), or, since text formats
 round and a rounded number may cross the edge of a grid cell, by either of two hashes to 1e-3 Å on
 grids that are half a step apart.
 """
@@ -18,7 +18,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from blip_ft.data.dataset import content_key
+from blip_ft import electrons
+from blip_ft.data.dataset import row_key
 from blip_ft.data.sources import grid
 from blip_ft.errors import DataError
 
@@ -51,21 +52,23 @@ def to_json(roles: Mapping[str, datasets.Dataset], rule: str, dropped: Sequence[
 def keys(frames: datasets.Dataset) -> list[tuple[str, str, str]]:
     """Three hashes of every frame: fine, and coarse on two grids."""
     found = []
-    for numbers, positions, cell in zip(*(frames[n] for n in ("numbers", "positions", "cell")), strict=True):
-        geometry = np.concatenate([np.asarray(positions, dtype=float), np.asarray(cell, dtype=float)])
+    for row in frames:
+        numbers, state = row["numbers"], electrons.state_bytes(row.get("charge"), row.get("spin"))
+        geometry = np.concatenate([np.asarray(row[k], dtype=float) for k in ("positions", "cell")])
         found.append(
             (
-                f"{content_key(numbers, positions, cell):016x}",
-                _hash(numbers, grid(geometry, _COARSE)),
-                _hash(numbers, grid(geometry + _COARSE / 2, _COARSE)),
+                f"{row_key(row):016x}",
+                _hash(numbers, grid(geometry, _COARSE), state),
+                _hash(numbers, grid(geometry + _COARSE / 2, _COARSE), state),
             )
         )
     return found
 
 
-def _hash(numbers: Sequence[int], cells: Any) -> str:
+def _hash(numbers: Sequence[int], cells: Any, state: bytes) -> str:
     digest = hashlib.blake2b(np.asarray(numbers, dtype="<i8").tobytes(), digest_size=8)
     digest.update(cells.tobytes())
+    digest.update(state)
     return digest.hexdigest()
 
 

@@ -17,9 +17,10 @@ import datasets
 import numpy as np
 import torch.utils.data
 
+from blip_ft import electrons
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
-from blip_ft.data.dataset import collate, content_key, make_item
+from blip_ft.data.dataset import KEY_COLUMNS, collate, make_item, row_key
 from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.readings import label_options, plan
 from blip_ft.data.schema import FEATURES
@@ -45,7 +46,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         seed: of the order.
         world: number of processes.
         rank: of this process.
-        held_out: keys (:func:`content_key`) that must not occur.
+        held_out: keys (:func:`blip_ft.data.dataset.content_key`) that must not occur.
         weight: sum of the weights, by default ``frames``.
         grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
             not used.
@@ -170,7 +171,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
     def _check_held_out(self, row: Row) -> None:
         if not self.held_out:
             return
-        if content_key(row["numbers"], row["positions"], row["cell"]) in self.held_out:
+        if row_key(row) in self.held_out:
             raise DataError(
                 "the frame stands in a held-out set too",
                 file=row["source"],
@@ -227,10 +228,10 @@ def make_stream(
     if options is None:
         return None
     held = frozenset(
-        content_key(*row)
+        row_key(row)
         for name, part in splits.roles().items()
         if name != "train"
-        for row in zip(part["numbers"], part["positions"], part["cell"], strict=True)
+        for row in part.select_columns([*KEY_COLUMNS, *electrons.KEYS])
     )
     return lambda world, rank: FrameStream(
         rows_of(config),

@@ -19,7 +19,15 @@ from ase.io.formats import open_with_compression
 from blip_ft.data.convergence import says_no
 from blip_ft.data.frames import UnknownSymbolError
 from blip_ft.data.hub import load_hub, quiet
-from blip_ft.data.layouts import STRUCTURE, Layout, flatten, from_pymatgen, parsed, recognise
+from blip_ft.data.layouts import (
+    STRUCTURE,
+    Layout,
+    flatten,
+    from_pymatgen,
+    parsed,
+    pymatgen_charge,
+    recognise,
+)
 from blip_ft.data.problems import guard, symbol_remedy, unreadable
 from blip_ft.data.schema import RawFrame, to_numbers
 from blip_ft.errors import DataError
@@ -241,7 +249,10 @@ def from_row(
     used: set[str] = set()
     try:
         if values.get("structure") is not None and "numbers" not in fields:
-            species, positions, cell, pbc = from_pymatgen(values.pop("structure"))
+            structure = values.pop("structure")
+            species, positions, cell, pbc = from_pymatgen(structure)
+            if values.get("charge") is None and (charge := pymatgen_charge(structure)) is not None:
+                values["charge"] = charge
         else:
             species = _take(values, "numbers", fields, used, name, frame)
             positions = _take(values, "positions", fields, used, name, frame)

@@ -20,7 +20,7 @@ from torch import Tensor
 from blip_ft.config import Recipe
 from blip_ft.data import FrameDataset
 from blip_ft.data.context import make_context
-from blip_ft.data.dataset import Item, content_key
+from blip_ft.data.dataset import Item, atoms_key
 from blip_ft.families.base.linear import (
     ClosedFormData,
     Rows,
@@ -68,10 +68,7 @@ class ClosedFormFitter:
             atoms = [train[i].atoms for i in range(len(train))]
             backbone = self.potential.backbone
             made = make_context(atoms, math.ceil(options.context * len(train)), self.recipe.seed)
-            context = [
-                Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array))
-                for a in (*made, *self.unlabelled)
-            ]
+            context = [Item(a, backbone.graph(a), {}, atoms_key(a)) for a in (*made, *self.unlabelled)]
         self.rows = GradientRows(self.recipe.objective, self.potential, train, context, seed=self.recipe.seed)
 
     @property

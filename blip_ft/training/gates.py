@@ -43,10 +43,12 @@ class StepZero:
 
 
 def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str, Any]]:
-    """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator."""
+    """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator, afresh per frame."""
     out = []
     for a in atoms:
         copy = a.copy()
+        # what was calculated before is forgotten: not every vendor's calculator notices a changed charge
+        calculator.reset()
         copy.calc = calculator
         item: dict[str, Any] = {
             "energy": copy.get_potential_energy(),

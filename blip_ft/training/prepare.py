@@ -109,6 +109,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             splits.train,
             lambda atoms: gates.stock_predictions(calculator, atoms),
             use_stress=recipe.objective.use_stress,
+            by_state=not backbone.conditions,
         )
         checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
         findings = report.findings

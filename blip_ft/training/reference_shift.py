@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols, ground_state_magnetic_moments
 from rich.console import Console
 
+from blip_ft import electrons
 from blip_ft.config import DataConfig
 from blip_ft.data import FrameDataset
 from blip_ft.data.findings import Finding, place
@@ -136,6 +137,14 @@ def lone_atoms(potential: BayesianPotential, elements: Iterable[int]) -> dict[in
     """Energy that the model's mean gives to a lone atom of each element it knows, eV."""
     known = sorted(set(elements) & potential.backbone.elements)
     structures = [Atoms(numbers=[z], positions=[(0.0, 0.0, 0.0)]) for z in known]
+    for z, structure in zip(known, structures, strict=True):
+        # a model that has no default is asked about the neutral atom in its ground state
+        ground = {"charge": 0.0, "spin": 1.0 + ground_state_magnetic_moments[z]}
+        structure.info = {
+            k: electrons.plain(ground[k])
+            for k, value in potential.backbone.conditions.items()
+            if value is None
+        }
     predictions = predict_atoms(potential, structures, n_draws=0)
     return {z: float(p["energy"]) for z, p in zip(known, predictions, strict=True)}
 

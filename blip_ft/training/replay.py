@@ -15,7 +15,7 @@ from ase import Atoms
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import Recipe
 from blip_ft.data.context import make_context
-from blip_ft.data.dataset import FrameDataset, Item, collate, content_key, to_atoms
+from blip_ft.data.dataset import FrameDataset, Item, atoms_key, collate, to_atoms
 from blip_ft.data.splits import load_role
 from blip_ft.objectives import ElboScale, Likelihood, function_kl
 from blip_ft.objectives.likelihood import compared
@@ -149,9 +149,7 @@ def make_replay(
         rank: this one.
     """
     backbone = potential.backbone
-    items = [
-        Item(a, backbone.graph(a), {}, content_key(a.numbers, a.positions, a.cell.array)) for a in frames
-    ]
+    items = [Item(a, backbone.graph(a), {}, atoms_key(a)) for a in frames]
     for start in range(0, len(items), BATCH):
         chosen = items[start : start + BATCH]
         batch = backbone.collate([i.atoms for i in chosen], [i.graph for i in chosen]).to(backbone.device)

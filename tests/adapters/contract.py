@@ -228,6 +228,18 @@ class AdapterContract:
         with pytest.raises(DataError, match=atoms.symbols[0]):
             backbone.graph(atoms)
 
+    def test_charge_and_spin_count_where_the_model_says_so(self, backbone, ethanol):
+        # in `atoms.info`, for graph, batch and the vendor's calculator alike
+        known = {key: 0 if key == "charge" else 1 for key in backbone.conditions}
+        energies = []
+        for state in ({}, {"charge": 1, "spin": 2}):
+            atoms = ethanol.copy()
+            atoms.info = known | state
+            energies.append(evaluate(backbone, atoms).energy.item())
+        assert (abs(energies[0] - energies[1]) > 1e-6) == bool(known)
+        if not known:
+            assert energies[0] == energies[1]
+
     def test_periodic_without_a_lattice_vector(self, backbone, ethanol):
         atoms = ethanol.copy()
         atoms.pbc = True

@@ -10,19 +10,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from blip_ft.adapters.fairchem import FairchemBackbone, FairchemDirectBackbone
 
 from blip_ft.backbone import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data import load_source
-from blip_ft.data.dataset import to_atoms
+from blip_ft.data.dataset import collate, make_item, to_atoms
 from blip_ft.errors import BlipError, CheckpointError, DataError, RecipeError
 from blip_ft.export import export_native
 from blip_ft.potential import BayesianPotential
+from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
 from . import tiny_uma
@@ -217,6 +220,26 @@ def test_charge_and_spin(ethanol: Atoms) -> None:
     for options in ({"charge": 0.5}, {"charge": 101}, {"spin": -1}, {"charge": True}):
         with pytest.raises(RecipeError, match="whole number"):
             load(uma(), task="omol", **options)
+
+
+@pytest.mark.parametrize("task", ["omat", "omol"])
+def test_charge_and_spin_count_in_every_task(task: str, quartz: Atoms, tmp_path: Path) -> None:
+    model = load(uma(), task=task).double()
+    assert model.conditions == {"charge": 0.0, "spin": 0.0 if task == "omat" else 1.0}
+    states = []
+    for charge, spin in ((0, 1), (1, 2), (-2, 1)):
+        states.append(quartz.copy())
+        states[-1].info = {"charge": charge, "spin": spin}
+        states[-1].calc = SinglePointCalculator(states[-1], energy=-1.0)
+    ase.io.write(tmp_path / "a.xyz", states)
+    rows = load_source(str(tmp_path / "a.xyz"))
+    items = [make_item(row, model) for row in rows]
+    found = model(collate(model, items)).energy.tolist()
+    stock = [p["energy"] for p in stock_predictions(model.stock_calculator(), [i.atoms for i in items])]
+    assert found == pytest.approx(stock, abs=1e-9)
+    assert np.ptp(found) > 1e-3
+    with pytest.raises(DataError, match=r"b\.xyz, frame 7, field 'charge': .*not a whole number"):
+        model.check(to_atoms(rows[0] | {"charge": 0.5}), file="b.xyz", frame=7)
 
 
 def test_references_and_scales_are_the_vendors(tmp_path: Path, quartz: Atoms) -> None:

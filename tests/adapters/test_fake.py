@@ -20,6 +20,14 @@ class TestFake(ConservativeContract, VariationalContract):
         return FakeBackbone.load("tiny", seed=0)
 
 
+class TestCharged(ConservativeContract):
+    """The size that sees charge and spin."""
+
+    @classmethod
+    def load(cls) -> Backbone:
+        return FakeBackbone.load("charged", seed=0)
+
+
 def test_weights_are_a_function_of_the_seed(quartz):
     torch.manual_seed(1)
     one = FakeBackbone(seed=3)

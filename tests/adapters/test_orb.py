@@ -8,18 +8,23 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ase.io
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from blip_ft.adapters import _orb as vendor
 from blip_ft.adapters.orb import OrbBackbone
 
 from blip_ft.backbone import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.data.dataset import make_item
+from blip_ft.data.sources import load_source
 from blip_ft.errors import CheckpointError, ConversionError, DataError, RecipeError
 from blip_ft.export import export_native
 from blip_ft.potential import BayesianPotential
+from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
 from .conservative import ConservativeContract
@@ -178,6 +183,36 @@ def test_charge_and_spin(name: str, ethanol: Atoms) -> None:
     assert evaluate(twin, ethanol).energy.item() == pytest.approx(energies[0], abs=1e-9)
     with pytest.raises(DataError, match=r"charge .*every structure"):
         load(name).graph(ethanol)
+
+
+def test_frames_charge_and_spin_go_into_every_step(ethanol: Atoms, tmp_path: Path) -> None:
+    """No options: each frame has its own; the calculator of the vendor overlooks a changed one, ours do not."""
+    model = load("orb-v3-conservative-omol").double()
+    assert model.conditions == {"charge": None, "spin": None}
+    assert load(CONSERVATIVE).conditions == {}
+    states = []
+    for charge, spin in ((0, 1), (1, 2), (-1, 2)):
+        states.append(ethanol.copy())
+        states[-1].info = {"charge": charge, "spin": spin}
+    wanted = model(model.batch(states), stress=False).energy.tolist()
+    assert np.ptp(wanted) > 1e-3
+    assert [p["energy"] for p in stock_predictions(model.stock_calculator(), states)] == pytest.approx(
+        wanted, abs=1e-9
+    )
+    one = states[0].copy()
+    one.calc = model.stock_calculator()
+    found = []
+    for state in states:
+        one.info = dict(state.info)
+        found.append(one.get_potential_energy())
+    assert found == pytest.approx(wanted, abs=1e-9)
+    states[1].info = {"charge": 1}
+    states[1].calc = SinglePointCalculator(states[1], energy=-1.0)
+    ase.io.write(tmp_path / "a.xyz", states)
+    with pytest.raises(
+        DataError, match=r"a\.xyz, frame 1, field 'spin': this orb model needs the spin of every structure"
+    ):
+        make_item(load_source(str(tmp_path / "a.xyz"), labels=False)[1], model)
 
 
 def test_no_charge_for_a_model_without() -> None:
