@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from blip_ft.adapters._names import check_listed
 from blip_ft.adapters._vendor import default_dtype, import_backend, quiet
 from torch import Tensor, nn
 
@@ -29,6 +30,16 @@ from blip_ft.variational.sites import Block
 RADIUS = 6.0  # Å, of every published model
 #: one-hot vectors of the reference energies have 118 entries, the first of them unused
 N_ELEMENTS = 117
+#: arguments of the vendor's architecture functions that are sizes
+_SIZES = (
+    "num_message_passing_steps",
+    "latent_dim",
+    "base_mlp_hidden_dim",
+    "base_mlp_depth",
+    "head_mlp_hidden_dim",
+    "head_mlp_depth",
+)
+_ELECTRONS = ("charge", "spin")
 REFERENCE = "heads.energy.reference.linear.weight"
 
 
@@ -151,8 +162,16 @@ def build(architecture: str, sizes: Mapping[str, int]) -> nn.Module:
     Args:
         architecture: name of a vendor's model.
         sizes: arguments of the vendor's architecture function, as from :func:`read_sizes`.
+
+    Raises:
+        CheckpointError: no such architecture, or an argument that is no size.
     """
     import_backend("orb", "orb_models")
+    check_listed(architecture, architectures(), "architectures")
+    for key, value in sizes.items():
+        check_listed(key, _SIZES, "sizes")
+        if type(value) is not int:
+            check_listed(value, (), f"values of '{key}'")
     with quiet(), precision(torch.float32):
         from orb_models.forcefield import pretrained
         from orb_models.forcefield.atomic_system import SystemConfig
@@ -332,10 +351,19 @@ def calculator(model: nn.Module, device: torch.device, electrons: Mapping[str, f
     class _Calculator(ORBCalculator):  # type: ignore[misc]
         """The vendor's calculator; see the function's text."""
 
+        def check_state(self, atoms: Any, tol: float = 1e-15) -> list[str]:
+            """As in ASE; a change of charge or spin counts too."""
+            changes: list[str] = super().check_state(atoms, tol=tol)
+            if self.atoms is not None:
+                before, now = ({k: a.info.get(k) for k in _ELECTRONS} for a in (self.atoms, atoms))
+                changes += [key for key in now if now[key] != before[key]]
+            return changes
+
         def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
             del properties, system_changes  # the vendor always computes everything
-            frame = edges.boxed(atoms, 2 * RADIUS) if atoms.pbc.any() else atoms.copy()
-            frame.info = {k: atoms.info.get(k, v) for k, v in electrons.items()}
+            frame = edges.boxed(atoms, 2 * RADIUS) if atoms.pbc.any() else edges.bare(atoms)
+            own = {k: atoms.info.get(k, electrons.get(k)) for k in _ELECTRONS}
+            frame.info = {k: v for k, v in own.items() if v is not None}
             with precision(dtype):
                 super().calculate(frame)
             self.atoms = atoms.copy()
@@ -343,12 +371,13 @@ def calculator(model: nn.Module, device: torch.device, electrons: Mapping[str, f
     return _Calculator(model, device=device)
 
 
-def read_back(path: Path, architecture: str, sizes: Mapping[str, int]) -> nn.Module:
-    """A file in float64, opened by the vendor's own loader."""
+def read_back(path: Path, architecture: str, sizes: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
+    """A file opened by the vendor's own loader."""
     from orb_models.forcefield.pretrained import load_model
 
-    with quiet(), precision(torch.float64):
+    name = "float64" if dtype == torch.float64 else "float32-high"
+    with quiet(), precision(dtype):
         model: nn.Module = load_model(
-            build(architecture, sizes), str(path), device="cpu", precision="float64", compile=False
+            build(architecture, sizes), str(path), device="cpu", precision=name, compile=False
         )
     return model
