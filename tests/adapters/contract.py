@@ -36,6 +36,7 @@ from blip_ft.variational.convert import plan
 
 from .helpers import array, close, evaluate, evaluate_all, is_linear, rotation_defect, same, tensors
 
+
 def _moved(atoms: Atoms, images: int) -> Atoms:
     other = atoms.copy()
     other.positions[2] += (images, -images, images // 2) @ atoms.cell.array

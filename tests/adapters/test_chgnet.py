@@ -35,6 +35,7 @@ def path_of(name: str) -> Path:
 class TestCHGNet030(VendorContract, ConservativeContract, VariationalContract):
     package = "chgnet"
     suffix = ".pth.tar"
+    named = ("arguments", "composition_model")
 
     @classmethod
     def load(cls) -> Backbone:
@@ -59,6 +60,28 @@ def test_other_shipped_models(name: str, dtype: torch.dtype, quartz: Atoms) -> N
     assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=tolerance)
     close(ours.forces, torch.as_tensor(stock.get_forces()), tolerance)
     close(ours.stress[0], torch.as_tensor(stock.get_stress()), tolerance)
+
+
+@pytest.mark.parametrize("key", ["non_linearity", "graph_converter_algorithm", "readout_norm", "final_mlp"])
+def test_arguments_name_what_is_listed_only(key: str) -> None:
+    config = CHGNetBackbone.load("0.3.0").config()
+    config["arguments"][key] = "OrderedDict"
+    with pytest.raises(CheckpointError, match=f"'OrderedDict', which is none of the values of '{key}'"):
+        CHGNetBackbone.from_config(config)
+
+
+def test_the_vendors_stress_has_the_wrong_sign_in_left_handed_cells(quartz: Atoms) -> None:
+    """Of chgnet 0.4.2; ours and the gate's are right (``test_step_zero_of_another_description``)."""
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    stress = []
+    for order in ([0, 1, 2], [1, 0, 2]):
+        atoms = quartz.copy()
+        atoms.set_cell(quartz.cell.array[order])
+        atoms.calc = CHGNetCalculator(use_device="cpu", verbose=False)
+        stress.append(atoms.get_stress())
+    np.testing.assert_allclose(stress[1], -stress[0], rtol=0, atol=1e-4)
+    assert np.abs(stress[0]).max() > 1e-2
 
 
 def test_a_structure_without_angles_does_not_see_its_batch(quartz: Atoms) -> None:

@@ -46,6 +46,7 @@ def load(architecture: str, **options: Any) -> OrbBackbone:
 class Orb(VendorContract, VariationalContract):
     package = "orb_models"
     suffix = ".ckpt"
+    named = ("architecture",)
     equivariant = False
     atomic = False
     architecture: ClassVar[str]
