@@ -82,6 +82,16 @@ def architectures() -> dict[str, Architecture]:
     return out
 
 
+def architecture_of(name: Any) -> Architecture:
+    """One of :func:`architectures`.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    known = architectures()
+    return known[check_listed(name, known, "architectures")]
+
+
 def find(checkpoint: str, architecture: str | None) -> tuple[Path, str]:
     """Path of a file and its architecture; a vendor's model is downloaded by the vendor's own cache.
 
@@ -167,7 +177,7 @@ def build(architecture: str, sizes: Mapping[str, int]) -> nn.Module:
         CheckpointError: no such architecture, or an argument that is no size.
     """
     import_backend("orb", "orb_models")
-    check_listed(architecture, architectures(), "architectures")
+    kind = architecture_of(architecture)
     for key, value in sizes.items():
         check_listed(key, _SIZES, "sizes")
         if type(value) is not int:
@@ -176,7 +186,6 @@ def build(architecture: str, sizes: Mapping[str, int]) -> nn.Module:
         from orb_models.forcefield import pretrained
         from orb_models.forcefield.atomic_system import SystemConfig
 
-        kind = architectures()[architecture]
         config = SystemConfig(radius=RADIUS, max_num_neighbors=kind.max_neighbors)
         options: dict[str, Any] = {**sizes, "device": "cpu", "system_config": config}
         if kind.family == "v2":

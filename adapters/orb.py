@@ -162,7 +162,7 @@ class OrbBackbone(Backbone):
     def from_config(cls, config: dict[str, Any]) -> OrbBackbone:
         """The same architecture with random weights; see :meth:`config`."""
         import_backend(cls.name, "orb_models")
-        kind = vendor.architectures()[config["architecture"]]
+        kind = vendor.architecture_of(config["architecture"])
         return _class_of(kind)(
             config["architecture"],
             config["sizes"],
