@@ -90,12 +90,14 @@ def boxed(atoms: Atoms, padding: float) -> Atoms:
 def _reduce(atoms: Atoms) -> None:
     """Shorter lattice vectors in place of very skewed ones, and right-handed ones in place of left-handed ones."""
     full = _completed(atoms)
-    short = minkowski_reduce(full, atoms.pbc)[0]
-    longest = [np.linalg.norm(vectors[atoms.pbc], axis=1).max() for vectors in (full, np.asarray(short))]
-    if longest[0] > _SKEWED * longest[1]:
-        cell = atoms.cell.array.copy()
-        cell[atoms.pbc] = np.asarray(short)[atoms.pbc]
-        atoms.set_cell(cell)
+    lengths = np.linalg.norm(full, axis=1)
+    # shorter vectors span the same volume: where these fill it so well, none is shorter by that factor
+    if abs(np.linalg.det(full)) * _SKEWED < lengths.prod():
+        short = np.asarray(minkowski_reduce(full, atoms.pbc)[0])
+        if lengths[atoms.pbc].max() > _SKEWED * np.linalg.norm(short[atoms.pbc], axis=1).max():
+            cell = atoms.cell.array.copy()
+            cell[atoms.pbc] = short[atoms.pbc]
+            atoms.set_cell(cell)
     if atoms.pbc.all():
         _turn(atoms)
 

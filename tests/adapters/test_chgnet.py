@@ -188,6 +188,20 @@ def test_the_vendors_program_opens_an_export(quartz: Atoms, tmp_path: Path) -> N
     np.testing.assert_allclose(forces, ours["forces"], rtol=0, atol=1e-2)  # the vendor's float32 noise
 
 
+def test_all_electron_energies_are_said_to_lose_digits(tmp_path: Path) -> None:
+    """The vendor's program adds up in float32: its energies move in steps of meV there."""
+    potential = bayesian(CHGNetBackbone.load("0.3.0"))
+    potential.references = {8: -2041.0, 14: -20337.0}
+    (mean,) = export_native(potential, tmp_path / "out")
+    assert mean.energy_as_used_ev_per_atom > 1e-4
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert "--references beside" in meta["notes"][0]
+    (mean,) = export_native(potential, tmp_path / "beside", references=False)
+    assert mean.energy_as_used_ev_per_atom < 1e-5
+    meta = json.loads((tmp_path / "beside/export.json").read_text())
+    assert (meta["notes"], meta["references_in_files"]) == ([], False)
+
+
 def test_a_shift_that_has_no_place_in_the_file(tmp_path: Path) -> None:
     arguments = {**CHGNetBackbone.load("0.3.0").arguments, "is_intensive": False}
     model = CHGNetBackbone(arguments)

@@ -441,6 +441,9 @@ def test_export(tmp_path: Path, quartz: Atoms, kind: str) -> None:
     potential.references = {8: -321.5, 14: 4.25}
     done = export_native(potential, tmp_path / "out", draws=2)
     assert [e.file for e in done] == ["mean.pt", "draw-00.pt", "draw-01.pt"]
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert meta["for"] == {"task": task, "charge": model.charge, "spin": model.spin}
+    assert f"task={task}" in meta["notes"][0]
     values = []
     for item in done:
         unit = pretrained_mlip.load_predict_unit(tmp_path / "out" / item.file, "batch", device="cpu")

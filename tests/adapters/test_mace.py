@@ -398,6 +398,9 @@ def test_references_are_in_the_file_for_the_head_in_use(quartz: Atoms, tmp_path:
     potential = bayesian(backbone)
     potential.references = {8: -100.25, 14: 3.5}
     export_native(potential, tmp_path / "out")
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert meta["for"] == {"head": "r2scan"}
+    assert meta["notes"] == ["The files are for head=r2scan: MACECalculator('mean.model', head='r2scan')."]
     file = torch.load(tmp_path / "out/mean.model", weights_only=False)
     before = backbone.model.atomic_energies_fn.atomic_energies
     moved = file.atomic_energies_fn.atomic_energies - before
