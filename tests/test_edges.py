@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -42,7 +44,7 @@ def test_nothing_but_the_description_changes(pbc, lattice):
     skewed = moved.copy()
     change = np.eye(3)
     periodic = np.flatnonzero(pbc)
-    for a, b in zip(periodic[:-1], periodic[1:], strict=True):
+    for a, b in itertools.pairwise(periodic):
         change[b, a] = 9
     skewed.set_cell(change @ moved.cell.array)
     expected = neighbours(atoms)
