@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from blip_ft.adapters._names import check_listed
 from blip_ft.adapters._vendor import import_backend, quiet
 from torch import Tensor, nn
 
@@ -19,6 +20,18 @@ from blip_ft.errors import BlipError, CheckpointError, nearest
 
 #: atomic numbers 1 to 94 have an embedding
 N_ELEMENTS = 94
+_NORMS = ("batch", "layer")
+#: what constructor arguments may name
+_LISTED: dict[str, tuple[str, ...]] = {
+    "composition_model": ("MPtrj", "MPtrj_e", "MPF", "MP-r2SCAN"),
+    "non_linearity": ("relu", "silu", "scaledsilu", "gelu", "softplus", "sigmoid", "tanh"),
+    "graph_converter_algorithm": ("fast", "legacy"),
+    "read_out": ("ave", "attn", "weighted", "sum"),
+    "final_mlp": ("normal", "MLP", "gatedMLP"),
+    "gMLP_norm": _NORMS,
+    "readout_norm": _NORMS,
+    "conv_norm": _NORMS,
+}
 
 
 def find(checkpoint: str) -> Path:
@@ -71,7 +84,14 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
 
 
 def build(arguments: dict[str, Any]) -> nn.Module:
-    """The vendor's model with random weights."""
+    """The vendor's model with random weights.
+
+    Raises:
+        CheckpointError: an argument names something that is not in the adapter's list.
+    """
+    for key, names in _LISTED.items():
+        if arguments.get(key) is not None:
+            check_listed(arguments[key], names, f"values of '{key}'")
     import_backend("chgnet", "chgnet")
     with quiet():
         from chgnet.model.model import CHGNet
@@ -107,13 +127,13 @@ def checkpoint_of(arguments: dict[str, Any], model: nn.Module, shift: Mapping[in
     return {"model": {"state_dict": state, "model_args": arguments}}
 
 
-def open_native(path: Path, device: torch.device, padding: float) -> Any:
-    """The vendor's calculator on a file opened by the vendor's loader, in float64."""
+def open_native(path: Path, device: torch.device, padding: float, dtype: torch.dtype) -> Any:
+    """The vendor's calculator on a file opened by the vendor's loader."""
     import_backend("chgnet", "chgnet")
     with quiet():
         from chgnet.model.model import CHGNet
 
-        return calculator(CHGNet.from_file(str(path)).double().to(device), device, padding)
+        return calculator(CHGNet.from_file(str(path)).to(device, dtype), device, padding)
 
 
 def single_precision_edges(graph: Any, edge_index: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 An inference checkpoint of fairchem is a pickled dataclass of plain containers: a configuration that
 names the classes to build (``_target_``), weights, and one entry per *task*, a property of a data set
-with its normaliser and element references. Names of classes are as good as code, so only fairchem's
-models and normalisers, and torch's tensor constructors, are accepted, whatever the file says.
+with its normaliser and element references. Names of classes are as good as code, so only those in a closed
+list are accepted, whatever the file says (:mod:`blip_ft.adapters._names`).
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import json
 import logging
 import random
 import re
+import threading
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,24 +24,72 @@ from typing import Any
 
 import numpy as np
 import torch
+from blip_ft.adapters._names import check_listed, check_object
 from blip_ft.adapters._vendor import import_backend, quiet
 from torch import Tensor
 
 from blip_ft.errors import CheckpointError, nearest
 
-#: what a configuration may name; anything else could be any function of any installed package
-_ALLOWED = re.compile(
-    r"fairchem\.core\.(models\.(base|uma)\.?|modules\.(loss|normalization)\.|units\.mlip_unit\.mlip_unit\.)[\w.]*"
-    r"|torch\.(\w*Tensor|tensor|nn\.\w+)"
+_UMA, _MODULES = "fairchem.core.models.uma", "fairchem.core.modules"
+_KIND = "UMA or eSEN classes"
+
+
+def _themselves(module: str, *names: str) -> dict[str, str]:
+    """Objects that are called in configurations as they call themselves."""
+    return {f"{module}.{name}": f"{module}.{name}" for name in names}
+
+
+_BACKBONES = {
+    "escnmd_backbone": f"{_UMA}.escn_md.eSCNMDBackbone",
+    "escnmd_moe_backbone": f"{_UMA}.escn_moe.eSCNMDMoeBackbone",
+    **_themselves(f"{_UMA}.escn_md", "eSCNMDBackbone"),
+    **_themselves(f"{_UMA}.escn_moe", "eSCNMDMoeBackbone"),
+}
+_HEADS = _themselves(
+    f"{_UMA}.escn_md",
+    "MLP_EFS_Head",
+    "MLP_Energy_Head",
+    "MLP_Stress_Head",
+    "Linear_Energy_Head",
+    "Linear_Force_Head",
 )
-_REGISTERED = re.compile(r"\w+")
-#: keys of a configuration whose value is a class
-_CLASS_KEYS = ("_target_", "model", "module", "head_cls")
+_WRAPPERS = _themselves(f"{_UMA}.escn_moe", "DatasetSpecificMoEWrapper", "DatasetSpecificSingleHeadWrapper")
+#: for each key of a configuration whose value is a class, what it may name; anything else could be any function of
+#: any installed package
+_LISTED: dict[str, dict[str, str]] = {
+    "model": _BACKBONES,
+    "module": _HEADS | _WRAPPERS,
+    "head_cls": _HEADS,
+    "_target_": {
+        **_themselves("fairchem.core.models.base", "HydraModel"),
+        **_themselves("fairchem.core.units.mlip_unit.mlip_unit", "Task", "OutputSpec"),
+        **_themselves(f"{_MODULES}.normalization.normalizer", "Normalizer"),
+        **_themselves(f"{_MODULES}.normalization.element_references", "ElementReferences"),
+        **_themselves(
+            f"{_MODULES}.loss", "DDPMTLoss", "DDPLoss", "MAELoss", "MSELoss", "PerAtomMAELoss", "L2NormLoss"
+        ),
+        **{f"torch.nn.{name}": f"torch.nn.modules.loss.{name}" for name in ("L1Loss", "MSELoss")},
+        **_themselves("torch", "DoubleTensor", "FloatTensor"),
+    },
+}
+
+
+#: held by the thread whose random generators and messages are put aside: there is one set for the process
+_ALONE = threading.RLock()
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import and build without the vendor's messages, and leave all random generators as they were."""
+    """Import and build without the vendor's messages, and leave all random generators as they were.
+
+    One thread after the other: each would put back what another has set meanwhile.
+    """
+    with _ALONE, _put_aside():
+        yield
+
+
+@contextlib.contextmanager
+def _put_aside() -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -173,52 +223,76 @@ def _plain(config: Any) -> Any:
 
     Raises:
         TypeError: something else is in it.
+        ValueError: it asks OmegaConf to compute a value.
     """
     from omegaconf import OmegaConf
 
+    def container(value: Any) -> Any:
+        written = OmegaConf.to_container(value, resolve=False)
+        if any(":" in text for text in _texts(written) if "${" in text):
+            raise ValueError("computed values")
+        return OmegaConf.to_container(value, resolve=True)
+
     if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=True)
+        config = container(config)
     if isinstance(config, Mapping):
-        config = {
-            k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-            for k, v in config.items()
-        }
+        config = {k: container(v) if OmegaConf.is_config(v) else v for k, v in config.items()}
     return json.loads(json.dumps(config))
 
 
 def check(model: dict[str, Any], tasks: Sequence[Any], *, file: Path | str | None = None) -> None:
-    """Raise unless a configuration describes an eSCN-MD model and names known classes only.
+    """Raise unless a configuration describes an eSCN-MD model and names listed classes only.
+
+    Nothing that it names is called.
 
     Raises:
         CheckpointError: it does not.
     """
-    for key, name in class_names([model, list(tasks)]):
-        if not (_ALLOWED.fullmatch(name) or (key != "_target_" and _REGISTERED.fullmatch(name))):
-            raise CheckpointError(
-                f"its configuration names '{name}', which is none of fairchem's UMA or eSEN classes",
-                remedy="use a UMA or eSEN checkpoint (the adapter knows eSCN-MD models only)",
-                file=file,
-            )
+    config = [model, list(tasks)]
+    if any("${" in text for text in _texts(config)):
+        raise CheckpointError(
+            "its configuration refers to values elsewhere ('${')",
+            remedy="use an inference checkpoint, in which all values are written out",
+            file=file,
+        )
+    for key, name in class_names(config):
+        names = _LISTED[key]
+        check_object(_named(check_listed(name, names, _KIND, file=file)), name, names, _KIND, file=file)
     backbone = model.get("backbone")
     if not str(model.get("_target_", "")).endswith(".HydraModel") or not isinstance(backbone, dict):
         raise CheckpointError("holds no backbone", remedy="use a UMA or eSEN checkpoint", file=file)
-    from fairchem.core.common.registry import registry
-    from fairchem.core.models.uma.escn_md import eSCNMDBackbone
+    check_listed(backbone.get("model"), _BACKBONES, _KIND, file=file)
 
-    kind: Any = None
-    with contextlib.suppress(Exception):  # the registry raises RuntimeError, KeyError or ImportError
-        kind = registry.get_model_class(str(backbone.get("model")))
-    if not (isinstance(kind, type) and issubclass(kind, eSCNMDBackbone)):
-        raise CheckpointError(
-            f"is a '{backbone.get('model')}' model", remedy="use a UMA or eSEN checkpoint", file=file
-        )
+
+def _named(name: str) -> Any:
+    """What the vendor takes for a listed name; ``None`` where this version has nothing of that name."""
+    from fairchem.core.common.registry import registry
+
+    module, _, leaf = name.rpartition(".")
+    if not module:
+        return registry.mapping["model_name_mapping"].get(name)
+    with importing():
+        return getattr(importlib.import_module(module), leaf, None)
+
+
+def _texts(config: Any) -> Iterator[str]:
+    """All texts in nested containers, keys too."""
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            yield from _texts(key)
+            yield from _texts(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _texts(value)
 
 
 def class_names(config: Any) -> Iterator[tuple[str, str]]:
     """All names of classes in nested containers, with their keys."""
     if isinstance(config, dict):
         for key, value in config.items():
-            if key in _CLASS_KEYS and isinstance(value, str):
+            if key == "_target_" or (key in _LISTED and isinstance(value, str)):
                 yield key, value
             else:
                 yield from class_names(value)

@@ -14,6 +14,7 @@ import functools
 import http.client
 import logging
 import os
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from blip_ft.adapters._convolution import EdgeConvolution
 from blip_ft.adapters._mace_layers import forward as contract
+from blip_ft.adapters._names import check_listed, check_object, own_name
 from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
@@ -30,12 +32,37 @@ from blip_ft.errors import CheckpointError, RecipeError, nearest
 _SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 #: constructor arguments that are irreps
 _IRREPS = ("hidden_irreps", "MLP_irreps", "edge_irreps")
-#: constructor arguments that are classes, and the vendor's table of their names
+_KIND = "MACE classes"
+
+
+def _listed(module: str, *names: str) -> dict[str, str]:
+    return {name: f"mace.modules.{module}.{name}" for name in names}
+
+
+_INTERACTIONS = _listed(
+    "blocks",
+    "RealAgnosticInteractionBlock",
+    "RealAgnosticResidualInteractionBlock",
+    "RealAgnosticAttResidualInteractionBlock",
+    "RealAgnosticDensityInteractionBlock",
+    "RealAgnosticDensityResidualInteractionBlock",
+    "RealAgnosticResidualNonLinearInteractionBlock",
+)
+#: what an architecture may name: classes by the full name that they give themselves ...
 _CLASSES = {
-    "interaction_cls": "interaction_classes",
-    "interaction_cls_first": "interaction_classes",
-    "readout_cls": "readout_classes",
+    "class": _listed("models", "MACE", "ScaleShiftMACE"),
+    "interaction_cls": _INTERACTIONS,
+    "interaction_cls_first": _INTERACTIONS,
+    "readout_cls": _listed(
+        "blocks",
+        "LinearReadoutBlock",
+        "NonLinearReadoutBlock",
+        "NonLinearBiasReadoutBlock",
+        "GeneralNonLinearBiasReadoutBlock",
+    ),
 }
+#: ... and the vendor's activations
+_GATES = {"abs": torch.abs, "tanh": torch.tanh, "silu": nn.functional.silu, "None": None}
 #: constructor arguments of accelerated kernels: another way to compute the same
 _KERNELS = ("cueq_config", "oeq_config")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -45,19 +72,13 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 @contextlib.contextmanager
-def contained(*, loading: bool = False) -> Iterator[None]:
+def contained() -> Iterator[None]:
     """Keep torch's safe loading as it is outside, whatever the vendor's modules do to it inside.
 
     ``import mace`` switches torch's restricted unpickler off for the whole process by an environment
     variable, and so does the import of several of its modules.
-
-    Args:
-        loading: inside, the vendor's own ``torch.load`` may read whole modules; for files that are
-            trusted already.
     """
     before = os.environ.get(_SWITCH)
-    if loading:
-        os.environ[_SWITCH] = "1"
     try:
         # e3nn 0.4.4 reads its tables by torch.load at import; they hold slices
         with quiet(), torch.serialization.safe_globals([slice]):
@@ -81,6 +102,34 @@ def import_mace() -> None:
         import_backend("mace", "mace.modules")
         import_backend("mace", "mace.tools.scripts_utils")
     _copy_empty_weights()
+    _leave_loading_to_the_vendor()
+
+
+class _Torch(types.ModuleType):
+    """torch for the vendor's calculators, whose ``torch.load`` reads whole modules, as they expect.
+
+    The vendor asks for that by switching safe loading off in the whole process when it is imported, which
+    :func:`contained` undoes. Here it holds for the files that a user gives to the vendor's own calculators, and for
+    nothing else.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(*args: Any, **options: Any) -> Any:
+        """``torch.load``, unrestricted unless asked for otherwise."""
+        return torch.load(*args, **{"weights_only": False, **options})
+
+
+def _leave_loading_to_the_vendor() -> None:
+    """Let ``mace.calculators`` open the vendor's files also where safe loading is on in the process."""
+    from mace.calculators import foundations_models
+    from mace.calculators import mace as calculators
+
+    for module in (foundations_models, calculators):
+        if module.torch is torch:
+            module.torch = _Torch("torch")
 
 
 def _copy_empty_weights() -> None:
@@ -156,7 +205,7 @@ def open_model(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module]:
             remedy="give the .model file that mace's training writes at its end, not a checkpoint (.pt)",
             file=path,
         )
-    if kind not in ("MACE", "ScaleShiftMACE"):
+    if own_name(type(content)) not in _CLASSES["class"].values():
         raise CheckpointError(
             f"holds a {kind}, which is not an energy model of scalars and neighbours alone",
             remedy="use a MACE or ScaleShiftMACE model",
@@ -171,7 +220,7 @@ def open_model(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module]:
     try:
         with contained():
             architecture = describe(content)
-            model = build(architecture)
+            model = build(architecture, file=path)
             model.load_state_dict(content.state_dict())
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(
@@ -205,7 +254,7 @@ def describe(model: Any) -> dict[str, Any]:
         and len(found["hidden_irreps"]) > 1
     )
     found |= {key: None if found[key] is None else str(found[key]) for key in _IRREPS}
-    found |= {key: found[key].__name__ for key in _CLASSES}
+    found |= {key: found[key].__name__ for key in _CLASSES if key != "class"}
     gates = {function: name for name, function in modules.gate_dict.items()}
     found["gate"] = gates[found["gate"]]
     found["class"] = type(model).__name__
@@ -213,31 +262,50 @@ def describe(model: Any) -> dict[str, Any]:
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
 
 
-def build(architecture: dict[str, Any], *, stock: bool = False) -> nn.Module:
+def build(architecture: dict[str, Any], *, stock: bool = False, file: Path | None = None) -> nn.Module:
     """The vendor's model with random weights.
 
     Args:
         architecture: from :func:`describe`.
         stock: with the kernels that the vendor's own files have (TorchScript), for export.
+        file: for messages.
+
+    Raises:
+        CheckpointError: the architecture names something that is not in the adapter's list.
     """
     import_mace()
     from e3nn import o3
-    from mace import modules
     from mace.tools.torch_tools import default_dtype
 
     arguments = copy.deepcopy(architecture)
-    kind, dtype = arguments.pop("class"), arguments.pop("dtype")
+    dtype = check_listed(arguments.pop("dtype"), _DTYPES.values(), "precisions", file=file)
+    if kernels_named := [key for key in _KERNELS if arguments.get(key)]:
+        check_listed(kernels_named[0], (), "arguments", file=file)
+    classes = {key: _class_of(key, arguments.pop(key), file) for key in _CLASSES}
     for key in _IRREPS:
         arguments[key] = None if arguments[key] is None else o3.Irreps(arguments[key])
-    for key, table in _CLASSES.items():
-        arguments[key] = getattr(modules, table)[arguments[key]]
-    arguments["gate"] = modules.gate_dict[arguments["gate"]]
+    kind = classes.pop("class")
+    arguments |= classes
+    arguments["gate"] = _GATES[check_listed(arguments["gate"], _GATES, "activations", file=file)]
     arguments["atomic_energies"] = np.array(arguments["atomic_energies"])
     kernels = contextlib.nullcontext() if stock else eager_e3nn()
     with contained(), kernels, default_dtype("float64"):
-        model: nn.Module = getattr(modules, kind)(**arguments)
+        model: nn.Module = kind(**arguments)
     model = model.to(getattr(torch, dtype))
     return model if stock else copy_kernels_as_they_are(model)
+
+
+def _class_of(key: str, name: Any, file: Path | None) -> Any:
+    """The vendor's class that an architecture names.
+
+    Raises:
+        CheckpointError: it is not in the list, or another class has this name.
+    """
+    from mace import modules
+
+    names = _CLASSES[key]
+    found = getattr(modules, check_listed(name, names, _KIND, file=file), None)
+    return check_object(found, name, names, _KIND, file=file)
 
 
 def fuse(model: Any) -> int:
@@ -365,7 +433,7 @@ def calculator(head: str, device: torch.device, dtype: str, **source: Any) -> An
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it warns of the precision that is asked for here
     try:
-        with contained(loading="model_paths" in source):
+        with contained():
             return MACECalculator(device=str(device), default_dtype=dtype, head=head, **source)
     finally:
         logging.disable(level)

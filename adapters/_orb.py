@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from blip_ft.adapters._names import check_listed
 from blip_ft.adapters._vendor import default_dtype, import_backend, quiet
 from torch import Tensor, nn
 
@@ -29,6 +30,16 @@ from blip_ft.variational.sites import Block
 RADIUS = 6.0  # Å, of every published model
 #: one-hot vectors of the reference energies have 118 entries, the first of them unused
 N_ELEMENTS = 117
+#: arguments of the vendor's architecture functions that are sizes
+_SIZES = (
+    "num_message_passing_steps",
+    "latent_dim",
+    "base_mlp_hidden_dim",
+    "base_mlp_depth",
+    "head_mlp_hidden_dim",
+    "head_mlp_depth",
+)
+_ELECTRONS = ("charge", "spin")
 REFERENCE = "heads.energy.reference.linear.weight"
 
 
@@ -69,6 +80,16 @@ def architectures() -> dict[str, Architecture]:
         elif name.startswith("separate-d"):
             out[name] = Architecture("v3-direct", 120)
     return out
+
+
+def architecture_of(name: Any) -> Architecture:
+    """One of :func:`architectures`.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    known = architectures()
+    return known[check_listed(name, known, "architectures")]
 
 
 def find(checkpoint: str, architecture: str | None) -> tuple[Path, str]:
@@ -151,13 +172,20 @@ def build(architecture: str, sizes: Mapping[str, int]) -> nn.Module:
     Args:
         architecture: name of a vendor's model.
         sizes: arguments of the vendor's architecture function, as from :func:`read_sizes`.
+
+    Raises:
+        CheckpointError: no such architecture, or an argument that is no size.
     """
     import_backend("orb", "orb_models")
+    kind = architecture_of(architecture)
+    for key, value in sizes.items():
+        check_listed(key, _SIZES, "sizes")
+        if type(value) is not int:
+            check_listed(value, (), f"values of '{key}'")
     with quiet(), precision(torch.float32):
         from orb_models.forcefield import pretrained
         from orb_models.forcefield.atomic_system import SystemConfig
 
-        kind = architectures()[architecture]
         config = SystemConfig(radius=RADIUS, max_num_neighbors=kind.max_neighbors)
         options: dict[str, Any] = {**sizes, "device": "cpu", "system_config": config}
         if kind.family == "v2":
@@ -339,7 +367,7 @@ def calculator(model: nn.Module, device: torch.device, defaults: Mapping[str, fl
 
         def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
             del properties, system_changes  # the vendor always computes everything
-            frame = edges.boxed(atoms, 2 * RADIUS) if atoms.pbc.any() else atoms.copy()
+            frame = edges.boxed(atoms, 2 * RADIUS) if atoms.pbc.any() else edges.bare(atoms)
             frame.info = {**defaults, **electrons.given(atoms.info)} if charged else {}
             with precision(dtype):
                 super().calculate(frame)
@@ -348,12 +376,13 @@ def calculator(model: nn.Module, device: torch.device, defaults: Mapping[str, fl
     return _Calculator(model, device=device)
 
 
-def read_back(path: Path, architecture: str, sizes: Mapping[str, int]) -> nn.Module:
-    """A file in float64, opened by the vendor's own loader."""
+def read_back(path: Path, architecture: str, sizes: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
+    """A file opened by the vendor's own loader."""
     from orb_models.forcefield.pretrained import load_model
 
-    with quiet(), precision(torch.float64):
+    name = "float64" if dtype == torch.float64 else "float32-high"
+    with quiet(), precision(dtype):
         model: nn.Module = load_model(
-            build(architecture, sizes), str(path), device="cpu", precision="float64", compile=False
+            build(architecture, sizes), str(path), device="cpu", precision=name, compile=False
         )
     return model

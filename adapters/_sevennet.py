@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
+from blip_ft.adapters._names import check_listed
 from blip_ft.adapters._vendor import copy_kernels_as_they_are, eager_e3nn, import_backend, quiet
 from torch import Tensor, nn
 
@@ -56,6 +57,18 @@ ARCHITECTURE = (
     "use_modality",
     "weight_nn_hidden_neurons",
 )
+_ACTIVATIONS = ("relu", "silu", "tanh", "abs", "ssp", "sigmoid", "elu")
+#: what they may name
+_LISTED: dict[str, tuple[str, ...]] = {
+    "act_gate": _ACTIVATIONS,
+    "act_scalar": _ACTIVATIONS,
+    "act_radial": _ACTIVATIONS,
+    "readout_fcn_activation": _ACTIVATIONS,
+    "interaction_type": ("nequip",),
+    "self_connection_type": ("none", "nequip", "linear"),
+    "radial_basis_name": ("bessel",),
+    "cutoff_function_name": ("poly_cut", "XPLOR"),
+}
 
 
 def find(checkpoint: str) -> Path:
@@ -103,6 +116,7 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
     try:
         with quiet(), eager_e3nn():
             checkpoint._config = module._config_cp_routine(dict(content["config"]))
+            check(checkpoint._config, file=path)
             checkpoint._model_state_dict = content["model_state_dict"]
             checkpoint._loaded = True
             model = checkpoint.build_model()
@@ -114,8 +128,35 @@ def open_checkpoint(path: Path, content: Any) -> tuple[dict[str, Any], nn.Module
     )
 
 
+def check(architecture: Mapping[str, Any], *, file: Path | None = None) -> None:
+    """Raise unless what a configuration names is in the adapter's list.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    named = {**architecture, **architecture["radial_basis"], **architecture["cutoff_function"]}
+    for key, names in _LISTED.items():
+        value = named.get(key)
+        for name in _leaves(value):
+            check_listed(name, names, f"values of '{key}'", file=file)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is named once, by parity, or for each layer."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None else [value]
+
+
 def build(architecture: dict[str, Any]) -> nn.Module:
-    """The vendor's model of an architecture, with random weights and e3nn kernels."""
+    """The vendor's model of an architecture, with random weights and e3nn kernels.
+
+    Raises:
+        CheckpointError: the architecture names something that is not in the adapter's list.
+    """
+    check(architecture)
     import_backend("sevennet", "sevenn")
     with quiet(), eager_e3nn():
         from sevenn.model_build import build_E3_equivariant_model
@@ -176,15 +217,15 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
 
 
-def open_native(path: Path, modal: str | None, device: torch.device) -> Any:
-    """The vendor's calculator on a checkpoint opened by the vendor's loader, in float64."""
+def open_native(path: Path, modal: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """The vendor's calculator on a checkpoint opened by the vendor's loader."""
     import_backend("sevennet", "sevenn")
     from sevenn.util import load_checkpoint
 
     with quiet():
         model: nn.Module = load_checkpoint(path).build_model()
         register_coefficients(model)
-        return calculator(model.double().to(device), modal, device)
+        return calculator(model.to(device, dtype), modal, device)
 
 
 def _plain(value: Any) -> Any:

@@ -17,12 +17,36 @@ from blip_ft.backbone import missing_backend
 from blip_ft.errors import RecipeError, nearest
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drop what a vendor's package prints, and its warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+class _Quiet:
+    """Silence of the process, which threads share: it begins with the first and ends with the last of them.
+
+    Standard output and the list of warnings' filters are one for all threads. Each on its own would put back what it
+    has found, and the last to leave what another has put there.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users, self.stack = 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Drop what a vendor's package prints, and its warnings."""
+        with self.lock:
+            if not self.users:
+                self.stack.enter_context(warnings.catch_warnings())
+                self.stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                warnings.simplefilter("ignore")
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.stack.close()
+
+
+quiet = _Quiet()
 
 
 def import_backend(adapter: str, package: str) -> None:

@@ -229,6 +229,7 @@ class CHGNetBackbone(ConservativeBackbone):
         """A file that ``CHGNet.from_file`` reads, in float32."""
         torch.save(vendor.checkpoint_of(self.arguments, self.model, shift), path)
 
-    def open_native(self, path: Path) -> Any:
-        """``CHGNetCalculator`` on the file, in float64."""
-        return vendor.open_native(path, self.device, 3 * self.cutoff)
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
+        """``CHGNetCalculator`` on the file, in float64 or in float32, the vendor's only precision."""
+        dtype = torch.float32 if as_used else torch.float64
+        return vendor.open_native(path, self.device, 3 * self.cutoff, dtype)

@@ -67,6 +67,10 @@ class _EscnBackbone(Backbone):
     name: ClassVar[str] = "fairchem"
     packages: ClassVar[tuple[str, ...]] = ("fairchem-core", "e3nn", "torch")
     native_suffix: ClassVar[str] = ".pt"
+    native_call: ClassVar[str] = (
+        "FAIRChemCalculator(load_predict_unit('{file}'), task_name='{task}') on structures with "
+        "atoms.info['charge'] = {charge} and atoms.info['spin'] = {spin}"
+    )
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "all": (rf"{_SCALAR}|{_BODY}|{_DIRECT}",),
         "scalar": (_SCALAR,),
@@ -132,6 +136,10 @@ class _EscnBackbone(Backbone):
         super().train(mode)
         self.model.eval()
         return self
+
+    def choices(self) -> dict[str, Any]:
+        """Task, charge and spin."""
+        return {"task": self.task, "charge": self.charge, "spin": self.spin}
 
     # ---- loading -------------------------------------------------------------------------
     @classmethod
@@ -328,9 +336,9 @@ class _EscnBackbone(Backbone):
         """Write an inference checkpoint; the shift goes into the element references of the task."""
         files.write(self, path, shift)
 
-    def open_native(self, path: Path) -> Any:
-        """``FAIRChemCalculator`` on a checkpoint, in float64."""
-        return files.calculator(self, path, torch.float64)
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
+        """``FAIRChemCalculator`` on a checkpoint, in float64 or in float32, the vendor's default."""
+        return files.calculator(self, path, torch.float32 if as_used else torch.float64)
 
 
 class FairchemBackbone(_EscnBackbone, ConservativeBackbone):

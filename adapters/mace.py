@@ -65,6 +65,7 @@ class MACEBackbone(ConservativeBackbone):
         r"interactions\.\d+": "two constants of the density's normalisation, not a linear map",
     }
     native_suffix: ClassVar[str] = ".model"
+    native_call: ClassVar[str] = "MACECalculator('{file}', head='{head}')"
 
     def __init__(
         self,
@@ -93,6 +94,10 @@ class MACEBackbone(ConservativeBackbone):
     def head(self) -> str:
         """Name of the head in use."""
         return self.heads[self._head]
+
+    def choices(self) -> dict[str, Any]:
+        """The head, of a model with several."""
+        return {"head": self.head} if len(self.heads) > 1 else {}
 
     # ---- loading -------------------------------------------------------------------------
     @classmethod
@@ -224,6 +229,7 @@ class MACEBackbone(ConservativeBackbone):
         with quiet():
             torch.save(model, path)
 
-    def open_native(self, path: Path) -> Any:
-        """``MACECalculator`` on the file, in float64."""
-        return vendor.calculator(self.head, self.device, "float64", model_paths=str(path))
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
+        """``MACECalculator`` on the file, in float64 or in the precision of the file, the vendor's default."""
+        dtype = str(self.dtype).removeprefix("torch.") if as_used else "float64"
+        return vendor.calculator(self.head, self.device, dtype, model_paths=str(path))

@@ -59,6 +59,9 @@ class OrbBackbone(Backbone):
     packages: ClassVar[tuple[str, ...]] = ("orb-models", "torch")
     equivariant: ClassVar[bool] = False
     native_suffix: ClassVar[str] = ".ckpt"
+    native_call: ClassVar[str] = (
+        "structures with atoms.info['charge'] = {charge} and atoms.info['spin'] = {spin}"
+    )
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "all": (rf"({_BODY}|{_READOUT})",),
         "scalar": (rf"(?!{re.escape(_DIRECTIONS)})({_BODY}|{_READOUT})",),
@@ -91,6 +94,10 @@ class OrbBackbone(Backbone):
         self.cutoff = vendor.RADIUS
         self.elements = frozenset(range(1, vendor.N_ELEMENTS + 1))
         self._stock_names = parameter_names(self.model)
+
+    def choices(self) -> dict[str, Any]:
+        """Charge and spin, of a model that is conditioned on them."""
+        return {key: self.electrons.get(key) for key in ("charge", "spin")} if self.kind.charged else {}
 
     # ---- loading -------------------------------------------------------------------------
     @classmethod
@@ -155,7 +162,7 @@ class OrbBackbone(Backbone):
     def from_config(cls, config: dict[str, Any]) -> OrbBackbone:
         """The same architecture with random weights; see :meth:`config`."""
         import_backend(cls.name, "orb_models")
-        kind = vendor.architectures()[config["architecture"]]
+        kind = vendor.architecture_of(config["architecture"])
         return _class_of(kind)(
             config["architecture"],
             config["sizes"],
@@ -233,9 +240,10 @@ class OrbBackbone(Backbone):
         """A state dict; the shift goes into the vendor's reference energies."""
         vendor.write(self.model, path, shift)
 
-    def open_native(self, path: Path) -> Any:
-        """The vendor's calculator on a state dict, in float64."""
-        model = vendor.read_back(path, self.architecture, self.sizes)
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
+        """The vendor's calculator on a state dict, in float64 or in float32, the vendor's default."""
+        dtype = torch.float32 if as_used else torch.float64
+        model = vendor.read_back(path, self.architecture, self.sizes, dtype)
         with quiet():
             return vendor.calculator(model, torch.device("cpu"), self.electrons)
 

@@ -67,6 +67,7 @@ class SevenNetBackbone(ConservativeBackbone):
 
     native_suffix: ClassVar[str] = ".pth"
     native_dtype: ClassVar[str] = "float32"
+    native_call: ClassVar[str] = "SevenNetCalculator('{file}', modal='{modal}')"
 
     def __init__(
         self,
@@ -88,6 +89,10 @@ class SevenNetBackbone(ConservativeBackbone):
         modal_map = architecture.get("_modal_map") or {}
         self._modal_index = modal_map[modal] if modal_map else None
         self._stock_names = parameter_names(self.model)
+
+    def choices(self) -> dict[str, Any]:
+        """The modality of a multi-fidelity model."""
+        return {} if self.modal is None else {"modal": self.modal}
 
     # ---- loading -------------------------------------------------------------------------
     @classmethod
@@ -222,6 +227,7 @@ class SevenNetBackbone(ConservativeBackbone):
         """A checkpoint as the vendor's training writes it, in float32."""
         torch.save(vendor.checkpoint_of(self.architecture, self.model, self.modal, shift), path)
 
-    def open_native(self, path: Path) -> Any:
-        """``SevenNetCalculator`` on the file, in float64."""
-        return vendor.open_native(path, self.modal, self.device)
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
+        """``SevenNetCalculator`` on the file, in float64 or in float32, the vendor's only precision."""
+        dtype = torch.float32 if as_used else torch.float64
+        return vendor.open_native(path, self.modal, self.device, dtype)

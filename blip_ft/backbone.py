@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor, nn
@@ -148,6 +149,8 @@ class Backbone(nn.Module, ABC):
     _arranged: bool = False
     #: precision of the numbers in such a file (``float32``) where it is not that of the weights
     native_dtype: ClassVar[str] = ""
+    #: how the vendor's program opens such a file for what is in use of it, with the keys of :meth:`choices`
+    native_call: ClassVar[str] = ""
 
     model: nn.Module
     #: radius of the neighbour list, Å
@@ -177,6 +180,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def from_config(cls, config: dict[str, Any]) -> Backbone:
         """The same architecture with weights yet to be loaded into its state dict."""
+
+    def choices(self) -> dict[str, Any]:
+        """What of a model is in use that holds several: ``head``, ``task``, ``modal``, ``charge``, ``spin``.
+
+        Empty where there is nothing to choose. ``charge`` and ``spin`` are those of structures that bring none of
+        their own, and ``None`` where every structure has to. JSON-serialisable.
+        """
+        return {}
 
     # ---- graphs --------------------------------------------------------------------------
     @abstractmethod
@@ -265,16 +276,18 @@ class Backbone(nn.Module, ABC):
             remedy="use the model folder with blip_ft.load, or blip_ft's calculator",
         )
 
-    def open_native(self, path: Path) -> Any:
+    def open_native(self, path: Path, *, as_used: bool = False) -> Any:
         """The vendor's own ASE calculator on a file from :meth:`write_native`.
 
         The file is opened by the *vendor's* loader, so that what is compared with the trained
         potential is what a user without this package gets. Head, task or modality are those of
-        ``self``. Computes in float64 where the vendor's program can be made to, since the comparison
-        is then limited by the rounding of the stored weights alone.
+        ``self``.
 
         Args:
             path: a file in the vendor's format.
+            as_used: compute in the precision that the vendor's program takes if nobody asks for another one. By
+                default in float64 where it can be made to, since the comparison is then limited by the rounding of
+                the stored weights alone.
         """
         raise BlipError(f"the {self.name} adapter cannot open its vendor's format")
 
@@ -289,7 +302,10 @@ class Backbone(nn.Module, ABC):
         return {}
 
     def check(self, atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
-        """Raise a :class:`DataError` if the model cannot describe ``atoms``."""
+        """Raise a :class:`DataError` if the model cannot describe ``atoms``: coordinates that are no numbers, or an
+        element that it does not know.
+        """
+        check_numbers(atoms, file=file, frame=frame)
         unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
         if unknown:
             from ase.data import chemical_symbols
@@ -348,6 +364,31 @@ class Backbone(nn.Module, ABC):
     def versions(self) -> dict[str, str]:
         """Versions of the packages this adapter stands on."""
         return {p: importlib.metadata.version(p) for p in self.packages}
+
+
+def check_numbers(atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
+    """Raise unless positions and cell are finite.
+
+    Vendors' searches find no neighbours for an atom at NaN, and their models then give it a finite energy.
+
+    Raises:
+        DataError: they are not; names the first atom.
+    """
+    finite = np.isfinite(atoms.positions).all(axis=1)
+    if not finite.all():
+        first = int(np.flatnonzero(~finite)[0])
+        what, field = f"the position of atom {first} is {atoms.positions[first].tolist()}", "positions"
+    elif not np.isfinite(atoms.cell.array).all():
+        what, field = f"the cell is {atoms.cell.array.tolist()}", "cell"
+    else:
+        return
+    raise DataError(
+        f"{what}, which is no place",
+        remedy="mend or remove the structure; in dynamics, take shorter steps from a relaxed structure",
+        file=file,
+        frame=frame,
+        field=field,
+    )
 
 
 # ---- registry --------------------------------------------------------------------------------

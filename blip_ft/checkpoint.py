@@ -1,8 +1,8 @@
 """Our own model format: a folder with ``model.safetensors`` and ``model.json``.
 
 The JSON holds everything needed to rebuild the architecture (adapter, its configuration, what was
-converted, the posterior family), the file's own SHA-256, where the base model came from, and a
-format version. The tensors hold pretrained weights, mean, posterior, and the means and directions of the
+converted, the posterior family), the SHA-256 of the tensors and its own, where the base model came from, a format
+version, and what the model gives for a made-up structure (:mod:`blip_ft.model_checks`). The tensors hold pretrained weights, mean, posterior, and the means and directions of the
 out-of-distribution score where there is one. Nothing is ever unpickled,
 and the base model's file is not needed again.
 """
@@ -27,11 +27,21 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.files import write_remedy
+from blip_ft.model_checks import (
+    AGAIN,
+    check_finite,
+    check_probe,
+    check_seal,
+    check_values,
+    make_probe,
+    sealed,
+)
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.ood import FeatureDistance
 
-#: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family
+#: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family, a
+#: checksum of the JSON, and a probe
 FORMAT_VERSION = 3
 #: prefix of these tensors
 OOD = "ood."
@@ -70,7 +80,7 @@ def save_model(potential: BayesianPotential, folder: str | Path) -> None:
                 stored = potential.ood.tensors()
                 tensors |= {f"{OOD}{k}": v.contiguous().clone() for k, v in stored.items()}
             save_file(tensors, new / TENSORS)
-            meta = _meta(potential) | {"tensors_sha256": sha256(new / TENSORS)}
+            meta = sealed(_meta(potential) | {"tensors_sha256": sha256(new / TENSORS)})
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
             old = Path(temporary) / "old"
             if folder.exists():
@@ -108,6 +118,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "amplitude": potential.amplitude,
         "references": {str(z): e for z, e in potential.references.items()},
         "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
+        "probe": make_probe(potential),
     }
 
 
@@ -137,7 +148,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
         device: where to put it.
 
     Raises:
-        CheckpointError: missing, damaged or newer file.
+        CheckpointError: missing, damaged or newer file, or a model that gives other numbers than when it was saved.
         ImportError: the adapter's backend is not installed.
     """
     keep_memory()
@@ -148,18 +159,24 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
         raise CheckpointError(
             "the tensors are missing or not the ones that were saved (cut short or changed)",
             file=tensors_file,
-            remedy="copy the whole folder again, or train again",
+            remedy=AGAIN,
         )
+    check_values(meta, folder / META)
     try:
         potential = _rebuild(meta)
+    except CheckpointError as error:
+        if error.file is not None:
+            raise
+        raise CheckpointError(
+            error.problem, remedy=error.remedy, file=folder / META, field=error.field
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"damaged or edited: {type(error).__name__}: {error}",
-            file=folder / META,
-            remedy="copy the whole folder again, or train again",
+            f"damaged or edited: {type(error).__name__}: {error}", file=folder / META, remedy=AGAIN
         ) from error
     try:
         tensors = load_file(tensors_file)
+        check_finite(tensors, tensors_file)
         ood = {k.removeprefix(OOD): tensors.pop(k) for k in list(tensors) if k.startswith(OOD)}
         potential.load_state_dict(tensors)
         potential.ood = FeatureDistance.from_tensors(ood) if ood else None
@@ -168,6 +185,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
             f"the tensors do not fit the model: {error}", file=tensors_file, remedy="train again"
         ) from error
     potential.prior.refresh(potential.converted.pretrained)
+    check_probe(potential.eval(), meta, folder / META)
     if dtype is not None and dtype != meta["dtype"]:
         potential.to_dtype("float64" if dtype == "float64" else "float32")
     return potential.to(device).eval()
@@ -214,6 +232,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             file=file,
             remedy="pip install --upgrade blip-ft",
         )
+    if version >= 3:
+        check_seal(meta, file)
     options = meta.get("posterior")
     if isinstance(options, dict):
         if (family := options.get("family")) not in FAMILIES:

@@ -144,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A",
         help="width of the draws, 1 for the posterior's own (by default the width that predict draws at)",
     )
+    export.add_argument(
+        "--references",
+        choices=("file", "beside"),
+        default="file",
+        help="energy references in the files, or beside them in export.json alone, where float32 would lose their "
+        "digits (file)",
+    )
     export.add_argument("-o", "--output", metavar="DIR", help="new folder (RUN/export-native)")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 

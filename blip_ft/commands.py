@@ -214,7 +214,7 @@ def recipes(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write a model in the vendor's format."""
     from blip_ft.checkpoint import find_model, load_model
-    from blip_ft.export import export_native
+    from blip_ft.export import META, export_native
 
     folder = Path(args.output) if args.output else find_model(args.model).parent / f"export-{args.to}"
     potential = load_model(args.model)
@@ -223,17 +223,27 @@ def export(args: argparse.Namespace) -> None:
         folder,
         draws=args.draws,
         amplitude=args.amplitude,
+        references=args.references == "file",
         overwrite=args.overwrite,
         progress=lambda name: print(
-            f"{name} written, read back by the vendor's loader, equal", file=sys.stderr
+            f"{name} written, read back by the vendor's loader, equal in float64", file=sys.stderr
         ),
     )
-    table = new_table(
-        "file", "eV/atom", "eV/Å", title=f"{folder}: largest differences from the trained model"
-    )
+    columns = "eV/atom", "eV/Å", "as used: eV/atom", "eV/Å"
+    table = new_table("file", *columns, title=f"{folder}: largest differences from the trained model")
     for item in done:
-        table.add_row(item.file, f"{item.energy_ev_per_atom:.1e}", f"{item.forces_ev_per_ang:.1e}")
+        table.add_row(
+            item.file,
+            f"{item.energy_ev_per_atom:.1e}",
+            f"{item.forces_ev_per_ang:.1e}",
+            f"{item.energy_as_used_ev_per_atom:.1e}",
+            f"{item.forces_as_used_ev_per_ang:.1e}",
+        )
     show(table)
+    for note in json.loads((folder / META).read_text(encoding="utf-8"))["notes"]:
+        print(note)
+    if args.references == "beside" and potential.references:
+        print("Energies of the files are without references: add those of export.json, atom by atom.")
     width = potential.amplitude if args.amplitude is None else args.amplitude
     if args.draws and width != 1:
         print(

@@ -11,20 +11,32 @@ An energy that depends on positions through these vectors only has, with g = dE/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.geometry import complete_cell
+from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.conservative import sum_rows
 from blip_ft.errors import DataError
 
+#: lattice vectors are exchanged for shorter ones where these are shorter by this factor
+_SKEWED = 1.5
+#: a structure that is not periodic is moved where it is so far from the origin, Å
+_FAR = 100.0
+
 
 def bare(atoms: Atoms) -> Atoms:
-    """A copy with numbers, positions, cell and pbc only.
+    """The structure with numbers, positions, cell and pbc only, described as vendors' searches see it best.
+
+    Vendors round coordinates, or look for neighbours among a few images only. So atoms outside the cell are brought
+    back by lattice vectors, very skewed cells are described by shorter vectors, left-handed ones by the opposite
+    vectors, and a free structure far from the origin is moved as a whole. None of this changes a distance or turns
+    anything: forces and stress are those of the structure as it was given, atom by atom. What needs none of it is
+    copied bit for bit.
 
     Raises:
         DataError: a periodic direction without a lattice vector, or lattice vectors in a plane.
@@ -38,14 +50,20 @@ def bare(atoms: Atoms) -> Atoms:
             remedy="set the cell, or pbc=False for a molecule",
             field="cell",
         )
-    return Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=cell, pbc=atoms.pbc)
+    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=cell, pbc=atoms.pbc)
+    if atoms.pbc.any():
+        _reduce(copy)
+        _wrap(copy)
+    elif len(atoms) and np.abs(centre := copy.positions.mean(axis=0)).max() > _FAR:
+        copy.positions -= centre.round()
+    return copy
 
 
 def boxed(atoms: Atoms, padding: float) -> Atoms:
     """A fully periodic copy whose images do not touch in directions that were not periodic.
 
     Lattice vectors of these directions are replaced by ones normal to the others and longer than the
-    structure by ``padding`` (Å). Positions are not changed.
+    structure by ``padding`` (Å). Positions are those of :func:`bare`, moved as a whole where the box is elsewhere.
 
     Raises:
         DataError: as for :func:`bare`.
@@ -58,10 +76,52 @@ def boxed(atoms: Atoms, padding: float) -> Atoms:
     cell = complete_cell(cell)  # unit vectors normal to the periodic ones
     for axis in np.flatnonzero(~copy.pbc):
         along = copy.positions @ cell[axis]
-        cell[axis] *= np.ptp(along) + padding
+        length = np.ptp(along) + padding
+        middle = (along.min() + along.max()) / 2 / length
+        if not -1 < middle < 2:
+            copy.positions -= np.floor(middle) * length * cell[axis]
+        cell[axis] *= length
     copy.set_cell(cell)
     copy.pbc = True
+    _turn(copy)
     return copy
+
+
+def _reduce(atoms: Atoms) -> None:
+    """Shorter lattice vectors in place of very skewed ones, and right-handed ones in place of left-handed ones."""
+    full = _completed(atoms)
+    lengths = np.linalg.norm(full, axis=1)
+    # shorter vectors span the same volume: where these fill it so well, none is shorter by that factor
+    if abs(np.linalg.det(full)) * _SKEWED < lengths.prod():
+        short = np.asarray(minkowski_reduce(full, atoms.pbc)[0])
+        if lengths[atoms.pbc].max() > _SKEWED * np.linalg.norm(short[atoms.pbc], axis=1).max():
+            cell = atoms.cell.array.copy()
+            cell[atoms.pbc] = short[atoms.pbc]
+            atoms.set_cell(cell)
+    if atoms.pbc.all():
+        _turn(atoms)
+
+
+def _turn(atoms: Atoms) -> None:
+    """The opposite lattice vectors in place of left-handed ones: the same lattice."""
+    if np.linalg.det(atoms.cell.array) < 0:
+        atoms.set_cell(-atoms.cell.array)
+
+
+def _wrap(atoms: Atoms) -> None:
+    """Atoms outside the cell moved into it by lattice vectors; those inside stay as they are, bit for bit."""
+    full = _completed(atoms)
+    place = np.linalg.solve(full.T, atoms.positions.T).T
+    outside = ((place < -1e-6) | (place > 1 + 1e-6)) & atoms.pbc
+    if outside.any():
+        atoms.positions -= np.where(outside, np.floor(place), 0.0) @ full
+
+
+def _completed(atoms: Atoms) -> Any:
+    """(3, 3) lattice vectors, with unit vectors normal to the others in open directions, Å."""
+    cell = atoms.cell.array.copy()
+    cell[~atoms.pbc] = 0.0
+    return complete_cell(cell)
 
 
 def scalars(atoms: Atoms) -> dict[str, Tensor]:

@@ -2,7 +2,11 @@
 
 One file is the posterior mean, further ones are posterior draws: each an ordinary potential of the
 vendor's architecture, with the energy references in it. Before anything is reported, every file is
-opened again by the vendor's loader and compared with the trained potential.
+opened again by the vendor's loader and compared with the trained potential, in float64 (nothing was lost
+but digits) and in the precision that the vendor's program takes by itself (how many).
+
+References of thousands of eV per atom leave few digits to a program that adds energies up in float32. That is
+said, and the references can be left out of the files: they stand in ``export.json``.
 
 Draws are taken at the width at which the model predicts (``BayesianPotential.amplitude``, a
 fraction of the posterior's, where outputs are still linear in the weights), so the spread of the
@@ -23,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import covalent_radii
 
 import blip_ft
 from blip_ft.backbone import Backbone
@@ -31,6 +34,7 @@ from blip_ft.checkpoint import require_space, sha256
 from blip_ft.errors import BlipError, GateError, first_line, readable
 from blip_ft.files import is_failed_write, write_remedy
 from blip_ft.potential import BayesianPotential
+from blip_ft.probes import probes_of
 from blip_ft.variational.convert import unload
 
 META = "export.json"
@@ -38,16 +42,35 @@ META = "export.json"
 #: weight to float32 moves energies by some 1e-6 eV/atom
 TOLERANCE = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-8)}
 
+#: steps of energies in float32 that are worth a note, eV/atom
+STEP = 1e-4
+
 
 @dataclass(frozen=True)
 class Exported:
-    """One file and its largest differences from the potential, over all compared structures."""
+    """One file and its largest differences from the potential, over all compared structures.
+
+    The first three are those in float64, ``as_used`` those in the precision of the vendor's program.
+    """
 
     file: str
     sha256: str
     energy_ev_per_atom: float
     forces_ev_per_ang: float
     stress_ev_per_ang3: float
+    energy_as_used_ev_per_atom: float
+    forces_as_used_ev_per_ang: float
+
+
+@dataclass
+class _Energies:
+    """What has been seen of the energies of files, for :func:`_notes`."""
+
+    #: largest size, eV/atom, of the vendor's own and with the references
+    plain: float = 0.0
+    whole: float = 0.0
+    #: whether the vendor's program gives them in float32
+    single: bool = True
 
 
 def export_native(
@@ -56,6 +79,7 @@ def export_native(
     *,
     draws: int = 0,
     amplitude: float | None = None,
+    references: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], Any] | None = None,
 ) -> list[Exported]:
@@ -67,6 +91,8 @@ def export_native(
             file has been read back and agrees.
         draws: number of draws K, 0 or at least 2.
         amplitude: width of the draws in units of the posterior's; by default the potential's own.
+        references: whether the energy references go into the files; else the files have energies on the vendor's
+            reference, and those of ``export.json`` are to be added.
         overwrite: replace an earlier export.
         progress: called with each file's name when it is done.
 
@@ -86,7 +112,10 @@ def export_native(
         )
     width = potential.amplitude if amplitude is None else amplitude
     reference = _double(potential, width, draws)
-    frames = probe_structures(sorted(potential.references) or sorted(potential.backbone.elements)[:8])
+    shift = potential.references if references else {}
+    reference.references = dict(shift)
+    seen = _Energies()
+    frames = probes_of(potential)
     suffix = potential.backbone.native_suffix
     members: list[int | None] = [None, *range(draws)]
     require_space(folder, len(members) * sum(t.nbytes for t in potential.backbone.state_dict().values()))
@@ -98,11 +127,12 @@ def export_native(
             for draw in members:
                 name = f"mean{suffix}" if draw is None else f"draw-{draw:02d}{suffix}"
                 plain = member(potential, draw, n_draws=draws, amplitude=width)
-                plain.write_native(new / name, dict(potential.references))
-                done.append(_compare(plain, new / name, reference, draw, frames))
+                plain.write_native(new / name, shift)
+                done.append(_compare(plain, new / name, reference, draw, frames, seen))
                 if progress is not None:
                     progress(name)
             meta = _meta(potential, width, done)
+            meta |= {"references_in_files": references, "notes": _notes(potential, width, done, seen)}
             (new / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
             _check_folder(folder, overwrite=overwrite)  # another program may have written it in the meantime
             if folder.exists():
@@ -138,24 +168,6 @@ def member(
     return plain.requires_grad_(False).eval()
 
 
-def probe_structures(elements: Sequence[int]) -> list[Atoms]:
-    """A sheared, rattled crystal with every element at least once, and a free cluster cut from it.
-
-    Neighbours are about 1.2 covalent bond lengths apart. Made up, because a model folder holds no
-    frames and the comparison needs none that make sense.
-    """
-    side = max(2, int(np.ceil(len(elements) ** (1 / 3) - 1e-9)))
-    numbers = np.resize(np.asarray(elements), side**3)
-    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-    spacing = 2.4 * float(np.max(covalent_radii[numbers]))
-    rng = np.random.default_rng(0)
-    shear = np.array([[1.0, 0.05, -0.03], [0.0, 0.97, 0.04], [0.0, 0.0, 1.02]])
-    positions = spacing * grid @ shear + rng.normal(0, 0.04 * spacing, (side**3, 3))
-    crystal = Atoms(numbers, positions=positions, cell=spacing * side * shear, pbc=True)
-    cluster = Atoms(numbers[:5], positions=positions[:5])
-    return [crystal, cluster]
-
-
 def _double(potential: BayesianPotential, amplitude: float, draws: int) -> BayesianPotential:
     """A copy in float64 that draws as the files do."""
     twin = copy.deepcopy(potential).to_dtype("float64")
@@ -164,28 +176,33 @@ def _double(potential: BayesianPotential, amplitude: float, draws: int) -> Bayes
 
 
 def _compare(
-    plain: Backbone, path: Path, reference: BayesianPotential, draw: int | None, frames: Sequence[Atoms]
+    plain: Backbone,
+    path: Path,
+    reference: BayesianPotential,
+    draw: int | None,
+    frames: Sequence[Atoms],
+    seen: _Energies,
 ) -> Exported:
     """Open a file as a user of the vendor's program would, and compare.
 
     Raises:
-        GateError: energies or forces differ by more than ``TOLERANCE``, plus 1e-6 of their size in
-            float32, which holds no more digits.
+        GateError: energies or forces differ in float64 by more than ``TOLERANCE``, plus 1e-6 of their size where
+            float32 is stored, which holds no more digits.
     """
     dtype = plain.native_dtype or str(plain.dtype).removeprefix("torch.")
     e_limit, f_limit = TOLERANCE[dtype]
     digits = 1e-6 if dtype == "float32" else 1e-11
-    calculator = plain.open_native(path)
-    worst = [0.0, 0.0, 0.0]
+    exact, used = plain.open_native(path), plain.open_native(path, as_used=True)
+    worst, worst_used = np.zeros(3), np.zeros(2)
     for atoms in frames:
         batch = reference.backbone.batch([atoms]).to(reference.backbone.device)
         mode: Any = "off" if draw is None else "draw"
         with torch.no_grad():
             ours = reference(batch, mode=mode, draw=draw, forces=True, stress=True)
         assert ours.forces is not None
-        theirs = atoms.copy()
-        theirs.calc = calculator
         energy, forces = ours.energy.item(), ours.forces.cpu().numpy()
+        theirs = atoms.copy()
+        theirs.calc = exact
         off = [
             abs(theirs.get_potential_energy() - energy) / len(atoms),
             float(np.abs(theirs.get_forces() - forces).max()),
@@ -205,8 +222,60 @@ def _compare(
                 remedy="this is a defect of the adapter or an untested version of its backend: see "
                 "'blip-finetune doctor'",
             )
-        worst = [max(a, b) for a, b in zip(worst, off, strict=True)]
-    return Exported(path.name, sha256(path), *worst)
+        theirs = atoms.copy()
+        theirs.calc = used
+        rounded, shift = float(theirs.get_potential_energy()), reference.reference_energy(batch).item()
+        off_used = abs(rounded - energy) / len(atoms), float(np.abs(theirs.get_forces() - forces).max())
+        worst, worst_used = np.maximum(worst, off), np.maximum(worst_used, off_used)
+        seen.plain = max(seen.plain, abs(energy - shift) / len(atoms))
+        seen.whole = max(seen.whole, abs(energy) / len(atoms), *map(abs, reference.references.values()))
+        seen.single &= _is_single(rounded) or _is_single(rounded / len(atoms))
+    return Exported(path.name, sha256(path), *worst.tolist(), *worst_used.tolist())
+
+
+def _is_single(value: float) -> bool:
+    """Whether a number has no more digits than float32."""
+    return abs(float(np.float32(value)) - value) <= 1e-13 * abs(value)
+
+
+def _notes(
+    potential: BayesianPotential, amplitude: float, done: Sequence[Exported], seen: _Energies
+) -> list[str]:
+    """What a user of the files has to know, in sentences."""
+    backbone, notes = potential.backbone, []
+    if chosen := backbone.choices():
+        what = ", ".join(f"{k}={'each its own' if v is None else v}" for k, v in chosen.items())
+        own = {k: "the structure's own" if v is None else v for k, v in chosen.items()}
+        call = backbone.native_call.format(file=done[0].file, **own)
+        notes.append(f"The files are for {what}" + (f": {call}." if call else "."))
+    if not seen.single:
+        return notes
+    step = seen.whole * 2.0**-23
+    lost = []
+    if step > STEP:
+        lost.append(
+            f"energies of up to {seen.whole:.0f} eV per atom have steps of {1e3 * step:.2g} meV per atom in float32, in "
+            "which the vendor's program gives them"
+        )
+    floor = step / np.sqrt(12) / amplitude
+    if len(done) > 1 and floor > STEP:
+        lost.append(
+            f"the std of energies over the draws, times {1 / amplitude:.3g}, has a floor of rounding of about "
+            f"{1e3 * floor:.2g} meV per atom"
+        )
+    if lost:
+        text = "; ".join(lost)
+        helps = 2 * seen.plain < seen.whole
+        notes.append(
+            f"{text[0].upper()}{text[1:]}: "
+            + (
+                "leave the energy references out of the files (--references beside) and add those of export.json to "
+                "the vendor's energies."
+                if helps
+                else "compute in float64 where the vendor's program can."
+            )
+        )
+    return notes
 
 
 def _meta(potential: BayesianPotential, amplitude: float, done: Sequence[Exported]) -> dict[str, Any]:
@@ -217,6 +286,7 @@ def _meta(potential: BayesianPotential, amplitude: float, done: Sequence[Exporte
         "blip_ft": blip_ft.__version__,
         "versions": backbone.versions(),
         "base": backbone.origin,
+        "for": backbone.choices(),
         "dtype": backbone.native_dtype or str(backbone.dtype).removeprefix("torch."),
         "amplitude": amplitude,
         "multiply_spread_by": 1 / amplitude,

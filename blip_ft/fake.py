@@ -233,12 +233,13 @@ class FakeBackbone(ConservativeBackbone):
             state["model.references"][_ELEMENTS.index(number)] += energy
         torch.save({"size": self.size, "state": state}, path)
 
-    def open_native(self, path: Path) -> Calculator:
-        """A calculator on what the file holds, in float64."""
+    def open_native(self, path: Path, *, as_used: bool = False) -> Calculator:
+        """A calculator on what the file holds, in float64 or in the precision of the file."""
         content = torch.load(path, weights_only=True)
         twin = FakeBackbone(content["size"])
         twin.load_state_dict(content["state"])
-        return _FakeCalculator(twin.double())
+        stored = content["state"]["model.references"].dtype
+        return _FakeCalculator(twin.to(stored if as_used else torch.float64))
 
 
 class _FakeCalculator(Calculator):

@@ -15,8 +15,9 @@ from blip_ft import checkpoint
 from blip_ft.checkpoint import find_model, load_model, require_space, save_model, sha256
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, CheckpointError
-from blip_ft.fake import FakeBackbone
+from blip_ft.fake import FakeBackbone, FakeModel
 from blip_ft.families.registry import without_foreign_keys
+from blip_ft.model_checks import sealed
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.ood import FeatureDistance
@@ -108,7 +109,7 @@ class TestScore:
 
     def test_a_file_of_the_first_version_has_none(self, saved):
         folder, expected = saved
-        edit(folder, lambda m: m.update(format_version=1))
+        edit(folder, lambda m: m.update(format_version=1), again=False)
         loaded = load_model(folder)
         assert loaded.ood is None
         assert predictions(loaded) == expected
@@ -242,11 +243,12 @@ class TestContent:
         assert meta["tensors_sha256"] == sha256(saved[0] / "model.safetensors")
 
 
-def edit(folder, change):
+def edit(folder, change, *, again=True):
+    """Change the JSON, with a checksum to match."""
     file = folder / "model.json"
     meta = json.loads(file.read_text(encoding="utf-8"))
     change(meta)
-    file.write_text(json.dumps(meta), encoding="utf-8")
+    file.write_text(json.dumps(sealed(meta) if again else meta), encoding="utf-8")
 
 
 class TestDamage:
@@ -344,6 +346,46 @@ class TestDamage:
             load_model(saved[0])
         assert e.value.file == str(saved[0] / "model.json")
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            *[("amplitude", v) for v in (float("nan"), 0.0, -0.03, 2.0, "0.03", True)],
+            *[("prior_scale", v) for v in (float("nan"), 0, -1.0, float("inf"), None)],
+            *[("n_draws", v) for v in (0, 1, -4, 2.5, float("nan"))],
+            *[("references", v) for v in ({"14": float("nan")}, {"14": "-5"}, {"0": 1.0}, {"400": 1.0})],
+            ("seed", 1.5),
+            ("dtype", "hub"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_a_value_is_impossible(self, saved, key, value, version):
+        """Also where an older file has no checksum."""
+        edit(saved[0], lambda m: m.update({key: value, "format_version": version}))
+        with pytest.raises(CheckpointError, match=r"is .*, not ") as e:
+            load_model(saved[0])
+        assert (e.value.file, e.value.field) == (str(saved[0] / "model.json"), key)
+
+    @pytest.mark.parametrize("change", [{"amplitude": 0.5}, {"references": {}}, {"comment": "mine"}], ids=str)
+    def test_any_edit_is_seen(self, saved, change):
+        edit(saved[0], lambda m: m.update(change), again=False)
+        with pytest.raises(CheckpointError, match="changed since it was saved") as e:
+            load_model(saved[0])
+        assert e.value.file == str(saved[0] / "model.json")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_tensors_that_are_no_numbers(self, tmp_path, value):
+        potential = make()
+        with torch.no_grad():
+            potential.posterior.get_parameter(
+                next(n for n, _ in potential.posterior.named_parameters())
+            ).flatten()[0] = value
+        save_model(potential, tmp_path / "model")
+        with pytest.raises(CheckpointError, match="no numbers") as e:
+            load_model(tmp_path / "model")
+        assert e.value.field.startswith("posterior.")
+        assert e.value.file == str(tmp_path / "model" / "model.safetensors")
+
     def test_an_adapter_that_is_not_installed(self, saved):
         edit(saved[0], lambda m: m.update(adapter="fke"))
         with pytest.raises(BlipError, match="did you mean 'fake'"):
@@ -363,6 +405,61 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="no trained model here") as e:
             load_model(tmp_path / name)
         assert e.value.file == str(tmp_path / name)
+
+
+class TestProbe:
+    """What the model gave when it was saved, beside what it gives now."""
+
+    def test_a_model_of_an_older_format_opens(self, saved):
+        folder, expected = saved
+
+        def older(meta):
+            meta["format_version"] = 2
+            del meta["probe"], meta["sha256"]
+
+        edit(folder, older, again=False)
+        assert predictions(load_model(folder)) == expected
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize("loaded", ["float32", "float64"])
+    def test_precisions(self, tmp_path, dtype, loaded):
+        save_model(make().to_dtype(dtype), tmp_path / "model")
+        meta = json.loads((tmp_path / "model/model.json").read_text())
+        assert set(meta["probe"]["numbers"]) == {8, 14}
+        load_model(tmp_path / "model", dtype=loaded)
+
+    def test_a_package_that_computes_something_else(self, saved, monkeypatch):
+        """As another version of a vendor's package might: the same weights, other numbers."""
+        forward = FakeModel.forward
+
+        def other(self, species, edge_index, distance):
+            energy, features = forward(self, species, edge_index, 1.001 * distance)
+            return energy, features
+
+        monkeypatch.setattr(FakeModel, "forward", other)
+        with pytest.raises(CheckpointError, match="versions that are installed here") as e:
+            load_model(saved[0])
+        assert e.value.file == str(saved[0] / "model.json")
+        edit(saved[0], lambda m: m["versions"].update(ase="3.20.1", torch="1.9.0+cpu", gone="2.0"))
+        with pytest.raises(
+            CheckpointError, match=r"saved with ase 3\.20\.1 \(here .*\), gone 2\.0 \(here absent\)"
+        ) as e:
+            load_model(saved[0])
+        assert "pip install ase==3.20.1 gone==2.0 torch==1.9.0" in e.value.remedy
+
+    def test_a_difference_that_does_not_matter(self, saved, monkeypatch):
+        forward = FakeModel.forward
+        monkeypatch.setattr(
+            FakeModel, "forward", lambda self, s, i, d: tuple(x * (1 + 1e-7) for x in forward(self, s, i, d))
+        )
+        edit(saved[0], lambda m: m["versions"].update(torch="1.9.0"))
+        load_model(saved[0])
+
+    def test_a_model_without_numbers_has_none(self, tmp_path):
+        potential = make()
+        potential.references = {14: float("nan"), 8: 0.0}
+        save_model(potential, tmp_path / "model")
+        assert json.loads((tmp_path / "model/model.json").read_text())["probe"] is None
 
 
 class TestFailedSave:

@@ -16,9 +16,10 @@ from blip_ft.checkpoint import save_model
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, GateError
-from blip_ft.export import export_native, member, probe_structures
+from blip_ft.export import export_native, member
 from blip_ft.fake import FakeBackbone
 from blip_ft.potential import BayesianPotential
+from blip_ft.probes import probe_structures
 from blip_ft.uncertainty.predict import predict_atoms
 
 
@@ -87,6 +88,66 @@ def test_single_precision(potential, tmp_path):
     (mean,) = export_native(potential, tmp_path / "out")
     assert 0 < mean.energy_ev_per_atom < 1e-3  # a reference of -321 eV has no more digits
     assert torch.load(tmp_path / "out/mean.pt")["state"]["model.references"].dtype == torch.float32
+
+
+def notes(folder: Path) -> str:
+    return "\n".join(json.loads((folder / "export.json").read_text())["notes"])
+
+
+def test_all_electron_energies_in_single_precision(potential, tmp_path):
+    """20 keV per atom: float32 has steps of 15.6 meV for 9 atoms, which the comparison in float64 does not see."""
+    potential.references = {14: -20337.0, 8: -2041.0}
+    assert notes_of(potential, tmp_path / "double") == ""
+    potential.to_dtype("float32")
+    (mean,) = export_native(potential, tmp_path / "out", references=True)
+    assert mean.energy_as_used_ev_per_atom > 1e-4
+    found = notes(tmp_path / "out")
+    for part in ("20337 eV per atom", "steps of 2.4 meV per atom", "--references beside"):
+        assert part in found
+    (mean,) = export_native(potential, tmp_path / "beside", references=False)
+    assert mean.energy_as_used_ev_per_atom < 1e-5
+    assert notes(tmp_path / "beside") == ""
+    meta = json.loads((tmp_path / "beside/export.json").read_text())
+    assert meta["references_in_files"] is False
+    assert meta["references_ev"] == {"14": -20337.0, "8": -2041.0}
+    atoms = crystal()
+    atoms.calc = FakeBackbone().open_native(tmp_path / "beside" / mean.file)
+    (own,) = predict_atoms(potential, [crystal()], n_draws=0)
+    assert atoms.get_potential_energy() - 20337.0 - 2041.0 == pytest.approx(own["energy"], abs=1e-4)
+
+
+def test_narrow_draws_of_large_energies(potential, tmp_path):
+    """The spread of the files is multiplied by 33, and its rounding with it."""
+    potential.to_dtype("float32")
+    potential.amplitude = 0.03
+    potential.references = {14: -360.0, 8: -430.0}
+    assert notes_of(potential, tmp_path / "mean") == ""  # 0.05 meV per atom
+    found = notes_of(potential, tmp_path / "draws", draws=2)
+    assert "floor of rounding of about 0.49 meV per atom" in found
+    assert "times 33.3" in found
+    assert notes_of(potential, tmp_path / "beside", draws=2, references=False) == ""
+
+
+def notes_of(potential, folder, **options) -> str:
+    export_native(potential, folder, **options)
+    return notes(folder)
+
+
+class TwoHeads(FakeBackbone):
+    native_call = "Calculator('{file}', head='{head}')"
+
+    def choices(self):
+        return {"head": "r2scan"}
+
+
+def test_an_export_says_what_it_is_for(potential, tmp_path):
+    export_native(potential, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain/export.json").read_text())["for"] == {}
+    assert notes(tmp_path / "plain") == ""
+    potential.backbone.__class__ = TwoHeads
+    export_native(potential, tmp_path / "out")
+    assert json.loads((tmp_path / "out/export.json").read_text())["for"] == {"head": "r2scan"}
+    assert notes(tmp_path / "out") == "The files are for head=r2scan: Calculator('mean.pt', head='r2scan')."
 
 
 class Forgetful(FakeBackbone):
@@ -190,6 +251,10 @@ def test_the_command(potential, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["draw-00.pt", "draw-01.pt", "export.json", "mean.pt"]
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "other")]) == 0
     assert "width" not in capsys.readouterr().out
+    beside = ["export", str(tmp_path / "run"), "--references", "beside", "-o", str(tmp_path / "beside")]
+    assert main(beside) == 0
+    assert "without references: add those of export.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "beside/export.json").read_text())["references_in_files"] is False
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "run"), "--draws", "1"])
     assert main(["export", str(tmp_path / "run")]) == 2  # exists

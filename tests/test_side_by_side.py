@@ -233,6 +233,34 @@ def test_one_potential_in_several_threads_of_the_user():
             assert found[n][0][name] == pytest.approx(one[name], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("method", ["draws", "energy", "linear"])
+def test_four_calculators_of_one_potential_in_four_threads(method: Method):
+    potential = make(family="subspace", init_std=0.2, n_draws=6)
+
+    def values(n: int) -> dict[str, Any]:
+        atoms = structures()[n]
+        atoms.calc = potential.calculator(method=method)
+        for _ in range(3):  # as steps of dynamics
+            atoms.positions += 0.01
+            atoms.get_forces()
+        return dict(atoms.calc.results)
+
+    expected, found = [values(n) for n in range(4)], {}
+
+    def work(n: int) -> None:
+        found[n] = values(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, wanted in enumerate(expected):
+        assert found[n].keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert found[n][key] == pytest.approx(value, rel=1e-9, abs=1e-12, nan_ok=True), key
+
+
 # ---- noise ahead -----------------------------------------------------------------------------
 
 

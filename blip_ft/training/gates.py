@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from blip_ft import edges
 from blip_ft.data.references import References
 from blip_ft.errors import GateError, readable
 from blip_ft.potential import BayesianPotential
@@ -43,12 +44,19 @@ class StepZero:
 
 
 def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str, Any]]:
-    """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator, afresh per frame."""
+    """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator.
+
+    It is given each structure as :func:`blip_ft.edges.bare` describes it, since what the vendor rounds, or gets wrong in
+    left-handed cells (the sign of CHGNet's stress), is no property of the model; and it starts anew for each, since not
+    every vendor notices that the charge has changed.
+    """
     out = []
     for a in atoms:
-        copy = a.copy()
-        # what was calculated before is forgotten: not every vendor's calculator notices a changed charge
-        calculator.reset()
+        copy, plain = a.copy(), edges.bare(a)
+        copy.set_cell(plain.cell)
+        copy.set_positions(plain.positions, apply_constraint=False)
+        if hasattr(calculator, "reset"):
+            calculator.reset()
         copy.calc = calculator
         item: dict[str, Any] = {
             "energy": copy.get_potential_energy(),

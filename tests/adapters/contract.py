@@ -31,10 +31,31 @@ from scipy.spatial.transform import Rotation
 
 from blip_ft.backbone import Backbone, Prediction
 from blip_ft.errors import CheckpointError, DataError
+from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
 from .helpers import array, close, evaluate, evaluate_all, is_linear, rotation_defect, same, tensors
 
+
+def _moved(atoms: Atoms, images: int) -> Atoms:
+    other = atoms.copy()
+    other.positions[2] += (images, -images, images // 2) @ atoms.cell.array
+    return other
+
+
+def _described(atoms: Atoms, change: Any) -> Atoms:
+    other = atoms.copy()
+    other.set_cell(np.array(change) @ atoms.cell.array)
+    return other
+
+
+#: the same crystal: no distance and no direction changes
+DESCRIPTIONS = {
+    "unwrapped": lambda a: _moved(a, 3),
+    "1000 Å outside": lambda a: _moved(a, 200),
+    "skewed": lambda a: _described(a, [[1, 0, 0], [7, 1, 0], [-5, 9, 1]]),
+    "left-handed": lambda a: _described(a, [[0, 1, 0], [1, 0, 0], [0, 0, 1]]),
+}
 NAMES = ["quartz", "carbide", "ethanol", "boxed_atom", "periodic_atom", "slab"]
 
 
@@ -152,6 +173,35 @@ class AdapterContract:
         moved.positions[2] += (2, -1, 1) @ quartz.cell.array
         same(evaluate(backbone, moved), evaluate(backbone, quartz), 1e-9)
 
+    @pytest.mark.parametrize("how", DESCRIPTIONS)
+    def test_another_description_of_the_same_crystal(self, native, backbone, quartz, how):
+        """Also in the vendor's precision, in which a far image would lose its digits."""
+        other = DESCRIPTIONS[how](quartz)
+        same(evaluate(backbone, other), evaluate(backbone, quartz), 1e-9)
+        one, two = evaluate(native, quartz), evaluate(native, other)
+        assert (two.energy - one.energy).abs().item() < self.step0[0] * len(quartz)
+        close(two.forces, one.forces, self.step0[1])
+        close(two.stress, one.stress, self.step0[2])
+
+    @pytest.mark.parametrize("how", DESCRIPTIONS)
+    def test_step_zero_of_another_description(self, backbone, stock, quartz, how):
+        """As the gate compares; right labels are refused where the vendor's sign of the stress is wrong."""
+        other = DESCRIPTIONS[how](quartz)
+        (theirs,) = stock_predictions(stock, [other])
+        (mine,) = stock_predictions(stock, [quartz])
+        ours = evaluate(backbone, other)
+        assert ours.energy.item() == pytest.approx(theirs["energy"], abs=1e-9 * len(quartz))
+        np.testing.assert_allclose(array(ours.forces), theirs["forces"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(theirs["forces"], mine["forces"], rtol=0, atol=1e-9)
+        if backbone.has_stress:
+            np.testing.assert_allclose(array(ours.stress[0]), theirs["stress"], rtol=0, atol=1e-7)
+
+    def test_a_molecule_far_from_the_origin(self, native, ethanol, slab):
+        for atoms in (ethanol, slab):
+            far = atoms.copy()
+            far.positions += (0.0, 0.0, 3000.0) if atoms.pbc.any() else (3000.0, -2000.0, 500.0)
+            close(evaluate(native, far).forces, evaluate(native, atoms).forces, self.step0[1])
+
     def test_energies_of_far_molecules_add_up(self, backbone, ethanol):
         pair = ethanol.copy()
         pair.extend(Atoms(ethanol.numbers, ethanol.positions + np.array([60.0, 0.0, 0.0])))
@@ -239,6 +289,20 @@ class AdapterContract:
         assert (abs(energies[0] - energies[1]) > 1e-6) == bool(known)
         if not known:
             assert energies[0] == energies[1]
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_coordinates_that_are_no_numbers(self, backbone, quartz, value):
+        """The vendors' own answers are finite energies, or trace-backs."""
+        atoms = quartz.copy()
+        atoms.positions[3, 0] = value
+        with pytest.raises(DataError, match="atom 3") as caught:
+            backbone.batch([atoms])
+        assert caught.value.field == "positions"
+        atoms = quartz.copy()
+        atoms.cell[1, 2] = value
+        with pytest.raises(DataError) as caught:
+            backbone.graph(atoms)
+        assert caught.value.field == "cell"
 
     def test_periodic_without_a_lattice_vector(self, backbone, ethanol):
         atoms = ethanol.copy()

@@ -35,6 +35,7 @@ def path_of(name: str) -> Path:
 class TestCHGNet030(VendorContract, ConservativeContract, VariationalContract):
     package = "chgnet"
     suffix = ".pth.tar"
+    named = ("arguments", "composition_model")
 
     @classmethod
     def load(cls) -> Backbone:
@@ -59,6 +60,28 @@ def test_other_shipped_models(name: str, dtype: torch.dtype, quartz: Atoms) -> N
     assert ours.energy.item() == pytest.approx(stock.get_potential_energy(), abs=tolerance)
     close(ours.forces, torch.as_tensor(stock.get_forces()), tolerance)
     close(ours.stress[0], torch.as_tensor(stock.get_stress()), tolerance)
+
+
+@pytest.mark.parametrize("key", ["non_linearity", "graph_converter_algorithm", "readout_norm", "final_mlp"])
+def test_arguments_name_what_is_listed_only(key: str) -> None:
+    config = CHGNetBackbone.load("0.3.0").config()
+    config["arguments"][key] = "OrderedDict"
+    with pytest.raises(CheckpointError, match=f"'OrderedDict', which is none of the values of '{key}'"):
+        CHGNetBackbone.from_config(config)
+
+
+def test_the_vendors_stress_has_the_wrong_sign_in_left_handed_cells(quartz: Atoms) -> None:
+    """Of chgnet 0.4.2; ours and the gate's are right (``test_step_zero_of_another_description``)."""
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    stress = []
+    for order in ([0, 1, 2], [1, 0, 2]):
+        atoms = quartz.copy()
+        atoms.set_cell(quartz.cell.array[order])
+        atoms.calc = CHGNetCalculator(use_device="cpu", verbose=False)
+        stress.append(atoms.get_stress())
+    np.testing.assert_allclose(stress[1], -stress[0], rtol=0, atol=1e-4)
+    assert np.abs(stress[0]).max() > 1e-2
 
 
 def test_a_structure_without_angles_does_not_see_its_batch(quartz: Atoms) -> None:
@@ -163,6 +186,20 @@ def test_the_vendors_program_opens_an_export(quartz: Atoms, tmp_path: Path) -> N
     (ours,) = predict_atoms(potential, [quartz], n_draws=0)
     assert energy == pytest.approx(ours["energy"], abs=1e-4 * len(quartz))
     np.testing.assert_allclose(forces, ours["forces"], rtol=0, atol=1e-2)  # the vendor's float32 noise
+
+
+def test_all_electron_energies_are_said_to_lose_digits(tmp_path: Path) -> None:
+    """The vendor's program adds up in float32: its energies move in steps of meV there."""
+    potential = bayesian(CHGNetBackbone.load("0.3.0"))
+    potential.references = {8: -2041.0, 14: -20337.0}
+    (mean,) = export_native(potential, tmp_path / "out")
+    assert mean.energy_as_used_ev_per_atom > 1e-4
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert "--references beside" in meta["notes"][0]
+    (mean,) = export_native(potential, tmp_path / "beside", references=False)
+    assert mean.energy_as_used_ev_per_atom < 1e-5
+    meta = json.loads((tmp_path / "beside/export.json").read_text())
+    assert (meta["notes"], meta["references_in_files"]) == ([], False)
 
 
 def test_a_shift_that_has_no_place_in_the_file(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""Threads that want different default types take turns."""
+"""What belongs to the whole process: threads that want different default types take turns, and share silence."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import warnings
 
 import torch
-from blip_ft.adapters._vendor import default_dtype
+from blip_ft.adapters._vendor import default_dtype, quiet
 
 from blip_ft.side_by_side import side_by_side
 
@@ -53,3 +55,31 @@ def test_another_type_within_a_turn():
             assert torch.zeros(1).dtype == torch.float16
         assert torch.zeros(1).dtype == torch.float64
     assert torch.get_default_dtype() == before
+
+
+def test_silence_of_threads_that_overlap_ends_with_the_last(capsys):
+    """The first to come leaves first: on its own each would put back what the other has put there."""
+    output, filters = sys.stdout, list(warnings.filters)
+    second_is_in, first_is_out = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with quiet():
+            second_is_in.wait(30)
+        first_is_out.set()
+
+    def second() -> None:
+        with quiet():
+            second_is_in.set()
+            first_is_out.wait(30)
+            print("not heard")
+
+    one = threading.Thread(target=first)
+    one.start()
+    while sys.stdout is output:
+        time.sleep(0.001)
+    second()
+    one.join()
+    assert sys.stdout is output
+    assert warnings.filters == filters
+    print("heard")
+    assert capsys.readouterr().out == "heard\n"

@@ -62,6 +62,7 @@ def direct() -> Path:
 class TestUMA(VendorContract, ConservativeContract, VariationalContract):
     package = "fairchem"
     suffix = ".pt"
+    named = ("model", "backbone", "model")
 
     @classmethod
     def load(cls) -> Backbone:
@@ -323,6 +324,13 @@ def _set(name: str, value: Any) -> Any:
         (_set("heads.energyandforcehead.head_cls", "builtins.exec"), "names 'builtins.exec'"),
         (_set("_target_", "fairchem.core.common.utils.load_model_and_weights_from_checkpoint"), "names"),
         (_set("_target_", "eval"), "names 'eval'"),
+        (_set("_target_", "fairchem.core.models.base.HydraModelV2"), "names"),
+        (_set("backbone.extra", {"_target_": "torch.nn.Identity"}), r"names 'torch\.nn\.Identity'"),
+        (_set("backbone.extra", {"_target_": f"{tiny_uma.UMA}.escn_md.GradRegressConfig"}), "names"),
+        (_set("backbone.extra", {"_target_": ["builtins.dict"]}), "names"),
+        (_set("heads.energyandforcehead.head_cls", "HeadInterface"), "names 'HeadInterface'"),
+        (_set("backbone.model", f"{tiny_uma.UMA}.escn_md.MLP_EFS_Head"), "names"),
+        (_set("backbone.extra", "${backbone.model}"), "refers to values elsewhere"),
         (_set("backbone.model", "fairchem.core.models.allscaip.AllScAIP.AllScAIPBackbone"), "UMA or eSEN"),
         (_set("backbone.model", "no_such_name"), "UMA or eSEN"),
         (_set("backbone.colour", "red"), "cannot build"),
@@ -347,6 +355,34 @@ def test_a_model_folder_names_no_foreign_class(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"os\.system"):
         FairchemBackbone.from_config(config)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_listed_name_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is compared with what is meant before it is called."""
+    from fairchem.core.models.uma import escn_md
+
+    called = []
+
+    class Other:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            called.append(args)
+
+    config = load(uma()).config()
+    monkeypatch.setattr(escn_md, "MLP_EFS_Head", Other)
+    with pytest.raises(CheckpointError, match=r"MLP_EFS_Head', which here is .*Other"):
+        FairchemBackbone.from_config(config)
+    assert not called
+
+
+def test_computed_values_need_no_trust_and_are_refused(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    checkpoint = content(uma())
+    config = {**checkpoint.model_config, "channels": "${oc.env:HOME}"}
+    checkpoint.model_config = OmegaConf.create(config)
+    torch.save(checkpoint, tmp_path / "computed.pt")
+    with pytest.raises(CheckpointError, match="not an inference checkpoint"):
+        load(tmp_path / "computed.pt")
 
 
 def test_a_download_that_fails_says_how_to_fetch_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +464,9 @@ def test_export(tmp_path: Path, quartz: Atoms, kind: str) -> None:
     potential.references = {8: -321.5, 14: 4.25}
     done = export_native(potential, tmp_path / "out", draws=2)
     assert [e.file for e in done] == ["mean.pt", "draw-00.pt", "draw-01.pt"]
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert meta["for"] == {"task": task, "charge": model.charge, "spin": model.spin}
+    assert f"task={task}" in meta["notes"][0]
     values = []
     for item in done:
         unit = pretrained_mlip.load_predict_unit(tmp_path / "out" / item.file, "batch", device="cpu")

@@ -11,6 +11,7 @@ import sys
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def published() -> Iterator[None]:
 class TestMACE(VendorContract, ConservativeContract, VariationalContract):
     package = "mace"
     suffix = ".model"
+    named = ("architecture", "class")
 
     @classmethod
     def load(cls) -> Backbone:
@@ -228,6 +230,7 @@ def test_safe_loading_stays_on_for_the_process(tmp_path: Path, expected: str | N
     code = f"""
 import os, pickle, sys, torch
 from pathlib import Path
+from typing import Any
 from blip_ft.adapters.mace import MACEBackbone
 file, out = sys.argv[1:]
 model = MACEBackbone.load(file, trust=True)
@@ -247,6 +250,70 @@ else:
         environment |= {SWITCH: expected, "EXPECTED": expected}
     done = _run(code, str(path_of("plain")), str(tmp_path / "out.model"), env=environment)
     assert done.split()[-1] == answer
+
+
+BESIDE = """
+import pickle, sys, torch
+from blip_ft.adapters.mace import MACEBackbone
+from ase.build import bulk
+file = sys.argv[1]
+ours = MACEBackbone.load(file, trust=True)
+from mace.calculators import MACECalculator, mace_mp
+atoms = bulk("Si")
+for calculator in (
+    MACECalculator(model_paths=file, device="cpu", default_dtype="float64"),
+    mace_mp(model=file, device="cpu", default_dtype="float64"),
+):
+    atoms.calc = calculator
+    print(atoms.get_potential_energy())
+print(ours.double()(ours.batch([atoms])).energy.item())
+try:
+    torch.load(file)
+except pickle.UnpicklingError:
+    print("refused")
+"""
+
+
+def test_the_vendors_calculators_open_files_beside_this_package() -> None:
+    """They expect safe loading to be off in the process, where it stays on."""
+    environment = {k: v for k, v in os.environ.items() if k != SWITCH}
+    *energies, last = _run(BESIDE, str(path_of("plain")), env=environment).splitlines()[-4:]
+    assert last == "refused"
+    assert float(energies[0]) == float(energies[1]) == pytest.approx(float(energies[2]), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class", "PolarMACE"),
+        ("interaction_cls", "OrderedDict"),
+        ("interaction_cls_first", "LinearReadoutBlock"),
+        ("readout_cls", "LinearDipoleReadoutBlock"),
+        ("gate", "relu"),
+        ("dtype", "int64"),
+        ("cueq_config", {"enabled": True}),
+    ],
+)
+def test_an_architecture_names_what_is_listed_only(key: str, value: Any) -> None:
+    config = load("vectors").config()
+    config["architecture"][key] = value
+    named = key if key == "cueq_config" else value
+    with pytest.raises(CheckpointError, match=f"names '{named}', which is none of"):
+        MACEBackbone.from_config(config)
+
+
+def test_a_listed_name_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is compared with what is meant before it is called."""
+    called = []
+
+    def other(**arguments: Any) -> None:
+        called.append(arguments)
+
+    config = load("vectors").config()
+    monkeypatch.setattr("mace.modules.ScaleShiftMACE", other)
+    with pytest.raises(CheckpointError, match=r"'ScaleShiftMACE', which here is .*other"):
+        MACEBackbone.from_config(config)
+    assert not called
 
 
 def _run(code: str, *arguments: str, env: dict[str, str] | None = None) -> str:
@@ -331,6 +398,9 @@ def test_references_are_in_the_file_for_the_head_in_use(quartz: Atoms, tmp_path:
     potential = bayesian(backbone)
     potential.references = {8: -100.25, 14: 3.5}
     export_native(potential, tmp_path / "out")
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert meta["for"] == {"head": "r2scan"}
+    assert meta["notes"] == ["The files are for head=r2scan: MACECalculator('mean.model', head='r2scan')."]
     file = torch.load(tmp_path / "out/mean.model", weights_only=False)
     before = backbone.model.atomic_energies_fn.atomic_energies
     moved = file.atomic_energies_fn.atomic_energies - before

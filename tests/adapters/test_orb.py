@@ -51,6 +51,7 @@ def load(architecture: str, **options: Any) -> OrbBackbone:
 class Orb(VendorContract, VariationalContract):
     package = "orb_models"
     suffix = ".ckpt"
+    named = ("architecture",)
     equivariant = False
     atomic = False
     architecture: ClassVar[str]
@@ -157,6 +158,35 @@ def test_other_architectures(name: str, dtype: torch.dtype, quartz: Atoms, ethan
         close(ours.forces, torch.as_tensor(stock.get_forces()), tolerance)
     degrees = torch.bincount(model.batch([quartz]).graph["edge_index"][0])
     assert degrees.tolist() == [20] * len(quartz)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("activation", 1), ("latent_dim", "OrderedDict"), ("latent_dim", True)]
+)
+def test_sizes_are_numbers_and_listed(key: str, value: Any) -> None:
+    config = load(CONSERVATIVE).config()
+    config["sizes"][key] = value
+    with pytest.raises(CheckpointError, match="which is none of"):
+        OrbBackbone.from_config(config)
+
+
+def test_the_stock_calculator_notices_another_charge(ethanol: Atoms) -> None:
+    """The vendor's caches over it: the same atoms, and the energy of before."""
+    model = load("orb-v3-conservative-omol").double()  # without options: each structure has its own
+    atoms = ethanol.copy()
+    atoms.calc = model.stock_calculator()
+    energies = []
+    for charge, spin in ((0, 1), (1, 2), (0, 1)):
+        atoms.info.update(charge=charge, spin=spin)
+        energies.append(atoms.get_potential_energy())
+        assert energies[-1] == pytest.approx(evaluate(model, atoms).energy.item(), abs=1e-9)
+    assert abs(energies[1] - energies[0]) > 1e-3
+    frames = []
+    for charge in (0, 1):
+        frames.append(ethanol.copy())
+        frames[-1].info.update(charge=charge, spin=1)
+    one, two = stock_predictions(model.stock_calculator(), frames)
+    assert abs(one["energy"] - two["energy"]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["orb-v3-conservative-omol", "orb-v3-direct-omol"])

@@ -36,6 +36,7 @@ def path_of(name: str) -> Path:
 class TestSevenNet0(VendorContract, ConservativeContract, VariationalContract):
     package = "sevenn"
     suffix = ".pth"
+    named = ("architecture", "self_connection_type")
     invariance = 1e-7  # Wigner 3j tables are stored in single precision
 
     @classmethod

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,29 @@ class VariationalContract:
             assert len(ours) == len(theirs) > 2
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * float(b.detach().abs().max() + 1))
+
+    def test_four_calculators_of_one_potential_in_four_threads(self, potential, quartz, ethanol):
+        """Energies, forces and stds are those of one thread; standard output is what it was."""
+        frames = [quartz.copy(), ethanol.copy(), quartz.copy(), ethanol.copy()]
+        for n, atoms in enumerate(frames):
+            atoms.rattle(0.03, seed=10 + n)
+
+        def values(n: int) -> dict[str, Any]:
+            atoms = frames[n].copy()
+            atoms.calc = potential.calculator(n_draws=2 if n == 3 else 3)
+            for _ in range(2):  # steps, as of dynamics
+                atoms.positions += 0.001
+                atoms.get_forces()
+            return {k: atoms.calc.results[k] for k in ("energy", "energy_std", "forces", "forces_std")}
+
+        expected, output, dtype = [values(n) for n in range(4)], sys.stdout, torch.get_default_dtype()
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(values, list(range(4)) * 2))
+        assert sys.stdout is output
+        assert torch.get_default_dtype() == dtype
+        for ours, theirs in zip(found, expected * 2, strict=True):
+            for key, value in theirs.items():
+                np.testing.assert_allclose(ours[key], value, rtol=1e-6, atol=1e-9, err_msg=key)
 
     def test_a_draw_is_the_stock_model_with_other_weights(self, potential, quartz):
         batch = potential.backbone.batch([quartz])

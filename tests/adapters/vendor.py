@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -12,11 +13,18 @@ import pytest
 import torch
 
 from blip_ft.backbone import Backbone, missing_backend
+from blip_ft.checkpoint import load_model, save_model
+from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError, RecipeError
+from blip_ft.model_checks import sealed
+from blip_ft.potential import BayesianPotential
 from blip_ft.variational.convert import convert
 
 from .contract import AdapterContract
 from .helpers import evaluate, same
+
+#: a harmless class that no adapter knows
+FOREIGN = "collections.OrderedDict"
 
 
 class VendorContract(AdapterContract):
@@ -26,6 +34,8 @@ class VendorContract(AdapterContract):
     package: ClassVar[str]
     #: how files in the vendor's format end
     suffix: ClassVar[str]
+    #: where its configuration names a class, or whatever else is looked up by name
+    named: ClassVar[tuple[str | int, ...]]
 
     # ---- to be given ---------------------------------------------------------------------
     @classmethod
@@ -75,6 +85,27 @@ class VendorContract(AdapterContract):
         with pytest.raises(CheckpointError):
             self.reload(bomb, trust=True)
         assert traces.exists()
+
+    def test_a_model_folder_names_what_is_listed_only(self, native, tmp_path):
+        """Our own format is JSON, in which a name that is looked up would be as good as code."""
+        potential = BayesianPotential(
+            copy.deepcopy(native),
+            ModelConfig(adapter=native.name, checkpoint="-"),
+            PosteriorConfig(family="channel"),
+        )
+        save_model(potential, tmp_path / "model")
+        file = tmp_path / "model/model.json"
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        entry = meta["backbone"]
+        *parents, last = self.named
+        for key in parents:
+            entry = entry[key]
+        assert last in entry
+        entry[last] = FOREIGN
+        file.write_text(json.dumps(sealed(meta)), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=f"names '{FOREIGN}', which is none of") as caught:
+            load_model(tmp_path / "model")
+        assert caught.value.file == str(file) or caught.value.file == native.origin["checkpoint"]
 
     def test_missing_file(self, native, tmp_path):
         with pytest.raises(CheckpointError, match="no such file"):
