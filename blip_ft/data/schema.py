@@ -60,7 +60,7 @@ from blip_ft.errors import DataError, nearest
 __all__ = ["FEATURES", "Mapper", "RawFrame", "canonical_split", "to_numbers", "voigt"]
 
 #: part of the cache key: raise it when a source must be read anew
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _VECTORS = Sequence(Sequence(Value("float64")))
 FEATURES = Features(
@@ -155,7 +155,7 @@ _KNOWN = frozenset(
         *LABEL_WEIGHTS,
         *GROUPS,
         *THEORIES,
-        *electrons.KEYS,
+        *(n for names in electrons.NAMES.values() for n in names),
         "split",
     }
 )

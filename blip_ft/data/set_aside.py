@@ -101,8 +101,8 @@ def is_example(row: dict[str, Any]) -> bool:
 
 
 def is_isolated(row: dict[str, Any]) -> bool:
-    """True for one atom that nothing is near, or that is marked ``IsolatedAtom``."""
-    if len(row["numbers"]) != 1:
+    """True for one neutral atom that nothing is near, or that is marked ``IsolatedAtom``; an ion is no reference."""
+    if len(row["numbers"]) != 1 or row.get("charge"):
         return False
     if row["group"] == "IsolatedAtom" or not any(row["pbc"]):
         return True
