@@ -233,7 +233,8 @@ def calculator(model: Any, device: torch.device, padding: float) -> Any:
         ) -> None:
             box = edges.boxed(atoms, padding)
             if dtype == torch.float32:
-                super().calculate(box, properties, system_changes, task)
+                with quiet():
+                    super().calculate(box, properties, system_changes, task)
             else:
                 self.results = self._in_double(box)
             self.atoms = atoms.copy()

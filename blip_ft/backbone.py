@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from blip_ft.variational.layers import VariationalLayer
 
 ENTRY_POINT_GROUP = "blip_ft.adapters"
+#: coordinates beyond it, Å, have an error of 1e-8 Å and more in double precision: they come from a fault
+LARGEST = 1e8
 
 
 @dataclass
@@ -367,18 +369,18 @@ class Backbone(nn.Module, ABC):
 
 
 def check_numbers(atoms: Atoms, *, file: str | None = None, frame: int | None = None) -> None:
-    """Raise unless positions and cell are finite.
+    """Raise unless positions and cell are finite, and not so large that they have no digits left (:data:`LARGEST`).
 
     Vendors' searches find no neighbours for an atom at NaN, and their models then give it a finite energy.
 
     Raises:
         DataError: they are not; names the first atom.
     """
-    finite = np.isfinite(atoms.positions).all(axis=1)
+    finite = (np.abs(atoms.positions) < LARGEST).all(axis=1)
     if not finite.all():
         first = int(np.flatnonzero(~finite)[0])
         what, field = f"the position of atom {first} is {atoms.positions[first].tolist()}", "positions"
-    elif not np.isfinite(atoms.cell.array).all():
+    elif not (np.abs(atoms.cell.array) < LARGEST).all():
         what, field = f"the cell is {atoms.cell.array.tolist()}", "cell"
     else:
         return

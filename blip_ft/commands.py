@@ -226,7 +226,7 @@ def export(args: argparse.Namespace) -> None:
         references=args.references == "file",
         overwrite=args.overwrite,
         progress=lambda name: print(
-            f"{name} written, read back by the vendor's loader, equal in float64", file=sys.stderr
+            f"{name} written, read back by the vendor's loader and compared", file=sys.stderr
         ),
     )
     columns = "eV/atom", "eV/Å", "as used: eV/atom", "eV/Å"

@@ -97,7 +97,7 @@ def test_the_user_structure_is_left_alone():
     assert atoms == before
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
 def test_the_calculator_says_that_a_coordinate_is_no_number(value):
     from blip_ft.config import ModelConfig, PosteriorConfig
     from blip_ft.potential import BayesianPotential

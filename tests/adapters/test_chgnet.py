@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 from blip_ft.adapters.chgnet import CHGNetBackbone
 from torch import nn
 
 from blip_ft.backbone import Backbone
+from blip_ft.data import check_units, load_source
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.export import export_native
+from blip_ft.training.gates import stock_predictions
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .conservative import ConservativeContract
-from .helpers import close, evaluate, evaluate_all, same
+from .helpers import array, close, evaluate, evaluate_all, same
 from .variational import VariationalContract, bayesian
 from .vendor import VendorContract
 
@@ -82,6 +86,26 @@ def test_the_vendors_stress_has_the_wrong_sign_in_left_handed_cells(quartz: Atom
         stress.append(atoms.get_stress())
     np.testing.assert_allclose(stress[1], -stress[0], rtol=0, atol=1e-4)
     assert np.abs(stress[0]).max() > 1e-2
+
+
+def test_right_labels_of_left_handed_cells_pass_the_check_of_units(quartz: Atoms, tmp_path: Path) -> None:
+    """Two lattice vectors are swapped, as in many published cells; the stress is a derivative of the energy."""
+    model = CHGNetBackbone.load("0.3.0")
+    frames = []
+    for seed in range(4):
+        atoms = quartz.copy()
+        atoms.set_cell(quartz.cell.array[[1, 0, 2]] * (1 + 0.01 * seed))
+        atoms.rattle(0.05, seed=seed)
+        ours = evaluate(model, atoms)
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=ours.energy.item(), forces=array(ours.forces), stress=array(ours.stress[0])
+        )
+        frames.append(atoms)
+    write(tmp_path / "left.extxyz", frames)
+    calculator = model.stock_calculator()
+    train = load_source(str(tmp_path / "left.extxyz"))
+    assert all(row["stress"] is not None for row in train)
+    assert check_units(train, lambda some: stock_predictions(calculator, some)) == []
 
 
 def test_a_structure_without_angles_does_not_see_its_batch(quartz: Atoms) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -378,6 +379,19 @@ def test_export(architecture: str, tmp_path: Path, quartz: Atoms) -> None:
     ours = potential(potential.backbone.batch([quartz]))
     assert again.energy.item() == pytest.approx(ours.energy.item(), abs=1e-4)
     close(again.forces, ours.forces, 1e-5)
+
+
+def test_an_export_for_structures_with_charges_of_their_own(tmp_path: Path) -> None:
+    potential = BayesianPotential(
+        load("orb-v3-conservative-omol"),
+        ModelConfig(adapter="orb", checkpoint="x", noise="readout"),
+        PosteriorConfig(family="weight", prior_scale=0.1),
+    )
+    potential.references = {8: -3.5, 14: 1.25}
+    export_native(potential, tmp_path / "out")
+    meta = json.loads((tmp_path / "out/export.json").read_text())
+    assert meta["for"] == {"charge": None, "spin": None}
+    assert "charge=each its own, spin=each its own" in meta["notes"][0]
 
 
 def test_other_sizes_are_read_from_the_file(tmp_path: Path) -> None:
