@@ -38,6 +38,10 @@ class Registry(Generic[T]):
         self._items[name] = item
         return item
 
+    def remove(self, name: str) -> None:
+        """Forget what was registered under a name."""
+        self._items.pop(name, None)
+
     def names(self) -> list[str]:
         """All names, without importing what was not asked for yet."""
         installed = importlib.metadata.entry_points(group=self.group).names

@@ -28,7 +28,8 @@ class Refuse(Protocol):
 
 class FamilyOptions(Strict):
     """The distribution over the weights: the keys that every family has. Of all others only those of the family that
-    is chosen are valid."""
+    is chosen are valid.
+    """
 
     # ---- what may be asked about a family -------------------------------------------------------
     #: the mathematics: a class of posteriors, or ``module:class``, which imports torch when it is used
