@@ -129,12 +129,12 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
 
 def _families(capability: str, *, value: bool = True) -> str:
     """Families that have a capability, or have not."""
-    return ", ".join(name for name in FAMILIES.names() if getattr(FAMILIES[name], capability) is value)
+    return ", ".join(name for name in FAMILIES.known() if getattr(FAMILIES[name], capability) is value)
 
 
 def _comparing() -> str:
     """Objectives that compare predictions on frames beside the training frames."""
-    return ", ".join(n for n in OBJECTIVES.names() if any(t.compares for t in OBJECTIVES[n].specs))
+    return ", ".join(n for n in OBJECTIVES.known() if any(t.compares for t in OBJECTIVES[n].specs))
 
 
 def _check_term(term: TermSpec, recipe: Recipe, refuse: Refuse) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.metadata
 import json
@@ -223,6 +224,35 @@ def test_without_them_they_are_unknown() -> None:
         parse_recipe(tree())
     with pytest.raises(RecipeError, match="'quiet'"):
         parse_recipe(tree(posterior={"family": "weight", "prior_scale": 0.1}))
+
+
+ROOT = Path(__file__).parents[2]
+#: files of the package outside ``families`` and the table of terms; adapters have families of models
+ELSEWHERE = [
+    path
+    for path in sorted((ROOT / "blip_ft").rglob("*.py"))
+    if path.relative_to(ROOT).parts[:2] not in {("blip_ft", "families"), ("blip_ft", "terms.py")}
+]
+
+
+def test_nobody_asks_for_a_family_or_an_objective_by_name() -> None:
+    """No comparison with a name, no import of a family's own module; ``base`` and ``registry`` are for all."""
+    names = {*FAMILIES.known(), *OBJECTIVES.known()} - {"channel", "weight"}  # words with other meanings
+    assert {"pathwise", "elbo"} <= names
+    found = []
+    for path in ELSEWHERE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                text = ast.unparse(node)
+                compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                if names & {v for v in compared if isinstance(v, str)} or ".family ==" in text:
+                    found.append(f"{path.name}: {text}")
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                room = node.module.removeprefix("blip_ft.families.").partition(".")[0]
+                if room != "blip_ft" and room in FAMILIES.known():
+                    found.append(f"{path.name}: {ast.unparse(node)}")
+    assert found == []
+    assert len(ELSEWHERE) > 100
 
 
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
