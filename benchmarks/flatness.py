@@ -39,13 +39,14 @@ SHOWN = {
 
 def measure(run: Path, accelerator: str, console: Console) -> list[dict[str, Any]]:
     """One row per value and test set."""
-    recipe = load_recipe(str(run / "recipe.yaml"), [f"trainer.accelerator={accelerator}"])
+    recipe = load_recipe(str(run / "recipe.yaml"), [f"trainer.accelerator={accelerator}"], finished=True)
     prepared = prepare(recipe, Console(quiet=True))
     potential = load_model(run / "model").to(device_of(recipe))
     fitter = ClosedFormFitter(recipe, potential, prepared.sets, Console(quiet=True), prepared.context)
     chosen = json.loads((run / "receipt.json").read_text())["posterior"][-1]
     s, t = chosen["prior_scale"], chosen["temperature"]
-    rows = fitter.rows.rows(fitter.projections(last=True), context=fitter.with_context)
+    options = fitter.options
+    rows = fitter.rows.rows(options.projections_of_fit(last=True), context=options.needs_context)
     values = {(s * f, t): ("prior_scale", f) for f in FACTORS}
     values |= {(s, t * f): ("temperature", f) for f in FACTORS if f != 1}
     out = []

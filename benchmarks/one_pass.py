@@ -60,7 +60,11 @@ def main() -> None:
         recipe = Path(given.model) / "recipe.yaml"
         if not recipe.is_file():
             raise BlipError("not the folder of a run", file=given.model, remedy="name frames")
-        sources = {n: d for n, d in load_splits(load_recipe(str(recipe)).data).test.items() if n not in ROLES}
+        sources = {
+            n: d
+            for n, d in load_splits(load_recipe(str(recipe), finished=True).data).test.items()
+            if n not in ROLES
+        }
     sets = {name: FrameDataset(rows, potential.backbone) for name, rows in sources.items()}
     started = time.process_time()
     # many draws at the model's own amplitude, fewer at all: the comparison over the same draws needs few

@@ -38,13 +38,20 @@ class Registry(Generic[T]):
         self._items[name] = item
         return item
 
+    def remove(self, name: str) -> None:
+        """Forget what was registered under a name."""
+        self._items.pop(name, None)
+
+    def known(self) -> list[str]:
+        """Names that need no import of another package: our own, and what is registered by now."""
+        return sorted({*self._own(), *self._items})
+
     def names(self) -> list[str]:
-        """All names, without importing what was not asked for yet."""
-        installed = importlib.metadata.entry_points(group=self.group).names
-        return sorted({*self._own(), *self._items, *installed})
+        """All names, those of packages that were not asked for yet too; nothing is imported."""
+        return sorted({*self.known(), *importlib.metadata.entry_points(group=self.group).names})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items or name in self._own() or name in self.names()
+        return name in self.known() or name in self.names()
 
     def __getitem__(self, name: str) -> T:
         """The thing of this name.

@@ -96,7 +96,7 @@ def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str, fami
     nested: list[tuple[str, dict[str, Any]]] = []
     for key, field in node["properties"].items():
         if prefix + key == "posterior.family":
-            field |= {"enum": FAMILIES.names(), "default": DEFAULT}
+            field |= {"enum": FAMILIES.known(), "default": DEFAULT}
         if "$ref" in field:
             nested.append((f"{prefix}{key}.", definitions[field["$ref"].rpartition("/")[2]]))
             continue
@@ -118,7 +118,7 @@ def families(prefix: str) -> str:
     """One heading with a table of its own keys for every family of the package."""
     common = FamilyOptions.model_fields
     out = ""
-    for name in FAMILIES.names():
+    for name in FAMILIES.known():
         options = FAMILIES[name]
         if not options.__module__.startswith("blip_ft."):
             continue

@@ -82,7 +82,7 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
         nothing = np.zeros(20)
         data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
         potential.posterior.fit(ClosedFormData(data, prior_scale=0.1))
-    if options.empirical_bayes:
+    if options.scale_of_each_path:
         potential.prior.update(potential.converted.deltas, potential.posterior.std())
     return potential
 

@@ -11,7 +11,7 @@ from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
 from blip_ft.families.base.options import Refuse
 from blip_ft.families.registry import FAMILIES
-from blip_ft.terms import TermSpec, objective_spec
+from blip_ft.terms import OBJECTIVES, TermSpec, objective_spec
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:
@@ -89,7 +89,8 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
             f"nothing reads these structures: posterior.family={family} puts noise on all noisy weights and "
             "chooses no directions",
             "data.context",
-            "remove the key, or use posterior.family=subspace or objective.kind=function_kl",
+            f"remove the key, or use posterior.family={_families('needs_context')} or "
+            f"objective.kind={_comparing()}",
         )
     if options.after_plain and not spec.as_plain:
         refuse(
@@ -103,7 +104,7 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
         refuse(
             f"objective.kind '{kind}' replays no frames",
             "objective.replay",
-            "use objective.kind=function_kl, or remove the key",
+            f"use objective.kind={_comparing()}, or remove the key",
         )
     given = objective.replay is not None or recipe.data.context is not None
     if compares and not given and options.context == 0:
@@ -120,27 +121,31 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
     ):
         if value == "auto":
             refuse(
-                f"'auto' has a closed form for posterior.family={', '.join(_closed_forms())}, not for '{family}'",
+                f"'auto' has a closed form for posterior.family={_families('closed_form')}, not for '{family}'",
                 key,
                 "give numbers; posterior.prior_scale=0.1 objective.temperature=0.0003 are a start",
             )
 
 
-def _closed_forms() -> list[str]:
-    """Families whose covariance has a closed form."""
-    return [name for name in FAMILIES.names() if FAMILIES[name].closed_form]
+def _families(capability: str, *, value: bool = True) -> str:
+    """Families that have a capability, or have not."""
+    return ", ".join(name for name in FAMILIES.known() if getattr(FAMILIES[name], capability) is value)
+
+
+def _comparing() -> str:
+    """Objectives that compare predictions on frames beside the training frames."""
+    return ", ".join(n for n in OBJECTIVES.known() if any(t.compares for t in OBJECTIVES[n].specs))
 
 
 def _check_term(term: TermSpec, recipe: Recipe, refuse: Refuse) -> None:
     """What one term of the objective needs."""
     objective = recipe.objective
     if term.learns_spread and recipe.posterior.closed_form:
-        others = ", ".join(name for name in FAMILIES.names() if name not in _closed_forms())
         refuse(
             f"objective.kind '{objective.kind}' learns the spread step by step, that of "
             f"'{recipe.posterior.family}' has a closed form",
             "objective.kind",
-            f"use objective.kind=elbo, or posterior.family={others}",
+            f"use objective.kind=elbo, or posterior.family={_families('closed_form', value=False)}",
         )
     if objective.draws is not None and objective.draws < term.least_draws:
         refuse(

@@ -60,7 +60,7 @@ def _known(kind: str) -> str:
 class ObjectiveConfig(Strict):
     """What training minimises."""
 
-    kind: Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": [*OBJECTIVES.names()]})] = (
+    kind: Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": [*OBJECTIVES.known()]})] = (
         "elbo"
     )
     """``elbo``: expected NLL and T/N times the KL from the prior; ``crps``: fair CRPS of ``draws``

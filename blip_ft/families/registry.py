@@ -77,8 +77,8 @@ def family_options(**keys: Any) -> FamilyOptions:
 
 
 def families_with(key: str) -> list[str]:
-    """Families that have a key of this name."""
-    return [name for name in FAMILIES.names() if key in FAMILIES[name].model_fields]
+    """Families that have a key of this name; of other packages only those in use: no message has to import them."""
+    return [name for name in FAMILIES.known() if key in FAMILIES[name].model_fields]
 
 
 def without_foreign_keys(keys: Mapping[str, Any]) -> dict[str, Any]:

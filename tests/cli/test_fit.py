@@ -173,6 +173,24 @@ def test_report_is_the_same_when_made_again(call: Any, fitted: Path):
     assert without_ids(report.read_text()) == without_ids(first)
 
 
+def test_report_of_a_run_of_an_earlier_version(call: Any, fitted: Path, tmp_path: Path):
+    """Its recipe has the keys of all posterior families, of which others are refused in a new run."""
+    run = shutil.copytree(fitted / "runs/first", tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["posterior"] |= {"rank": 128, "storage": "auto", "min_std": 1e-4, "projections": "all"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert call("report", run)[0] == 0
+    code, _, err = call("fit", run / "recipe.yaml", "name=again")
+    assert code == 2
+    assert "posterior.storage" in err
+    assert "posterior.family=subspace" in " ".join(err.split())
+    recipe["posterior"]["rnak"] = 3
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = call("report", run)
+    assert code == 2
+    assert "posterior.rnak" in err
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "receipt.json", "calibration.json"])
 def test_report_of_an_unfinished_run(call: Any, fitted: Path, tmp_path: Path, name: str):
     shutil.copytree(fitted / "runs/first", tmp_path / "run")

@@ -21,6 +21,7 @@ from blip_ft.config import Recipe, load_recipe, parse_recipe
 from blip_ft.errors import RecipeError
 from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.budget import MIN_PROJECTIONS, MIN_RANK, megabytes, row_bytes
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.training.budget import fit_to_budget
 from blip_ft.variational.convert import plan
 
@@ -35,7 +36,9 @@ def recipe(max_bytes: Any = None, *, noise: Any = "all", dtype: str = "float32",
             "name": "run",
             "data": {"train": "x.extxyz"},
             "model": {"adapter": "fake", "checkpoint": "tiny", "noise": noise, "dtype": dtype},
-            "posterior": {"family": "subspace", "max_bytes": max_bytes, "rank": 64, **posterior},
+            "posterior": without_foreign_keys(
+                {"family": "subspace", "max_bytes": max_bytes, "rank": 64, **posterior}
+            ),
         }
     )
 

@@ -35,8 +35,9 @@ def recipe(**sections: Any) -> Recipe:
         "data": {"train": "-"},
         "model": {"adapter": "fake", "checkpoint": "tiny"},
         "objective": {"temperature": 0.01} | sections.pop("objective", {}),
-        "posterior": {"family": "weight", "prior_scale": 0.2, "init_std": 0.05}
-        | sections.pop("posterior", {}),
+        "posterior": without_foreign_keys(
+            {"family": "weight", "prior_scale": 0.2, "init_std": 0.05} | sections.pop("posterior", {})
+        ),
     }
     return parse_recipe(base | sections)
 

@@ -12,8 +12,9 @@ import torch
 from ase.io import write
 from rich.console import Console
 
-from blip_ft.config import Recipe, parse_recipe
+from blip_ft.config import PosteriorConfig, Recipe, parse_recipe
 from blip_ft.families.pathwise.posterior import PathwisePosterior
+from blip_ft.families.registry import without_foreign_keys
 from blip_ft.families.subspace import posterior as law
 from blip_ft.families.subspace.posterior import SubspacePosterior
 from blip_ft.training.closed_form import ClosedFormFitter, Misfit
@@ -190,7 +191,8 @@ def test_a_refused_step_leaves_the_mean_as_it_was(
 def test_the_covariance_is_that_of_the_mean_that_is_kept(prepared: tuple[Recipe, Prepared]) -> None:
     """A step of the mean comes before the last gradients, not after them."""
     recipe, ready = prepared
-    recipe.posterior = recipe.posterior.model_copy(update={"family": "pathwise", "projections": "all"})
+    changed = recipe.posterior.model_dump() | {"family": "pathwise", "projections": "all"}
+    recipe.posterior = PosteriorConfig(**without_foreign_keys(changed))
     ready.potential.posterior = PathwisePosterior(
         ready.potential.posterior.sites, ready.potential.prior, 0.01, rank=4
     )

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from blip_ft.families.base.options import FactorisedOptions
 from blip_ft.families.base.posterior import Posterior
+from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -38,6 +41,18 @@ class FactorisedPosterior(Posterior):
             )
             for s in self.sites
         )
+
+    @classmethod
+    def make(
+        cls,
+        sites: Sequence[Site],
+        layers: Mapping[str, VariationalLayer],
+        prior: PretrainedPrior,
+        options: FactorisedOptions,
+    ) -> Self:
+        """See the base class."""
+        del layers
+        return cls(sites, prior, options.init_std)
 
     @staticmethod
     @abstractmethod

@@ -56,8 +56,8 @@ class FamilyOptions(Strict):
     """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
     (families with a closed form): chosen by leaving groups of training frames out"""
     context: Annotated[float, Field(ge=0)] = 0.4
-    """perturbed copies of training frames without labels, per training frame: ``subspace`` has their directions
-    too, ``objective.kind: function_kl`` compares on as many; nothing else reads it"""
+    """perturbed copies of training frames without labels, per training frame, for families that want directions
+    away from the data (``subspace``), and for ``objective.kind: function_kl``, which compares on as many"""
 
     @classmethod
     def name(cls) -> str:

@@ -54,6 +54,7 @@ class Posterior(nn.Module, ABC):
         self.init_std = float(init_std)
 
     @classmethod
+    @abstractmethod
     def make(
         cls,
         sites: Sequence[Site],
@@ -72,8 +73,6 @@ class Posterior(nn.Module, ABC):
         Raises:
             ConversionError: the family does not suit these layers.
         """
-        del layers
-        return cls(sites, prior, options.init_std)
 
     @property
     def family(self) -> str:
