@@ -53,12 +53,17 @@ def module_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    """Metrics of one set in their own units, which their names say."""
+    """Metrics of one set in their own units, which their names say; with the number of values behind them where it is small."""
+    from blip_ft.uncertainty.metrics import FEW, basis
+
     table = new_table("metric", "value", title=title)
     for key, value in metrics.items():
-        table.add_row(
-            key, readable(value, ".4g") if value is None or isinstance(value, float) else str(value)
-        )
+        if isinstance(value, int):  # a size
+            table.add_row(key, str(value))
+            continue
+        count = basis(metrics, key)
+        few = f"  (of {count})" if value is not None and count is not None and count < FEW else ""
+        table.add_row(key, readable(value, ".4g") + few)
     return table
 
 

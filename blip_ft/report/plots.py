@@ -50,7 +50,9 @@ def energy_parity(
         return p.energy_label / p.n_atoms - centre, -1e3 * p.energy_error
 
     def bars(p: SetPrediction) -> FloatArray | None:
-        std = None if calibration is None else calibration.total_std(p).get("energy")
+        if calibration is None or not calibration.energy.measured:
+            return None
+        std = calibration.total_std(p).get("energy")
         return None if std is None else 1e3 * std / p.n_atoms
 
     quantity = f"label, less {centre:.3f}".replace("-", "−")
@@ -165,7 +167,10 @@ def error_against_std(sets: Sets, calibration: Calibration, theme: Theme = LIGHT
             shown[2] += _dots(
                 axes[2], 1e3 * total["energy"] / p.n_atoms, 1e3 * np.abs(p.energy_error), colour, marker
             )
-    titles = ("force components, binned", "structures", "energies")
+    titles = ["force components, binned", "structures", "energies"]
+    for i, item in enumerate((calibration.forces, calibration.forces, calibration.energy)):
+        if not item.measured:
+            titles[i] += ", not calibrated"
     labels = (
         ("root mean variance (meV/Å)", "RMSE (meV/Å)"),
         ("mean total std of the atoms (meV/Å)", "mean error norm (meV/Å)"),

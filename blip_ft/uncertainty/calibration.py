@@ -145,8 +145,10 @@ class PropertyCalibration:
         raise KeyError(f"no conformal factor at level {level}; stored: {sorted(self.conformal)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form; infinite conformal factors become ``None``."""
+        """JSON-serialisable form; infinite conformal factors become ``None``, and so does an unknown aleatoric std."""
         tree = asdict(self)
+        if not self.measured:
+            tree["aleatoric"] = None
         tree["conformal"] = {str(k): v if math.isfinite(v) else None for k, v in self.conformal.items()}
         tree["left_out"] = list(self.left_out)
         return tree
@@ -155,7 +157,10 @@ class PropertyCalibration:
     def from_dict(cls, tree: Mapping[str, Any]) -> PropertyCalibration:
         """Inverse of :meth:`to_dict`."""
         factors = {float(k): math.inf if v is None else v for k, v in tree.get("conformal", {}).items()}
-        return cls(**{**tree, "conformal": factors, "left_out": tuple(tree.get("left_out", ()))})
+        changed = {"conformal": factors, "left_out": tuple(tree.get("left_out", ()))}
+        if tree.get("aleatoric") is None:
+            changed["aleatoric"] = 0.0
+        return cls(**{**tree, **changed})
 
 
 @dataclass(frozen=True)

@@ -280,8 +280,8 @@ def set_metrics(
 
     Args:
         prediction: of the set.
-        calibration: turns the epistemic std into the total one. Without it the epistemic std is
-            taken as it is; a model without spread then has no probabilistic scores. For such a
+        calibration: turns the epistemic std into the total one; what it has not measured has no probabilistic
+            scores. Without it the epistemic std is taken as it is; a model without spread then has no probabilistic scores. For such a
             model give ``Calibration.rmse(validation)``: a constant std.
         seed: of the simulated reference correlations.
     """
@@ -347,8 +347,15 @@ def metrics_table(
 
 
 def _stds(prediction: SetPrediction, calibration: Calibration | None) -> dict[str, FloatArray]:
-    """Total std per property where there is one; energies **per atom**; never below MIN_STD."""
-    total = (calibration or Calibration.identity()).total_std(prediction)
+    """Total std per property where there is one; energies **per atom**; never below MIN_STD.
+
+    A calibration without labels of a property does not say what its total std is. One without any labels
+    (``Calibration.identity``) stands for the posterior's own error bars.
+    """
+    calibration = calibration or Calibration.identity()
+    total = calibration.total_std(prediction)
+    if calibration != Calibration.identity():
+        total = {name: s for name, s in total.items() if getattr(calibration, name).measured}
     if "energy" in total:
         total["energy"] /= prediction.n_atoms
     return {n: np.maximum(s, MIN_STD) for n, s in total.items()}

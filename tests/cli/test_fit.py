@@ -198,3 +198,14 @@ def test_report_of_an_unfinished_run(call: Any, fitted: Path, tmp_path: Path, na
     code, _, err = call("report", tmp_path / "run")
     assert code == 2
     assert name in err
+
+
+def test_evaluate_says_how_few_values_a_number_rests_on(call: Any, run: Path, tmp_path: Path):
+    write(tmp_path / "in.extxyz", [labelled(structure(seed=i), seed=i) for i in range(3)])
+    code, out, _ = call("evaluate", run, tmp_path / "in.extxyz")
+    assert code == 0
+    rows = {line.split()[1]: line for line in out.splitlines() if len(line.split()) > 3}
+    assert "(of 3)" in rows["energy_mae_mev_per_atom"]
+    assert "(of " not in rows["force_mae_mev_per_ang"]
+    assert "(of " not in rows["n_structures"]
+    assert not re.search(r"\b(nan|None)\b", out)

@@ -19,6 +19,7 @@ from blip_ft.uncertainty.calibration import (
     fit,
     gaussian_nll,
 )
+from blip_ft.uncertainty.metrics import set_metrics
 from blip_ft.uncertainty.signatures import find_signatures, one_frame_carries
 
 ML = math.inf  # plain maximum likelihood
@@ -381,3 +382,25 @@ def test_honest_errors_have_no_carrier(make_prediction, frames):
         for name in PROPERTIES:
             item = getattr(calibration, name)
             assert (item.left_out, item.carried_by) == ((), ""), (seed, name)
+
+
+def test_files_do_not_state_what_was_not_measured(make_prediction):
+    p = make_prediction(8)
+    p.stress_label[:] = np.nan
+    calibration = calibrate(p)
+    tree = json.loads(json.dumps(calibration.to_dict(), allow_nan=False))
+    assert tree["stress"]["aleatoric"] is None
+    assert tree["forces"]["aleatoric"] is not None
+    assert Calibration.from_dict(tree) == calibration
+    for name, item in tree.items():  # files of earlier versions hold a zero, and nothing of frames left out
+        item["aleatoric"] = item["aleatoric"] or 0.0
+        tree[name] = {k: v for k, v in item.items() if not k.startswith(("left", "carried"))}
+    assert Calibration.from_dict(tree) == calibration
+
+
+def test_what_was_not_measured_has_no_scores(make_prediction):
+    p = make_prediction(8)
+    known = calibrate(p)
+    out = set_metrics(p, replace(known, energy=PropertyCalibration()))
+    assert {"coverage90_energy", "energy_crps_mev_per_atom"}.isdisjoint(out)
+    assert {"coverage90", "force_crps_mev_per_ang", "energy_mae_mev_per_atom"} <= out.keys()
