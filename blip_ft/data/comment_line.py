@@ -7,7 +7,7 @@ backslash before white space takes the rest of the line. Here
 - an empty value is an empty text, and a label, cell or ``pbc`` that is empty is not there;
 - quotes and brackets open at the beginning of a key or a value only, and brackets may be nested;
 - a backslash escapes quotes, brackets and backslashes, nothing else;
-- a quote without an end is an error where keys follow it.
+- a quote without an end is an error where keys follow it, and so is one that ends where another should open.
 
 What a value becomes is ASE's business (:func:`ase.io.extxyz.key_val_str_to_dict`).
 """
@@ -104,7 +104,10 @@ def _word(line: str, at: int, stop: str) -> tuple[str, int]:
     if line[at : at + 1] in _CLOSING:
         end = _end(line, at)
         if end is not None:
-            text, at = _plain(line[at + 1 : end]), end + 1
+            begin, (text, at) = at, (_plain(line[at + 1 : end]), end + 1)
+            if text.endswith("=") and at < len(line) and not line[at].isspace():
+                # a quote that was forgotten: this one opens the value of another key
+                raise CommentError(f"{line[begin]} closes within '{line[max(begin, end - 20) : at + 20]}'")
         elif _KEY_AHEAD.search(line, at + 1):
             raise CommentError(f"{line[at]} opens and does not close in '{line[max(0, at - 20) : at + 40]}'")
     begin = at

@@ -90,6 +90,12 @@ def test_six_numbers_of_a_stress_are_a_tensor() -> None:
         assert read_comment(text)["stress"].tolist() == [[1, 6, 5], [6, 2, 4], [5, 4, 3]]
 
 
+@pytest.mark.parametrize("text", ['size="5 energy=-1 name="x"', r'path="C:\my dir\" energy=-1 pbc="T T T"'])
+def test_a_quote_that_ends_where_another_opens_is_refused(text: str) -> None:
+    with pytest.raises(CommentError, match="closes within"):
+        read_comment(text)
+
+
 def test_a_quote_without_an_end_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(CommentError, match="opens and does not close"):
         read_comment('name="5 inch energy=-35.9')
