@@ -25,7 +25,6 @@ from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
-from blip_ft.files import write_remedy
 from blip_ft.potential import BayesianPotential
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.ood import FeatureDistance
@@ -84,7 +83,7 @@ def save_model(potential: BayesianPotential, folder: str | Path) -> None:
         raise CheckpointError(
             f"cannot write the model: {error}",
             file=folder,
-            remedy=write_remedy(error, choose="another 'output'"),
+            remedy="free disk space or choose another 'output'",
         ) from error
 
 
@@ -232,7 +231,7 @@ def require_space(folder: Path, needed: int) -> None:
         raise CheckpointError(
             f"cannot write here: {error}",
             file=parent,
-            remedy=write_remedy(error, choose="another 'output'"),
+            remedy="choose another 'output' or change its permissions",
         ) from error
     free = shutil.disk_usage(parent).free
     if free < needed:

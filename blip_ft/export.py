@@ -28,8 +28,7 @@ from ase.data import covalent_radii
 import blip_ft
 from blip_ft.backbone import Backbone
 from blip_ft.checkpoint import sha256
-from blip_ft.errors import BlipError, GateError, first_line
-from blip_ft.files import is_failed_write, write_remedy
+from blip_ft.errors import BlipError, GateError
 from blip_ft.potential import BayesianPotential
 from blip_ft.variational.convert import unload
 
@@ -106,11 +105,10 @@ def export_native(
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
-    except (OSError, RuntimeError) as error:
-        if not is_failed_write(error):
-            raise
-        text = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise BlipError(f"cannot write: {text}", file=folder, remedy=write_remedy(error)) from error
+    except OSError as error:
+        raise BlipError(
+            f"cannot write: {error.strerror or error}", file=folder, remedy="choose another folder"
+        ) from error
     return done
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,43 +25,6 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise BlipError("its folder does not exist", file=path, remedy=f"mkdir -p '{path.parent}'")
     return path
-
-
-#: how torch says that a file could not be written to its end; why, it does not say
-_TORCH = re.compile(r"PytorchStreamWriter|inline_container|iostream|file write failed|unexpected pos")
-
-
-def is_failed_write(error: Exception) -> bool:
-    """Whether an error is one of writing: torch raises a ``RuntimeError`` on a full disk."""
-    return isinstance(error, OSError) or _TORCH.search(str(error)) is not None
-
-
-def write_remedy(error: Exception, *, choose: str = "another folder") -> str:
-    """What to do where writing failed, by the system's own reason.
-
-    Args:
-        error: an ``OSError``, or what a library made of one (``... (os error 28)``).
-        choose: what the user chooses the place by.
-    """
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None and (found := re.search(r"os error (\d+)", str(error))):
-        code = int(found[1])
-    if code in (errno.ENOSPC, errno.EDQUOT) or (code is None and _TORCH.search(str(error))):
-        return f"free some space there, or choose {choose}"
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"it may not be written to: change its permissions, or choose {choose}"
-    if code == errno.ENOENT:
-        return (
-            "the folder is not there: was it moved or removed while this ran, or has a name in the path a / in "
-            f"it? else choose {choose}"
-        )
-    if code in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
-        return f"something of this name is in the way: remove it, or choose {choose}"
-    if code == errno.ENAMETOOLONG:
-        return "choose a shorter name"
-    if code in (errno.EMFILE, errno.ENFILE):
-        return "too many files are open: raise the limit (ulimit -n)"
-    return f"look at the disk or network that it lies on, or choose {choose}"
 
 
 @contextmanager
@@ -110,7 +71,7 @@ def _named_when_complete(temporary: Path, target: Path) -> Iterator[None]:
         raise BlipError(
             f"cannot write: {error.strerror or error}",
             file=target,
-            remedy=write_remedy(error),
+            remedy="free some space, or choose a folder that you may write to",
         ) from error
     finally:
         if temporary.is_dir():

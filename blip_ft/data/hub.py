@@ -19,7 +19,6 @@ import huggingface_hub
 from datasets.exceptions import DatasetGenerationError
 
 from blip_ft.errors import BlipError, DataError, first_line
-from blip_ft.files import write_remedy
 
 
 @contextmanager
@@ -95,5 +94,5 @@ def _unwritable(error: OSError) -> DataError:
     return DataError(
         f"the cache of read data cannot be written: {error}",
         file=str(datasets.config.HF_DATASETS_CACHE),
-        remedy=write_remedy(error, choose="another folder by the variable HF_DATASETS_CACHE"),
+        remedy="free some space, or point HF_DATASETS_CACHE to a folder you may write to",
     )

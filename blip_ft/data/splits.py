@@ -238,11 +238,11 @@ def _own_column(source: datasets.Dataset, config: DataConfig, wanted: list[str])
         members[name].append(index)
     if set(members) == {""}:
         raise DataError(
-            "no frame names a split",
+            "the source has no column that names splits",
             file=_text(config),
             field="data.split.by",
-            remedy="name the key that holds it: data.fields: {split: my_key}, or divide by group or at random "
-            "(data.split.by)",
+            remedy="name it: data.fields: {split: my_key}; or divide the frames otherwise (data.split.by: auto, group, "
+            "random), or give sources for data.validation, data.calibration and data.test",
         )
     if "" in members:
         row = source[members[""][0]]

@@ -9,27 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 
 from ase import units
 
 from blip_ft.errors import DataError, nearest
-
-#: factor that no unit of atoms has; a kJ has 6e21 eV
-_BULK = 1e21
-_PER_MOLE = re.compile("kcal|kj", re.IGNORECASE)
-_SIDES = ("eV", "meV", "kcal/mol", "kJ/mol", "Hartree", "Ha", "Ry")
-#: units that are written in one word by mistake: ``kcalmol``, ``evA``
-_COMMON = {
-    "energy": _SIDES,
-    "virial": _SIDES,
-    "length": ("Ang", "Angstrom", "Bohr", "nm"),
-    "forces": tuple(f"{e}/{a}" for e in _SIDES for a in ("Ang", "A", "Å", "Angstrom", "Bohr", "nm")),
-    "stress": (
-        *("GPa", "kbar", "bar", "Pa"),
-        *(f"{e}/{a}^3" for e in _SIDES for a in ("Ang", "A", "Å", "Angstrom", "Bohr", "nm")),
-    ),
-}
 
 #: what each key of ``data.units`` must be: powers of (energy, length)
 DIMENSIONS: dict[str, tuple[int, int]] = {
@@ -107,7 +90,7 @@ def conversion(text: str, quantity: str) -> float:
         if match["number"] is not None:
             value, dimension, exponent = float(match["number"]), _NUMBER, 1
         else:
-            value, dimension = _lookup(match["name"], quantity, text)
+            value, dimension = _lookup(match["name"], quantity)
             exponent = int(match["power"] or 1)
         if value == 0.0:
             raise _unreadable(text, quantity)
@@ -122,12 +105,6 @@ def conversion(text: str, quantity: str) -> float:
             f"'{text}' is not a unit of {quantity}",
             field=f"data.units.{quantity}",
             remedy=f"give a unit such as {_EXAMPLES[quantity]}",
-        )
-    if abs(factor) > _BULK:
-        raise DataError(
-            f"'{text}' is {factor:.1g} in eV and Å: an energy of bulk matter, not of atoms",
-            field=f"data.units.{quantity}",
-            remedy=f"did you mean '{_PER_MOLE.sub(_with_mole, text, count=1)}'?",
         )
     return factor
 
@@ -147,34 +124,12 @@ def factors(given: Mapping[str, str] | None) -> dict[str, float]:
     return {q: conversion(given[q], q) if q in given else 1.0 for q in DIMENSIONS}
 
 
-def _with_mole(match: re.Match[str]) -> str:
-    return f"{match[0]}/mol"
-
-
-def _lookup(name: str, quantity: str, text: str) -> tuple[float, tuple[int, int]]:
+def _lookup(name: str, quantity: str) -> tuple[float, tuple[int, int]]:
     if name.lower() in _UNITS and name not in ("MeV", "MEV"):  # 10^6 eV, not the milli of the table
         return _UNITS[name.lower()]
     raise DataError(
-        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=_suggestion(name, text, quantity)
+        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=nearest(name.lower(), _UNITS)
     )
-
-
-def _suggestion(name: str, text: str, quantity: str) -> str:
-    """A whole unit that was meant, never a part of one: without its ``/mol`` a kcal is 6e23 of them."""
-    letters = {_letters(text), _letters(name)}
-    meant = [unit for unit in _COMMON[quantity] if _letters(unit) in letters]
-    if not meant:
-        names = {unit.lower(): unit for unit in reversed(_COMMON[quantity])}
-        close = get_close_matches(text.lower(), names, n=1, cutoff=0.6)
-        close = close or get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-        meant = [names[unit] for unit in close]
-    if meant:
-        return f"did you mean '{meant[0]}'?"
-    return f"give a unit such as {_EXAMPLES[quantity]}; names that are known: {', '.join(sorted(_UNITS))}"
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"[^a-zå0-9]", "", text.lower())
 
 
 def _unreadable(text: str, quantity: str) -> DataError:

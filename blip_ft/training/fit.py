@@ -32,7 +32,7 @@ from blip_ft.config import Recipe
 from blip_ft.console import is_rank_zero
 from blip_ft.data import splits_file
 from blip_ft.errors import BlipError, RecipeError
-from blip_ft.files import whole_file, write_remedy
+from blip_ft.files import whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.device import device_of
@@ -75,16 +75,13 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
             folder.mkdir(parents=True)
         except OSError as error:
             raise BlipError(
-                f"cannot write the run: {error}",
-                file=folder,
-                remedy=write_remedy(error, choose="another 'output'"),
+                f"cannot write the run: {error}", file=folder, remedy="choose another 'output'"
             ) from error
     try:
         return _run(prepared.recipe, prepared, folder, console)
     except OSError as error:
-        remedy = write_remedy(error, choose="another 'output'")
         raise BlipError(
-            f"writing failed: {error}", file=folder, remedy=f"{remedy}; what was written so far is kept"
+            f"writing failed: {error}", file=folder, remedy="free disk space; what was written so far is kept"
         ) from error
 
 

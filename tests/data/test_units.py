@@ -53,28 +53,8 @@ def test_nonsense_is_refused(text: str) -> None:
 
 
 def test_unknown_name_gets_a_suggestion() -> None:
-    with pytest.raises(DataError, match="did you mean 'Hartree'"):
+    with pytest.raises(DataError, match="did you mean 'hartree'"):
         conversion("hartre", "energy")
-
-
-@pytest.mark.parametrize(
-    ("text", "quantity", "meant"),
-    [
-        ("kcalmol", "energy", "kcal/mol"),
-        ("kJmol", "energy", "kJ/mol"),
-        ("kcals", "energy", "kcal/mol"),
-        ("kcalmolA", "forces", "kcal/mol/A"),
-        ("eVA", "forces", "eV/A"),
-        ("kbars", "stress", "kbar"),
-        ("kcal", "energy", "kcal/mol"),
-        ("-1 * kJ/Ang", "forces", "-1 * kJ/mol/Ang"),
-    ],
-)
-def test_a_suggestion_is_never_off_by_the_number_of_avogadro(text: str, quantity: str, meant: str) -> None:
-    with pytest.raises(DataError) as caught:
-        conversion(text, quantity)
-    assert caught.value.remedy == f"did you mean '{meant}'?"
-    assert 1e-6 < abs(conversion(meant, quantity)) < 1e6
 
 
 def test_mega_electron_volt_is_not_read_as_milli() -> None:
