@@ -6,7 +6,6 @@ predictions. It is what ``blip-finetune check`` prints and a part of ``blip-fine
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,12 +111,11 @@ def examine(
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
         check = check_labels(compared)
-        kinds = Counter(map(_composition, rows)) if check.faults else Counter()
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group"):
             role, index = chosen[fault.index]
-            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows, kinds)}"
+            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
@@ -387,7 +385,6 @@ _REMEDIES = {
 def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
     groups: dict[tuple[str, str], list[LabelFault]] = {}
-    kinds = Counter(map(_composition, rows)) if faults else Counter()
     for fault in faults:
         groups.setdefault((fault.label, fault.cause), []).append(fault)
     out = []
@@ -398,7 +395,7 @@ def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Fi
         remedy = "an error of the model there, or other settings than for the rest"
         out.append(Finding("label", "info", [], message, remedy))
     for key, members in groups.items():
-        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
         message = _MESSAGES[key].format(n=len(members))
         out.append(Finding("label", "warning", frames, message, _REMEDIES[key[1]]))
     return out
@@ -415,17 +412,15 @@ def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
     return tuple(zs.tolist()), tuple((counts // np.gcd.reduce(counts)).tolist())
 
 
-def _note(fault: LabelFault, rows: Sequence[Row], kinds: Mapping[Any, int]) -> str:
-    """What a user is told of a fault.
-
-    Args:
-        fault: of ``rows[fault.index]``.
-        rows: all that were compared.
-        kinds: number of rows of each :func:`_composition`.
-    """
+def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
     if fault.label == "energy":
-        alone = kinds[_composition(rows[fault.index])] == 1
-        note = "; no other frame is of this composition" if alone else ""
+        own = _composition(rows[fault.index])
+        others = (row for i, row in enumerate(rows) if i != fault.index)
+        note = (
+            ""
+            if any(_composition(row) == own for row in others)
+            else "; no other frame is of this composition"
+        )
         return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}{note}"
     if fault.other is not None:
         return f"those of frame {rows[fault.other]['frame']}"
