@@ -26,7 +26,7 @@ from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
-from blip_ft.files import write_remedy
+from blip_ft.files import is_full, remedy_of
 from blip_ft.model_checks import (
     AGAIN,
     check_finite,
@@ -95,8 +95,13 @@ def save_model(potential: BayesianPotential, folder: str | Path) -> None:
         raise CheckpointError(
             f"cannot write the model: {error}",
             file=folder,
-            remedy=write_remedy(error, choose="another 'output'"),
+            remedy=remedy_of(error) if isinstance(error, OSError) else _full_or_other(folder.parent),
         ) from error
+
+
+def _full_or_other(folder: Path) -> str:
+    """The remedy for an error of a library that does not say why it could not write."""
+    return "free disk space, or choose another 'output'" if is_full(folder) else "choose another 'output'"
 
 
 def _meta(potential: BayesianPotential) -> dict[str, Any]:
@@ -263,7 +268,7 @@ def require_space(folder: Path, needed: int) -> None:
         raise CheckpointError(
             f"cannot write here: {error}",
             file=parent,
-            remedy=write_remedy(error, choose="another 'output'"),
+            remedy=remedy_of(error),
         ) from error
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -110,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "predict", commands.predict, "predict structures with error bars into an extended XYZ file"
     )
     _add_model(predict)
-    predict.add_argument("source", metavar="IN", help="a file that ASE reads; labels are not needed")
+    predict.add_argument(
+        "source",
+        metavar="IN",
+        help="as for fit: a file, glob, set, each with @selector; labels are not needed",
+    )
     predict.add_argument("-o", "--output", metavar="OUT", required=True, help="the .extxyz file to write")
     _add_prediction(predict)
 

@@ -18,6 +18,7 @@ from blip_ft.errors import BlipError
 
 if TYPE_CHECKING:
     from blip_ft.backbone import Backbone
+    from blip_ft.data.findings import Finding
     from blip_ft.potential import BayesianPotential
     from blip_ft.variational.convert import ConversionReport
 
@@ -82,13 +83,14 @@ def evaluate(args: argparse.Namespace) -> None:
     potential = _load(args)
     from blip_ft.data import FrameDataset, load_source
     from blip_ft.data.set_aside import SetAside
+    from blip_ft.data.unused import unmatched_labels
     from blip_ft.uncertainty.metrics import set_metrics
     from blip_ft.uncertainty.predict import predict_set
 
     aside = SetAside()
-    frames = FrameDataset(aside.examples(load_source(args.source)), potential.backbone)
-    for place in aside.places:
-        print(f"left out: {place}", file=sys.stderr)
+    rows = aside.examples(load_source(args.source))
+    _say(aside.places, unmatched_labels({args.source: rows}))
+    frames = FrameDataset(rows, potential.backbone)
     prediction = predict_set(
         potential,
         frames,
@@ -269,6 +271,7 @@ def data_convert(args: argparse.Namespace) -> None:
     from blip_ft.data.convert import convert
     from blip_ft.data.set_aside import SetAside
     from blip_ft.data.sources import load_source, mappings
+    from blip_ft.data.unused import unmatched_labels
     from blip_ft.files import check_target
 
     check_target(args.target, overwrite=args.overwrite)  # told before anything is read
@@ -291,12 +294,19 @@ def data_convert(args: argparse.Namespace) -> None:
         ) from error
     aside = SetAside()
     frames = aside.converged(load_source(source, labels=not args.unlabelled))
-    for place in aside.places:
-        print(f"left out: {place}", file=sys.stderr)
+    _say(aside.places, [] if args.unlabelled else unmatched_labels({args.source: frames}, use_stress=True))
     for line in mappings(frames):
         print(f"labels of {line}")
     card = Card(Path(args.target).name, args.license or "", args.about or "")
     print(f"{convert(frames, args.target, overwrite=args.overwrite, card=card)}: {len(frames)} frames")
+
+
+def _say(left_out: Sequence[str], findings: Sequence[Finding]) -> None:
+    """Tell which frames were set aside, and which numbers nothing uses."""
+    for place in left_out:
+        print(f"left out: {place}", file=sys.stderr)
+    for finding in findings:
+        print(finding, file=sys.stderr)
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:

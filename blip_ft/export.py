@@ -17,9 +17,11 @@ gives. ``export.json`` beside the files holds these factors.
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ from ase import Atoms
 import blip_ft
 from blip_ft.backbone import Backbone
 from blip_ft.checkpoint import require_space, sha256
-from blip_ft.errors import BlipError, GateError, first_line, readable
-from blip_ft.files import is_failed_write, write_remedy
+from blip_ft.errors import BlipError, GateError, readable
+from blip_ft.files import is_full, remedy_of
 from blip_ft.potential import BayesianPotential
 from blip_ft.probes import probes_of
 from blip_ft.variational.convert import unload
@@ -127,7 +129,7 @@ def export_native(
             for draw in members:
                 name = f"mean{suffix}" if draw is None else f"draw-{draw:02d}{suffix}"
                 plain = member(potential, draw, n_draws=draws, amplitude=width)
-                plain.write_native(new / name, shift)
+                _write(plain, new / name, shift)
                 done.append(_compare(plain, new / name, reference, draw, frames, seen))
                 if progress is not None:
                     progress(name)
@@ -138,12 +140,27 @@ def export_native(
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
-    except (OSError, RuntimeError) as error:
-        if not is_failed_write(error):
-            raise
-        text = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise BlipError(f"cannot write: {text}", file=folder, remedy=write_remedy(error)) from error
+    except OSError as error:
+        raise BlipError(
+            f"cannot write: {error.strerror or error}", file=folder, remedy=remedy_of(error)
+        ) from error
     return done
+
+
+def _write(plain: Backbone, path: Path, references: Mapping[int, float]) -> None:
+    """Have the adapter write a file of the vendor.
+
+    Raises:
+        OSError: it cannot be written; libraries that raise other errors on a full disk are translated.
+    """
+    try:
+        plain.write_native(path, dict(references))
+    except (RuntimeError, ValueError) as error:  # torch's and zip's own words for a write that failed
+        full, writing = is_full(path.parent), "writ" in str(error)
+        if full or (writing and isinstance(error, RuntimeError)):  # PytorchStreamWriter failed writing file
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
 
 
 def member(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,37 @@ except ImportError:  # no such locks on Windows: there two programs are told apa
 
 #: what stays as it is in names of files
 _SAFE = " !#$&'()+,;=@[]^{}~"
+#: bytes free below which a disk is full for a program that does not say why it could not write
+FULL = 1_000_000
+
+_REMEDIES = {
+    errno.ENOENT: "a folder on the way has been removed or never was there: make it, or choose another",
+    errno.ENOTDIR: "something on the way is a file and no folder: choose another place",
+    errno.EISDIR: "a folder has this name: choose another name",
+    errno.EEXIST: "choose another name, or allow to replace what is there (overwrite)",
+    errno.ENOTEMPTY: "another program has written there: choose another name",
+    errno.EACCES: "change the permissions, or choose a folder that you may write to",
+    errno.EPERM: "change the permissions, or choose a folder that you may write to",
+    errno.EROFS: "this file system is read-only: choose another folder",
+    errno.ENOSPC: "free disk space, or choose a folder on another disk",
+    errno.EDQUOT: "your quota is used up: remove files, or choose a folder on another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk or the network failed: try again, or choose another folder",
+}
+
+
+def remedy_of(error: OSError) -> str:
+    """What to do about a failed write, by its cause."""
+    return _REMEDIES.get(error.errno or 0, "choose another folder")
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of a folder has no space left: some libraries raise errors of their own then."""
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:
+        return False
 
 
 def file_name(name: str) -> str:
@@ -46,43 +76,6 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise BlipError("its folder does not exist", file=path, remedy=f"mkdir -p '{path.parent}'")
     return path
-
-
-#: how torch says that a file could not be written to its end; why, it does not say
-_TORCH = re.compile(r"PytorchStreamWriter|inline_container|iostream|file write failed|unexpected pos")
-
-
-def is_failed_write(error: Exception) -> bool:
-    """Whether an error is one of writing: torch raises a ``RuntimeError`` on a full disk."""
-    return isinstance(error, OSError) or _TORCH.search(str(error)) is not None
-
-
-def write_remedy(error: Exception, *, choose: str = "another folder") -> str:
-    """What to do where writing failed, by the system's own reason.
-
-    Args:
-        error: an ``OSError``, or what a library made of one (``... (os error 28)``).
-        choose: what the user chooses the place by.
-    """
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None and (found := re.search(r"os error (\d+)", str(error))):
-        code = int(found[1])
-    if code in (errno.ENOSPC, errno.EDQUOT) or (code is None and _TORCH.search(str(error))):
-        return f"free some space there, or choose {choose}"
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"it may not be written to: change its permissions, or choose {choose}"
-    if code == errno.ENOENT:
-        return (
-            "the folder is not there: was it moved or removed while this ran, or has a name in the path a / in "
-            f"it? else choose {choose}"
-        )
-    if code in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
-        return f"something of this name is in the way: remove it, or choose {choose}"
-    if code == errno.ENAMETOOLONG:
-        return "choose a shorter name"
-    if code in (errno.EMFILE, errno.ENFILE):
-        return "too many files are open: raise the limit (ulimit -n)"
-    return f"look at the disk or network that it lies on, or choose {choose}"
 
 
 @contextmanager
@@ -225,7 +218,7 @@ def _named_when_complete(temporary: Path, target: Path, *, overwrite: bool) -> I
         move_into_place(temporary, target, overwrite=overwrite)
     except OSError as error:
         raise BlipError(
-            f"cannot write: {error.strerror or error}", file=target, remedy=write_remedy(error)
+            f"cannot write: {error.strerror or error}", file=target, remedy=remedy_of(error)
         ) from error
     finally:
         with suppress(OSError):  # whatever kept it from being written may keep it from being removed

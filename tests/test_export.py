@@ -175,34 +175,6 @@ def test_a_file_with_other_numbers_is_not_exported(potential, tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-    ],
-)
-def test_a_full_disk(potential, tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
-
-    monkeypatch.setattr(FakeBackbone, "write_native", full)
-    with pytest.raises(BlipError, match="cannot write") as caught:
-        export_native(potential, tmp_path / "out")
-    assert "free some space" in caught.value.remedy
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_of_the_model_keeps_its_trace_back(potential, tmp_path, monkeypatch):
-    def wrong(*_):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(FakeBackbone, "write_native", wrong)
-    with pytest.raises(RuntimeError, match="shapes"):
-        export_native(potential, tmp_path / "out")
-
-
 def test_an_adapter_without_a_format_says_so(potential, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeBackbone, "write_native", Backbone.write_native)
     with pytest.raises(BlipError, match="cannot write its vendor's format"):

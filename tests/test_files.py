@@ -13,6 +13,7 @@ from blip_ft.files import (
     check_unused,
     file_name,
     move_into_place,
+    remedy_of,
     set_name,
     sole_writer,
     whole_file,
@@ -84,3 +85,25 @@ def test_one_program_writes_a_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".writing").touch()  # of a program that was killed
     check_unused(tmp_path)
+
+
+def test_remedies_name_the_cause(tmp_path: Path) -> None:
+    remedies = {
+        code: remedy_of(OSError(code, os.strerror(code)))
+        for code in (errno.ENOSPC, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG)
+    }
+    assert ["free disk space" in text for text in remedies.values()] == [True] + [False] * 5
+    assert len(set(remedies.values())) == 6
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def removed() -> None:
+        with whole_path(gone / "out") as new:
+            gone.rmdir()
+            new.write_text("x")
+
+    with pytest.raises(BlipError, match="removed") as error:
+        removed()
+    assert "space" not in str(error.value)
+    with pytest.raises(BlipError, match="shorter name"), whole_file(tmp_path / ("x" * 250)) as file:
+        file.write("x")

@@ -159,7 +159,7 @@ class DataConfig(Strict):
     """energy per element added to the model. ``shift``: of least norm that fits label minus pretrained
     energy; ``keep``: none; ``refit``: the atomic energies of the labels of least norm, in place of the
     pretrained ones; ``given``: so that isolated atoms have ``data.reference_energies``;
-    ``isolated_atoms``: the same with the energies of one-atom frames in the training source"""
+    ``isolated_atoms``: the same with the energies of the isolated atoms in the sources"""
     reference_energies: dict[str, float] = {}
     """``given``: energy of each isolated atom at the level of the labels, eV: ``{Si: -0.8, O: -1.9}``"""
     batch_by: Literal["structures", "atoms", "edges"] = "structures"

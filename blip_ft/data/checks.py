@@ -39,12 +39,18 @@ Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
 UNIT_FRAMES = 16
 #: below this correlation a slope says nothing about units
 CORRELATED = 0.8
-#: rms below which labels and model have nothing that can be compared: eV, eV/Å, eV/Å^3
-_NOTHING = {"energy": 1e-6, "forces": 1e-3, "stress": 1e-5}
+#: predictions and labels of a smaller rms are zero by symmetry and have no slope: eV/Å, eV/Å^3, eV
+_ZERO = {"forces": 1e-3, "stress": 1e-5, "energy": 1e-6}
 #: slopes from fewer values say so
 _FEW = 5
 #: slopes outside this range are remarkable even if no unit explains them
 PLAUSIBLE = (0.5, 2.0)
+_SLOPE = (
+    "check the units; or the model is that far off for this material, or the labels are a part of the energy"
+)
+_OVERLAP = (
+    "check the unit of length, the cell and pbc, and atoms that are written twice (partly occupied sites)"
+)
 
 
 # ---- frames ------------------------------------------------------------------------------------
@@ -107,11 +113,6 @@ def _coverage(role: str, rows: list[Row]) -> list[Finding]:
             Finding("coverage", "info", senseless, message, "their stress is not used; check pbc")
         )
     return findings
-
-
-_OVERLAP = (
-    "check the unit of length, the cell and pbc, and atoms that are written twice (partly occupied sites)"
-)
 
 
 def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
@@ -252,23 +253,18 @@ def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: 
     return Comparison(both[:, 0], both[:, 1])
 
 
-_SLOPE = (
-    "check the units; or the model is that far off for this material, or the labels are a part of the energy"
-)
-
-
 def _judge(quantity: str, compared: Comparison) -> Finding | None:
-    label, model = (float(np.sqrt(np.mean(np.square(x)))) for x in (compared.label, compared.model))
-    if max(label, model) < _NOTHING[quantity]:
-        return None  # forces on an atom in a crystal of one are zero by symmetry: nothing to compare
-    if quantity == "energy" and min(label, model) == 0 and max(label, model) < 0.01:
-        return None
-    if label == 0 or model == 0:
-        zero = "all the same within a composition" if quantity == "energy" else "all zero"
-        sides = ("labels", "pretrained model's") if label == 0 else ("pretrained model's", "labels")
-        message = f"the {quantity}: the {sides[0]} are {zero} and the {sides[1]} are not (rms {max(label, model):.2g})"
-        remedy = "check that they were computed, and that the name they are read from is the right one"
-        return Finding("label", "warning", [], message, remedy)
+    label, model = (float(np.sqrt(np.mean(v**2))) for v in (compared.label, compared.model))
+    if model <= _ZERO[quantity]:  # one-atom cells, ideal crystals: nothing to compare with
+        if label <= 10 * _ZERO[quantity] or quantity == "energy":
+            return None
+        return Finding(
+            "label",
+            "warning",
+            [],
+            f"the {quantity} labels have an rms of {label:.3g} where the pretrained model predicts none",
+            "check that labels belong to these structures, and that the model knows such structures",
+        )
     slope, correlation = compared.slope, compared.correlation
     few = f", from {len(compared.label)} values only" if len(compared.label) < _FEW else ""
     seen = f"against the pretrained model: slope {slope:.4g}, correlation {correlation:.2f}{few}"

@@ -7,7 +7,7 @@ backslash before white space takes the rest of the line. Here
 - an empty value is an empty text, and a label, cell or ``pbc`` that is empty is not there;
 - quotes and brackets open at the beginning of a key or a value only, and brackets may be nested;
 - a backslash escapes quotes, brackets and backslashes, nothing else;
-- a quote without an end is an error where keys follow it.
+- a quote without an end is an error where keys follow it, and so is one that ends where another should open.
 
 What a value becomes is ASE's business (:func:`ase.io.extxyz.key_val_str_to_dict`).
 """
@@ -18,7 +18,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ase.io.extxyz import SPECIAL_3_3_KEYS, key_val_str_to_dict, per_config_properties
+from numpy.typing import NDArray
+
+from blip_ft.data.frames import SYMMETRIC
 
 _CLOSING = {'"': '"', "'": "'", "{": "}", "[": "]"}
 _ESCAPED = frozenset("\"'{}[]\\")
@@ -41,7 +45,8 @@ def read_comment(line: str) -> dict[str, Any]:
     """Keys and values of a comment line, in the types that ASE gives them.
 
     Six numbers of ``stress`` or ``virial`` in Voigt order (xx yy zz yz xz xy) become the 3 x 3 that ASE
-    insists on.
+    insists on. Of a ``stress`` that is not symmetric ASE would take one triangle: one that is so by rounding is
+    averaged, another one stays as nine numbers, which no reader of labels takes for a stress.
 
     Raises:
         CommentError: a quotation mark or a bracket opens, keys follow, and it does not close.
@@ -56,6 +61,8 @@ def read_comment(line: str) -> dict[str, Any]:
                 values[key] = text
         else:
             values |= key_val_str_to_dict(f"{quoted(key)}={quoted(_full(key, text))}")
+            if key == "stress" and isinstance(values[key], np.ndarray):
+                values[key] = _symmetric(values[key])
             if isinstance(values[key], dict) and values[key].keys() == {UNEVEN}:
                 values[key] = values[key][UNEVEN]
     return values
@@ -104,7 +111,10 @@ def _word(line: str, at: int, stop: str) -> tuple[str, int]:
     if line[at : at + 1] in _CLOSING:
         end = _end(line, at)
         if end is not None:
-            text, at = _plain(line[at + 1 : end]), end + 1
+            begin, (text, at) = at, (_plain(line[at + 1 : end]), end + 1)
+            if text.endswith("=") and at < len(line) and not line[at].isspace():
+                # a quote that was forgotten: this one opens the value of another key
+                raise CommentError(f"{line[begin]} closes within '{line[max(begin, end - 20) : at + 20]}'")
         elif _KEY_AHEAD.search(line, at + 1):
             raise CommentError(f"{line[at]} opens and does not close in '{line[max(0, at - 20) : at + 40]}'")
     begin = at
@@ -139,6 +149,14 @@ def _skip(line: str, at: int) -> int:
     while at < len(line) and line[at].isspace():
         at += 1
     return at
+
+
+def _symmetric(stress: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(3, 3) with off-diagonal pairs averaged; (9,) if these are no pairs."""
+    off = np.abs(stress - stress.T).max()
+    if off > SYMMETRIC * np.abs(stress).max() + 1e-8:
+        return stress.reshape(9)
+    return 0.5 * (stress + stress.T) if off > 0 else stress
 
 
 def _full(key: str, text: str) -> str:

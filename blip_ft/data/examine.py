@@ -6,7 +6,6 @@ predictions. It is what ``blip-finetune check`` prints and a part of ``blip-fine
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,12 +118,11 @@ def examine(
         check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
         if not use_stress:  # no frame is lost for a label that nobody trains on
             check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
-        kinds = Counter(map(_composition, rows)) if check.faults else Counter()
         found += label_findings(check.faults, rows)
         report.frames = _curves(names, compared, check)
         for fault in (f for f in check.faults if f.cause != "group" or f.certain):
             role, index = chosen[fault.index]
-            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows, kinds)}"
+            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
             if fault.certain:
                 report.certain.setdefault(role, {})[index] = report.bad[role][index]
         if 0 < len(compared) < MIN_FRAMES:
@@ -413,13 +411,12 @@ _CERTAIN = "mend or remove them; fit leaves them out, in every role, unless data
 
 def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
-    kinds = Counter(map(_composition, rows)) if faults else Counter()
     out = []
     certain: dict[str, list[LabelFault]] = {}
     for fault in (f for f in faults if f.certain):
         certain.setdefault(fault.label, []).append(fault)
     for label, members in certain.items():
-        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
         message = f"the {_PLURAL[label]} of {len(members)} frames are wrong beyond doubt"
         out.append(Finding("label", "warning", frames, message, _CERTAIN))
     groups: dict[tuple[str, str], list[LabelFault]] = {}
@@ -432,7 +429,7 @@ def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Fi
         remedy = "an error of the model there, or other settings than for the rest"
         out.append(Finding("label", "info", [], message, remedy))
     for key, members in groups.items():
-        frames = [place(rows[fault.index], _note(fault, rows, kinds)) for fault in members]
+        frames = [place(rows[fault.index], _note(fault, rows)) for fault in members]
         message = _MESSAGES[key].format(n=len(members))
         out.append(Finding("label", "warning", frames, message, _REMEDIES[key[1]]))
     return out
@@ -449,17 +446,15 @@ def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
     return tuple(zs.tolist()), tuple((counts // np.gcd.reduce(counts)).tolist())
 
 
-def _note(fault: LabelFault, rows: Sequence[Row], kinds: Mapping[Any, int]) -> str:
-    """What a user is told of a fault.
-
-    Args:
-        fault: of ``rows[fault.index]``.
-        rows: all that were compared.
-        kinds: number of rows of each :func:`_composition`.
-    """
+def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
     if fault.label == "energy":
-        alone = kinds[_composition(rows[fault.index])] == 1
-        note = "; no other frame is of this composition" if alone else ""
+        own = _composition(rows[fault.index])
+        others = (row for i, row in enumerate(rows) if i != fault.index)
+        note = (
+            ""
+            if any(_composition(row) == own for row in others)
+            else "; no other frame is of this composition"
+        )
         return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}{note}"
     if fault.other is not None:
         return f"those of frame {rows[fault.other]['frame']}"

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from blip_ft.data.layouts import PLAIN, Layout, parsed
 from blip_ft.errors import DataError
 
+#: share of a stress that its off-diagonal pairs may differ by
+SYMMETRIC = 1e-2
+_ASYMMETRIC = "another tensor (a derivative by the lattice vectors) or a broken line? take the stress, or remove the label"
 #: larger numbers are no labels: a stress of 10 TPa in Pa has 1e13
 LARGEST = 1e15
 
@@ -140,8 +143,8 @@ def stress(raw: RawFrame, name: str, order: Sequence[int] = range(6)) -> NDArray
     if value.shape not in ((9,), (3, 3), (1, 9), (1, 3, 3)):
         raise shape_error(raw, name, value, "(6,) or (3, 3)")
     full = value.reshape(3, 3)
-    if np.abs(full - full.T).max() > 1e-2 * np.abs(full).max() + 1e-8:
-        raise raw.error("the stress is not symmetric", field=name, remedy="mend or remove the label")
+    if np.abs(full - full.T).max() > SYMMETRIC * np.abs(full).max() + 1e-8:
+        raise raw.error("the stress is not symmetric", field=name, remedy=_ASYMMETRIC)
     return voigt(full)
 
 

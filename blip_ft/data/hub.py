@@ -19,7 +19,7 @@ import huggingface_hub
 from datasets.exceptions import DatasetGenerationError
 
 from blip_ft.errors import BlipError, DataError, first_line
-from blip_ft.files import write_remedy
+from blip_ft.files import remedy_of
 
 
 @contextmanager
@@ -95,5 +95,5 @@ def _unwritable(error: OSError) -> DataError:
     return DataError(
         f"the cache of read data cannot be written: {error}",
         file=str(datasets.config.HF_DATASETS_CACHE),
-        remedy=write_remedy(error, choose="another folder by the variable HF_DATASETS_CACHE"),
+        remedy=f"{remedy_of(error)}; HF_DATASETS_CACHE says where the cache is",
     )

@@ -240,5 +240,6 @@ def _unknown(name: str) -> DataError:
     return DataError(
         "neither a structure file that ASE knows nor a table (parquet, arrow, json, npz)",
         file=name,
-        remedy="give extended XYZ or another format of `ase info --formats`",
+        remedy="ASE goes by names and first lines: call it as its program does (OUTCAR, vasprun.xml, ...), or give "
+        "extended XYZ or another format of `ase info --formats`",
     )

@@ -8,28 +8,11 @@ any case, and a few spellings that people use.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 
 from ase import units
 
 from blip_ft.errors import DataError, nearest
-
-#: factor that no unit of atoms has; a kJ has 6e21 eV
-_BULK = 1e21
-_PER_MOLE = re.compile("kcal|kj", re.IGNORECASE)
-_SIDES = ("eV", "meV", "kcal/mol", "kJ/mol", "Hartree", "Ha", "Ry")
-#: units that are written in one word by mistake: ``kcalmol``, ``evA``
-_COMMON = {
-    "energy": _SIDES,
-    "virial": _SIDES,
-    "length": ("Ang", "Angstrom", "Bohr", "nm"),
-    "forces": tuple(f"{e}/{a}" for e in _SIDES for a in ("Ang", "A", "Å", "Angstrom", "Bohr", "nm")),
-    "stress": (
-        *("GPa", "kbar", "bar", "Pa"),
-        *(f"{e}/{a}^3" for e in _SIDES for a in ("Ang", "A", "Å", "Angstrom", "Bohr", "nm")),
-    ),
-}
 
 #: what each key of ``data.units`` must be: powers of (energy, length)
 DIMENSIONS: dict[str, tuple[int, int]] = {
@@ -75,6 +58,19 @@ _UNITS: dict[str, tuple[float, tuple[int, int]]] = {
     "bar": (units.bar, _PRESSURE),
     "kbar": (1e3 * units.bar, _PRESSURE),
 }
+#: what is so many times larger or smaller than eV and Å is no unit of labels by itself
+_LARGEST = 1e13
+#: how names are usually written
+_SPELT = {
+    "ev": "eV",
+    "mev": "meV",
+    "hartree": "Hartree",
+    "ha": "Ha",
+    "ry": "Ry",
+    "kj": "kJ",
+    "ang": "Ang",
+    "bohr": "Bohr",
+}
 _TOKEN = re.compile(
     r"\s*(?:(?P<op>[*/])|(?P<number>[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
     r"|(?P<minus>-)|(?P<name>[^\W\d_]+)\s*(?:(?:\^|\*\*)\s*(?P<power>-?\d+))?)\s*"
@@ -93,6 +89,7 @@ def conversion(text: str, quantity: str) -> float:
     """
     factor, power = 1.0, [0, 0]
     divide, position, expect = False, 0, True
+    names: list[str] = []
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or (match["op"] is not None and expect):
@@ -107,7 +104,8 @@ def conversion(text: str, quantity: str) -> float:
         if match["number"] is not None:
             value, dimension, exponent = float(match["number"]), _NUMBER, 1
         else:
-            value, dimension = _lookup(match["name"], quantity, text)
+            value, dimension = _lookup(match["name"], quantity)
+            names.append(match["name"].lower())
             exponent = int(match["power"] or 1)
         if value == 0.0:
             raise _unreadable(text, quantity)
@@ -123,11 +121,11 @@ def conversion(text: str, quantity: str) -> float:
             field=f"data.units.{quantity}",
             remedy=f"give a unit such as {_EXAMPLES[quantity]}",
         )
-    if abs(factor) > _BULK:
+    if abs(factor) > _LARGEST and {"kcal", "kj"} & set(names):
         raise DataError(
-            f"'{text}' is {factor:.1g} in eV and Å: an energy of bulk matter, not of atoms",
+            f"'{text}' makes {factor:.0e} eV of 1: no label is in it",
             field=f"data.units.{quantity}",
-            remedy=f"did you mean '{_PER_MOLE.sub(_with_mole, text, count=1)}'?",
+            remedy=f"energies of structures are given per mole: {_EXAMPLES[quantity]}",
         )
     return factor
 
@@ -147,34 +145,39 @@ def factors(given: Mapping[str, str] | None) -> dict[str, float]:
     return {q: conversion(given[q], q) if q in given else 1.0 for q in DIMENSIONS}
 
 
-def _with_mole(match: re.Match[str]) -> str:
-    return f"{match[0]}/mol"
-
-
-def _lookup(name: str, quantity: str, text: str) -> tuple[float, tuple[int, int]]:
+def _lookup(name: str, quantity: str) -> tuple[float, tuple[int, int]]:
     if name.lower() in _UNITS and name not in ("MeV", "MEV"):  # 10^6 eV, not the milli of the table
         return _UNITS[name.lower()]
     raise DataError(
-        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=_suggestion(name, text, quantity)
+        f"unknown unit '{name}'", field=f"data.units.{quantity}", remedy=_suggestion(name, quantity)
     )
 
 
-def _suggestion(name: str, text: str, quantity: str) -> str:
-    """A whole unit that was meant, never a part of one: without its ``/mol`` a kcal is 6e23 of them."""
-    letters = {_letters(text), _letters(name)}
-    meant = [unit for unit in _COMMON[quantity] if _letters(unit) in letters]
-    if not meant:
-        names = {unit.lower(): unit for unit in reversed(_COMMON[quantity])}
-        close = get_close_matches(text.lower(), names, n=1, cutoff=0.6)
-        close = close or get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-        meant = [names[unit] for unit in close]
-    if meant:
-        return f"did you mean '{meant[0]}'?"
-    return f"give a unit such as {_EXAMPLES[quantity]}; names that are known: {', '.join(sorted(_UNITS))}"
+def _suggestion(name: str, quantity: str) -> str:
+    """A unit of this quantity that a name may stand for: ``kcalmol`` is no misspelt ``kcal``, which is 6e23 times more."""
+    for parts in _divided(name.lower()):
+        text = "/".join(_SPELT.get(part, part) for part in parts)
+        for candidate in (text, f"{text}^3"):
+            try:
+                factor = conversion(candidate, quantity)
+            except DataError:
+                continue
+            if 1 / _LARGEST < abs(factor) < _LARGEST:
+                return f"did you mean '{candidate}'?"
+    # only what a source may be in: one kcal or J is 1e19 eV and more
+    likely = [n for n, (value, _) in _UNITS.items() if 1 / _LARGEST < value < _LARGEST]
+    return nearest(name.lower(), likely)
 
 
-def _letters(text: str) -> str:
-    return re.sub(r"[^a-zå0-9]", "", text.lower())
+def _divided(name: str) -> Iterator[tuple[str, ...]]:
+    """All ways to write a name as several known ones."""
+    for end in range(1, len(name)):
+        head, rest = name[:end], name[end:]
+        if head in _UNITS:
+            if rest in _UNITS:
+                yield head, rest
+            for more in _divided(rest):
+                yield head, *more
 
 
 def _unreadable(text: str, quantity: str) -> DataError:

@@ -28,6 +28,10 @@ _LIKELY = {
     "stress": re.compile(r"stress|virial|sigma|pressure|^s$", re.IGNORECASE),
 }
 _EATEN = re.compile(r"(^|\s)\w*energy\s*=", re.IGNORECASE)
+#: numbers of a frame that are no energies, whatever else is missing
+_OTHER = re.compile(
+    r"charge|spin|multiplicity|^(md_)?step$|frame|index|^id$|time|temperature|^nelect", re.IGNORECASE
+)
 #: names that are told
 _MOST = 5
 
@@ -59,6 +63,7 @@ def candidates(raw: RawFrame, label: str, used: Collection[str]) -> list[str]:
         name
         for name, value in raw.values.items()
         if name not in used
+        and not _OTHER.search(name)
         and not isinstance(value, bool | str | bytes | Mapping | None)
         and _fits(label, value, len(raw.numbers))
     ]

@@ -32,7 +32,7 @@ from blip_ft.config import Recipe
 from blip_ft.console import is_rank_zero
 from blip_ft.data import splits_file
 from blip_ft.errors import BlipError, RecipeError
-from blip_ft.files import check_unused, file_name, sole_writer, whole_file, write_remedy
+from blip_ft.files import check_unused, file_name, remedy_of, sole_writer, whole_file
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.device import device_of
@@ -74,9 +74,10 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         with sole_writer(folder):
             return _run(prepared.recipe, prepared, folder, console)
     except OSError as error:
-        remedy = write_remedy(error, choose="another 'output'")
         raise BlipError(
-            f"writing failed: {error}", file=folder, remedy=f"{remedy}; what was written so far is kept"
+            f"writing failed: {error}",
+            file=folder,
+            remedy=f"{remedy_of(error)}; what was written so far is kept",
         ) from error
 
 
@@ -100,7 +101,7 @@ def _make_folder(folder: Path, console: Console, *, overwrite: bool) -> None:
         raise BlipError(
             f"cannot write the run: {error}",
             file=folder,
-            remedy=write_remedy(error, choose="another 'output'"),
+            remedy=remedy_of(error),
         ) from error
 
 

@@ -139,6 +139,21 @@ def test_command(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "x.xyz").exists()
 
 
+def test_command_names_what_it_leaves(
+    frames: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = frames(4)
+    for atoms in some:
+        atoms.info["TotEnergy"] = atoms.calc.results.pop("energy")
+    some[2].info["scf_converged"] = False
+    write(tmp_path / "in.traj", some)
+    assert main(["data", "convert", str(tmp_path / "in.traj"), str(tmp_path / "out.parquet")]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("out.parquet: 3 frames\n")
+    assert "in.traj, frame 2: not converged" in err
+    assert "nothing uses 'TotEnergy'" in err
+
+
 def test_unknown_ending_and_no_space(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = load_source(source)
     with pytest.raises(DataError, match=r"cannot write '\.docx'.*\n.*\.parquet"):

@@ -90,6 +90,22 @@ def test_six_numbers_of_a_stress_are_a_tensor() -> None:
         assert read_comment(text)["stress"].tolist() == [[1, 6, 5], [6, 2, 4], [5, 4, 3]]
 
 
+def test_a_stress_that_is_not_symmetric_is_averaged_or_refused(tmp_path: Path) -> None:
+    head = 'energy=-1 Lattice="4 0 0 0 4 0 0 0 4" stress="{}"'
+    (tmp_path / "a.xyz").write_text(f"1\n{head.format('1 0.501 0 0.499 2 0 0 0 3')}\n{ROWS}")
+    (row,) = load_source(str(tmp_path / "a.xyz"))
+    assert row["stress"] == [1, 2, 3, 0, 0, 0.5]
+    (tmp_path / "b.xyz").write_text(f"1\n{head.format('1 0.9 0 0.1 2 0 0 0 3')}\n{ROWS}")
+    with pytest.raises(DataError, match="field 'stress': the stress is not symmetric"):
+        load_source(str(tmp_path / "b.xyz"))
+
+
+@pytest.mark.parametrize("text", ['size="5 energy=-1 name="x"', r'path="C:\my dir\" energy=-1 pbc="T T T"'])
+def test_a_quote_that_ends_where_another_opens_is_refused(text: str) -> None:
+    with pytest.raises(CommentError, match="closes within"):
+        read_comment(text)
+
+
 def test_a_quote_without_an_end_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(CommentError, match="opens and does not close"):
         read_comment('name="5 inch energy=-35.9')

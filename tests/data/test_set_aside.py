@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import ase.db
+import datasets
 import numpy as np
 import pytest
 from ase import Atoms
@@ -17,6 +19,7 @@ from blip_ft.data.checks import unit_findings
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.set_aside import SetAside, is_isolated
 from blip_ft.data.stream import rows_of, sample_of
+from blip_ft.data.unused import unmatched_labels
 from blip_ft.errors import DataError
 from blip_ft.fake import FakeBackbone
 
@@ -94,6 +97,41 @@ def test_atoms_in_every_file_are_set_aside_in_every_role(frames: Frames, save: S
     assert [f.kind for f in check_frames(splits, FakeBackbone()) if f.severity == "warning"] == []
 
 
+@pytest.mark.parametrize("name", ["a.extxyz.gz", "a.traj", "a.db", "a.json", "a.parquet", "a.jsonl"])
+def test_every_format(name: str, frames: Frames, save: Save, tmp_path: Path) -> None:
+    """Isolated atoms, a calculation that did not converge, and an energy of another name."""
+    some = [*frames(12), lone("Si", **BOX), lone("O", **BOX)]
+    some[3].info["scf_converged"] = False
+    for atoms in some:
+        atoms.info["TotEnergy"] = atoms.calc.results.pop("energy")
+    path = tmp_path / name
+    if name.endswith(("parquet", "jsonl")):
+        rows = [
+            {"numbers": a.numbers.tolist(), "positions": a.positions.tolist(), "cell": a.cell.tolist()}
+            | {"forces": a.calc.results["forces"].tolist(), "scf_converged": True, **a.info}
+            for a in some
+        ]
+        table = datasets.Dataset.from_list(rows)
+        table.to_parquet(path) if name.endswith("parquet") else table.to_json(path)
+    elif name in ("a.db", "a.json"):
+        with ase.db.connect(path) as database:
+            for a in some:
+                database.write(a, key_value_pairs=a.info)
+    else:
+        save(some, name)
+    splits = load_splits(DataConfig(train=str(path)))
+    assert sum(len(part) for part in splits.roles().values()) == 11
+    assert [text.partition(": ")[2] for text in splits.dropped] == [
+        "not converged, as the file itself says",
+        *["an isolated atom, kept as reference"] * 2,
+    ]
+    assert any("nothing uses 'TotEnergy'" in f.message for f in unmatched_labels(splits.roles()))
+    named = load_splits(
+        DataConfig(train=str(path), fields={"energy": "TotEnergy"}, references="isolated_atoms")
+    )
+    assert named.isolated == ENERGIES
+
+
 def test_a_set_of_nothing_else_is_kept(frames: Frames, save: Save) -> None:
     atoms = save([lone("Si", **BOX), lone("O", **BOX)], "atoms.xyz")
     splits = load_splits(DataConfig(train=save(frames(12)), test={"atoms": atoms}))
@@ -114,7 +152,9 @@ def test_forces_that_vanish_by_symmetry_are_no_finding(save: Save) -> None:
     zeros = [row | {"forces": np.zeros((1, 3))} for row in train]
     rough = [{"energy": -1.0, "forces": np.ones((1, 3)), "stress": None} for _ in zeros]
     (finding,) = unit_findings(zeros, rough).values()
-    assert "the labels are all zero and the pretrained model's are not" in finding.message
+    assert (
+        "hardly correlate with the pretrained model (against the pretrained model: slope 0" in finding.message
+    )
     assert "nan" not in str(finding)
 
 
