@@ -19,8 +19,6 @@ SMALL = [
     "data.validation=sio2_polymorphs@validation",
     "data.calibration=sio2_polymorphs@calibration",
     "data.test=sio2_polymorphs@test",
-    "posterior.rank=4",
-    "posterior.projections=1",
     "posterior.context=0.1",
     "uncertainty.n_draws=2",
     "uncertainty.calibration_draws=2",
@@ -30,8 +28,13 @@ SMALL = [
 ]
 
 
+#: of the default family
+FEW = ["posterior.rank=4", "posterior.projections=1"]
+
+
 def fit(folder: Path, *overrides: str) -> dict:
-    assert main(["fit", "sio2_sevennet", f"output={folder}", "name=run", *SMALL, *overrides]) == 0
+    few = [] if any("posterior.family" in o for o in overrides) else FEW
+    assert main(["fit", "sio2_sevennet", f"output={folder}", "name=run", *SMALL, *few, *overrides]) == 0
     return json.loads((folder / "run/metrics.json").read_text())
 
 
