@@ -157,7 +157,7 @@ class PropertyCalibration:
     def from_dict(cls, tree: Mapping[str, Any]) -> PropertyCalibration:
         """Inverse of :meth:`to_dict`."""
         factors = {float(k): math.inf if v is None else v for k, v in tree.get("conformal", {}).items()}
-        changed = {"conformal": factors, "left_out": tuple(tree.get("left_out", ()))}
+        changed: dict[str, Any] = {"conformal": factors, "left_out": tuple(tree.get("left_out", ()))}
         if tree.get("aleatoric") is None:
             changed["aleatoric"] = 0.0
         return cls(**{**tree, **changed})
