@@ -447,18 +447,23 @@ def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
 
 
 def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
-    if fault.label == "energy":
+    energy = fault.label == "energy"
+    factor, unit = {"energy": (1e3, "meV/atom"), "forces": (1e3, "meV/Å")}.get(
+        fault.label, (1 / units.GPa, "GPa")
+    )
+    usual = factor * fault.usual  # unknown where there are few frames
+    known = f", usual {usual:{'.1f' if energy else '.3g'}}" if np.isfinite(usual) else ""
+    if energy:
         own = _composition(rows[fault.index])
         others = (row for i, row in enumerate(rows) if i != fault.index)
-        note = (
+        alone = (
             ""
-            if any(_composition(row) == own for row in others)
+            if any(map(own.__eq__, map(_composition, others)))
             else "; no other frame is of this composition"
         )
-        return f"{1e3 * fault.size:+.0f} meV/atom, usual {1e3 * fault.usual:.1f}{note}"
+        return f"{factor * fault.size:+.0f} {unit}{known}{alone}"
     if fault.other is not None:
         return f"those of frame {rows[fault.other]['frame']}"
     if fault.text:
         return fault.text
-    factor, unit = (1e3, "meV/Å") if fault.label == "forces" else (1 / units.GPa, "GPa")
-    return f"off by {factor * fault.size:.3g} {unit}, usual {factor * fault.usual:.3g}"
+    return f"off by {factor * fault.size:.3g} {unit}{known}"

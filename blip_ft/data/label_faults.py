@@ -145,11 +145,12 @@ def check_labels(frames: Sequence[Compared]) -> LabelCheck:
 
     Args:
         frames: all in one unit. Fewer than :data:`MIN_FRAMES` say nothing about what is usual,
-            and no fault is found then.
+            and no fault is found then but what is beyond doubt.
     """
     none = [np.full(len(frames), np.nan) for _ in range(4)]
     check = LabelCheck([], *none)
-    if len(frames) < MIN_FRAMES:
+    if len(frames) < MIN_FRAMES:  # what is beyond doubt needs no more than a few others
+        check.faults = _certain(frames, check)
         return check
     space = _Space(frames)
     check.faults += _force_faults(frames, space, check)
@@ -170,6 +171,7 @@ def _certain(frames: Sequence[Compared], check: LabelCheck) -> list[LabelFault]:
     energy = np.array([np.nan if f.energy is None else _energy_residual(f) for f in frames])
     stress = np.array([nothing if f.stress is None or not f.atoms.pbc.all() else f.stress for f in frames])
     model_stress = np.array([nothing if f.model_stress is None else f.model_stress for f in frames])
+    stress, model_stress = stress.reshape(-1, 6), model_stress.reshape(-1, 6)  # of no frames too
     found: dict[Label, Bools] = {
         "forces": wrong_forces(labels, [f.model_forces for f in frames]),
         "energy": wrong_energies([f.atoms.numbers for f in frames], energy, check.forces),

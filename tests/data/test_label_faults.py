@@ -175,3 +175,20 @@ def test_real_corrupted_labels(outside: Callable[[str], str]) -> None:
     found = named(check_labels(frames).faults)
     assert bad <= found
     assert len(found - bad) <= 2
+
+
+def test_what_is_beyond_doubt_is_marked(frames: list[Compared]) -> None:
+    """One component, one energy and one stress; six frames are enough for it, and say nothing else."""
+    for chosen in (frames[:40], frames[:6]):
+        assert not [f for f in check_labels(chosen).faults if f.certain]
+        spoilt = list(chosen)
+        forces, stress = np.array(spoilt[2].forces), np.array(spoilt[4].stress)
+        forces[1, 1] += 50.0
+        stress[0] = 30.0
+        energy = spoilt[3].energy
+        assert energy is not None
+        spoilt[2] = replace(spoilt[2], forces=forces)
+        spoilt[3] = replace(spoilt[3], energy=energy + 15.0 * len(spoilt[3].atoms))
+        spoilt[4] = replace(spoilt[4], stress=stress)
+        faults = [f for f in check_labels(spoilt).faults if f.certain]
+        assert [(f.index, f.label) for f in faults] == [(2, "forces"), (3, "energy"), (4, "stress")]
