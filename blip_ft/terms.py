@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
 
+from blip_ft.errors import nearest
 from blip_ft.registry import Registry, resolve
 
 Class = TypeVar("Class", bound=type)
@@ -154,8 +155,8 @@ def _part(name: str) -> ObjectiveSpec:
         return OBJECTIVES[name]
     if name in TERMS:
         return ObjectiveSpec(f"'{name}'", (TERMS[name].name,))
-    known = ", ".join(f"'{n}'" for n in (*OBJECTIVES.names(), *TERMS.names()))
-    raise ValueError(f"there is no objective or term '{name}'; valid names, joined by +: {known}")
+    known = nearest(name, {*OBJECTIVES.names(), *TERMS.names()})
+    raise ValueError(f"there is no objective or term '{name}' (names are joined by +): {known}")
 
 
 def everywhere() -> list[TermSpec]:
