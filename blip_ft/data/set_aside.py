@@ -36,7 +36,7 @@ class SetAside:
     Attributes:
         places: ``"file, frame N: reason"`` of each frame.
         energies: of isolated atoms, eV by atomic number; the first that was met.
-        others: sentences on isolated atoms whose energy differs from the first of their element.
+        others: an error for each isolated atom whose energy differs from the first of its element.
     """
 
     places: list[str] = field(default_factory=list)
