@@ -1,12 +1,11 @@
 """Total charge and spin of a structure: what a geometry does not say and some models want to know.
 
-=========  ============================================  =============================================
-key        meaning                                       names under which it is found
-=========  ============================================  =============================================
-``charge``  total charge, e                              ``charge``, ``total_charge``
-``spin``    spin multiplicity 2S + 1                     ``spin``, ``total_spin``,
-                                                         ``spin_multiplicity``, ``multiplicity``
-=========  ============================================  =============================================
+==========  ==========================  ================================================================
+key         meaning                     names under which it is found
+==========  ==========================  ================================================================
+``charge``  total charge, e             ``charge``, ``total_charge``
+``spin``    spin multiplicity 2S + 1    ``spin``, ``total_spin``, ``spin_multiplicity``, ``multiplicity``
+==========  ==========================  ================================================================
 
 They stand in ``atoms.info``, in the columns of the schema (:mod:`blip_ft.data.schema`), and are part of
 what makes two frames the same. A frame that says nothing is the same as a neutral singlet there.

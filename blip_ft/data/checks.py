@@ -87,7 +87,9 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
         findings += net_forces(role, rows)
     findings += outliers([row for frames in splits.roles().values() for row in frames])
     findings += near_duplicates(splits.roles())
-    findings += electron_findings((row for frames in splits.roles().values() for row in frames), backbone)
+    columns = [*electrons.KEYS, "source", "frame"]
+    states = (row for frames in splits.roles().values() for row in frames.select_columns(columns))
+    findings += electron_findings(states, backbone)
     if splits.dropped:
         findings.append(
             Finding(

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 
 from blip_ft import electrons
-from blip_ft.data.dataset import row_key
+from blip_ft.data.dataset import KEY_COLUMNS, row_key
 from blip_ft.data.sources import grid
 from blip_ft.errors import DataError
 
@@ -52,7 +52,7 @@ def to_json(roles: Mapping[str, datasets.Dataset], rule: str, dropped: Sequence[
 def keys(frames: datasets.Dataset) -> list[tuple[str, str, str]]:
     """Three hashes of every frame: fine, and coarse on two grids."""
     found = []
-    for row in frames:
+    for row in frames.select_columns([*KEY_COLUMNS, *electrons.KEYS]):
         numbers, state = row["numbers"], electrons.state_bytes(row.get("charge"), row.get("spin"))
         geometry = np.concatenate([np.asarray(row[k], dtype=float) for k in ("positions", "cell")])
         found.append(
