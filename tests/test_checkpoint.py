@@ -434,8 +434,8 @@ class TestProbe:
         """As another version of a vendor's package might: the same weights, other numbers."""
         forward = FakeModel.forward
 
-        def other(self, species, edge_index, distance):
-            energy, features = forward(self, species, edge_index, 1.001 * distance)
+        def other(self, species, edge_index, distance, *rest):
+            energy, features = forward(self, species, edge_index, 1.001 * distance, *rest)
             return energy, features
 
         monkeypatch.setattr(FakeModel, "forward", other)
@@ -452,7 +452,7 @@ class TestProbe:
     def test_a_difference_that_does_not_matter(self, saved, monkeypatch):
         forward = FakeModel.forward
         monkeypatch.setattr(
-            FakeModel, "forward", lambda self, s, i, d: tuple(x * (1 + 1e-7) for x in forward(self, s, i, d))
+            FakeModel, "forward", lambda self, *inputs: tuple(x * (1 + 1e-7) for x in forward(self, *inputs))
         )
         edit(saved[0], lambda m: m["versions"].update(torch="1.9.0"))
         load_model(saved[0])
@@ -565,7 +565,8 @@ def test_folders_of_earlier_formats_open(version):
     expected = json.loads((stored / "predictions.json").read_text())
     found = predictions(load_model(stored))
     for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
+        # what no calibration frame had a label of was given as zero then, and is absent now
+        assert other.keys() - one.keys() <= {"stress_std_aleatoric", "stress_std_total"}
         for key, value in other.items():
-            if value is not None:
+            if value is not None and key in one:
                 np.testing.assert_allclose(one[key], value, rtol=1e-9, atol=1e-12, err_msg=key)

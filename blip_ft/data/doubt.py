@@ -17,7 +17,7 @@ The rules act on gross errors only; what is left is for ``label_faults``, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,10 @@ def wrong_forces(labels: Sequence[Floats | None], predictions: Sequence[Floats])
 
 
 def wrong_energies(
-    numbers: Sequence[NDArray[np.int64]], error: Floats, force_error: Floats | None = None
+    numbers: Sequence[NDArray[np.int64]],
+    error: Floats,
+    force_error: Floats | None = None,
+    states: Sequence[Hashable] | None = None,
 ) -> Bools:
     """(F,) frames with an energy that is wrong beyond doubt.
 
@@ -80,16 +83,18 @@ def wrong_energies(
         numbers: atomic numbers of each frame.
         error: (F,) label minus prediction, eV/atom; NaN without a label.
         force_error: (F,) rms error of the forces of each frame, eV/Å; NaN where there are none.
+        states: charge and spin of each frame, of which a model may know nothing: other states are not the same atoms.
     """
     out = np.zeros(len(error), dtype=bool)
     known: list[int] = np.flatnonzero(np.isfinite(error)).tolist()
     forces = np.full(len(error), np.nan) if force_error is None else force_error
-    alike: dict[bytes, list[int]] = {}
-    shares: dict[bytes, list[int]] = {}
+    alike: dict[Hashable, list[int]] = {}
+    shares: dict[Hashable, list[int]] = {}
     for i in known:
         counts = np.bincount(numbers[i])
-        alike.setdefault(counts.tobytes(), []).append(i)
-        shares.setdefault((counts // np.gcd.reduce(counts)).tobytes(), []).append(i)
+        state = None if states is None else states[i]
+        alike.setdefault((counts.tobytes(), state), []).append(i)
+        shares.setdefault(((counts // np.gcd.reduce(counts)).tobytes(), state), []).append(i)
     finite = forces[np.isfinite(forces)]
     good = _GOOD * max(float(np.median(finite)), _FORCE_NOISE) if finite.size else 0.0
     for groups, floor in ((alike, ENERGY_FLOOR), (shares, ABSURD_ENERGY)):

@@ -172,15 +172,18 @@ def _certain(frames: Sequence[Compared], check: LabelCheck) -> list[LabelFault]:
     stress = np.array([nothing if f.stress is None or not f.atoms.pbc.all() else f.stress for f in frames])
     model_stress = np.array([nothing if f.model_stress is None else f.model_stress for f in frames])
     stress, model_stress = stress.reshape(-1, 6), model_stress.reshape(-1, 6)  # of no frames too
+    states = [electrons.state_of(f.atoms.info) for f in frames]
     found: dict[Label, Bools] = {
         "forces": wrong_forces(labels, [f.model_forces for f in frames]),
-        "energy": wrong_energies([f.atoms.numbers for f in frames], energy, check.forces),
+        "energy": wrong_energies([f.atoms.numbers for f in frames], energy, check.forces, states),
         "stress": wrong_stress(stress, model_stress),
     }
     # among other compositions only what no chemistry explains; a lone atom is a reference
     several = [i for i, e in enumerate(energy) if np.isfinite(e) and len(frames[i].atoms) > 1]
-    total = np.array([energy[i] * len(frames[i].atoms) for i in several])
-    found["energy"][several] |= far_energies([frames[i].atoms.numbers for i in several], total, ABSURD_ENERGY)
+    for state in dict.fromkeys(states):
+        own = [i for i in several if states[i] == state]
+        total = np.array([energy[i] * len(frames[i].atoms) for i in own])
+        found["energy"][own] |= far_energies([frames[i].atoms.numbers for i in own], total, ABSURD_ENERGY)
     faults = [replace(f, certain=bool(found[f.label][f.index])) for f in check.faults]
     known = {(f.index, f.label) for f in faults}
     for label, wrong in found.items():
