@@ -362,9 +362,8 @@ class VariationalRadialLayer(VariationalLayer):
         return grouped_matmul(x, weight / self._norm(), rows)
 
     def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
-        return shared_matmul(
-            x / self._norm(), mean, noise, rows
-        )  # rows are fewer than weights of all structures
+        norm = self._norm()
+        return shared_matmul(x, mean / norm, noise / norm, rows)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
         return grouped_outer(x, grad, rows) / self._norm()
