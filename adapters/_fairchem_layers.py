@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from blip_ft.variational.layers import VariationalLayer, VariationalLinear
-from blip_ft.variational.noise import Rows
+from blip_ft.variational.noise import Rows, shared_matmul
 from blip_ft.variational.sites import Block
 
 
@@ -152,9 +152,9 @@ class VariationalMixture(VariationalChannels):
         out: Tensor = self.base(x) + linear(x, weight)
         return out
 
-    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-        """The experts' part is the same for all structures of a composition: the vendor's."""
-        out: Tensor = self.base(x) + self.sampled(x, weight, rows)
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+        """The experts' part is the same for all structures of a composition: the vendor's, its bias included."""
+        out: Tensor = self.base(x) + shared_matmul(x, mean.T, noise.transpose(1, 2), rows)
         return out
 
     def merge(self, perturbation: Tensor | None = None) -> None:
