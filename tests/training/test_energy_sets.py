@@ -55,13 +55,14 @@ def test_heads_are_found_and_one_can_be_taken_with_the_other_as_replay(tmp_path:
         Console(quiet=True),
     )
     assert not [f for f in one.findings if "fall into sets" in f.message]
-    assert sum(len(d) for d in one.sets.values()) == len(one.memory) == 30
+    replayed = list(one.frames["rehearsal"])
+    assert sum(len(d) for d in one.sets.values()) == len(replayed) == 30
     # references of its own: nothing of the offset is left in the replayed labels
     assert one.references is not None
     assert one.ledger is not None
     shift = one.references.shift
     residual = [
         float(i.labels["energy"]) - known.energy - sum(shift[z] for z in i.atoms.numbers)
-        for i, known in zip(one.memory, one.ledger.ask(one.memory), strict=True)
+        for i, known in zip(replayed, one.ledger.ask(replayed), strict=True)
     ]
     assert np.abs(residual).max() < 0.01
