@@ -87,9 +87,9 @@ class VariationalSO3Linear(VariationalLayer):
             parts.append(out.reshape(n, width, 2 * l + 1, -1))
         return rows.unpad(torch.cat(parts, dim=2))
 
-    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
         """The bias stands on l = 0 alone."""
-        out = self.sampled(x, weight, rows)
+        out = self.sampled(x, mean + noise, rows)
         return out if self.bias is None else torch.cat((out[:, :1] + self.bias, out[:, 1:]), dim=1)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:

@@ -28,14 +28,11 @@ def evaluate_parts(
     """
     wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if not wanted:
-        return _joined(
-            [evaluate(part) for part in parts] if len(parts) < 2 else side_by_side(evaluate, parts)
-        )
+        named = [_named(result) for result in side_by_side(evaluate, parts)]
+        return _unnamed({name: torch.cat([n[name] for n in named]) for name in named[0]})
     names: list[str] = []
     flat = _Parts.apply(evaluate, parts, names, *wanted)
-    values = dict(zip(names, flat, strict=True))
-    own = values.pop("own", None)
-    return Prediction(**values), own
+    return _unnamed(dict(zip(names, flat, strict=True)))
 
 
 def _named(result: tuple[Prediction, Tensor | None]) -> dict[str, Tensor]:
@@ -45,9 +42,8 @@ def _named(result: tuple[Prediction, Tensor | None]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _joined(results: Sequence[tuple[Prediction, Tensor | None]]) -> tuple[Prediction, Tensor | None]:
-    named = [_named(result) for result in results]
-    values = {name: torch.cat([n[name] for n in named]) for name in named[0]}
+def _unnamed(values: dict[str, Tensor]) -> tuple[Prediction, Tensor | None]:
+    """The inverse of :func:`_named`."""
     own = values.pop("own", None)
     return Prediction(**values), own
 
@@ -96,9 +92,4 @@ class _Parts(torch.autograd.Function):
 def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Sum in the order of the parts, so that it does not depend on which was first."""
     known = [p for p in parts if p is not None]
-    if not known:
-        return None
-    total = known[0]
-    for part in known[1:]:
-        total = total + part
-    return total
+    return sum(known[1:], known[0]) if known else None

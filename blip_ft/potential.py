@@ -166,7 +166,6 @@ class BayesianPotential(nn.Module):
         state.clear()
         state.structure_kl = None
         if mode != "off" and self.posterior.ready:
-            dtype, device = self.backbone.dtype, self.backbone.device
             if mode == "draw":
                 assert draw is None or isinstance(draw, int)
                 state.weights = self._weights_of(draw or 0)
@@ -178,25 +177,14 @@ class BayesianPotential(nn.Module):
             elif mode == "local":
                 state.variances = self.posterior.row_variances()
                 state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys, sample)
+            elif latent is not None:
+                state.weights = self._perturbation(latent)
+            elif mode == "structure":
+                state.weights = self._structure_weights(batch.keys, epoch, sample)
             else:
-                if latent is not None:
-                    keys = []
-                elif mode == "structure":
-                    keys = self._noise_keys(batch.keys, epoch, sample)
-                else:
-                    keys = [("flipout", self.seed, step, *numbered(sample))]
-                    state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
-                ahead = (
-                    self._ahead_of(batch.keys, epoch, sample)
-                    if latent is None and mode == "structure"
-                    else None
-                )
-                if ahead is not None:
-                    state.weights = ahead
-                else:
-                    if latent is None:
-                        latent = self.posterior.latent(keys, dtype)
-                    state.weights = self.posterior.sample(self.drawing[1] * latent.to(device, dtype))
+                state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
+                keys = [("flipout", self.seed, step, *numbered(sample))]
+                state.weights = self._perturbation(self.posterior.latent(keys, self.backbone.dtype))
             if mode != "draw":
                 n = batch.n_structures
                 state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
@@ -214,25 +202,27 @@ class BayesianPotential(nn.Module):
         """Say which structures the next batches of training bring, by their keys: noise is then made for many at once."""
         self._ahead.expect(() if self.posterior.factorised else structures)
 
-    def _noise_keys(self, structures: Sequence[int], epoch: int, sample: int) -> list[tuple[object, ...]]:
-        return [("structure", self.seed, epoch, key, *numbered(sample)) for key in structures]
+    def _perturbation(self, latent: Tensor) -> dict[str, Tensor]:
+        """{site name: (B, *site.shape)} of latent numbers, at the width of the draws."""
+        return self.posterior.sample(self.drawing[1] * latent.to(self.backbone.device, self.backbone.dtype))
 
-    def _ahead_of(self, structures: Sequence[int], epoch: int, sample: int) -> dict[str, Tensor] | None:
-        """Samples of expected structures."""
-        dtype, device, width = self.backbone.dtype, self.backbone.device, self.drawing[1]
+    def _structure_weights(self, structures: Sequence[int], epoch: int, sample: int) -> dict[str, Tensor]:
+        """Training noise of each structure, with that of others of the epoch where these are expected."""
+        dtype = self.backbone.dtype
 
-        def make(keys: Sequence[int]) -> dict[str, Tensor]:
-            latent = self.posterior.latent(self._noise_keys(keys, epoch, sample), dtype)
-            return self.posterior.sample(width * latent.to(device))
+        def make(some: Sequence[int]) -> dict[str, Tensor]:
+            keys = [("structure", self.seed, epoch, key, *numbered(sample)) for key in some]
+            return self._perturbation(self.posterior.latent(keys, dtype))
 
-        return self._ahead.get(
+        expected = self._ahead.get(
             structures,
             (epoch, sample),
             make,
             size=self.posterior.n_weights * dtype.itemsize,
-            tensors=self._made_of(),
-            values=(width, dtype, device),
+            tensors=self._made_of,
+            values=(self.drawing[1], dtype, self.backbone.device),
         )
+        return make(structures) if expected is None else expected
 
     def _made_of(self) -> list[Tensor]:
         """All tensors that a sample of the posterior depends on."""
@@ -349,9 +339,8 @@ class BayesianPotential(nn.Module):
 
     def _in_parts(self, batch: Batch, draw: int | Sequence[int] | None, latent: Tensor | None) -> bool:
         """Whether the parts of a batch are evaluated in its place."""
-        whole = (
-            isinstance(draw, Sequence) or latent is not None
-        )  # numbered by the structures of the whole batch
+        # draws and latent numbers given one by one are numbered by the structures of the whole batch
+        whole = isinstance(draw, Sequence) or latent is not None
         # families of another kind keep means over the rows of a step
         return len(batch.parts) > 1 and not whole and self.posterior.draws_are_weights and width("cpu") > 1
 

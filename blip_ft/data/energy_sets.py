@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from blip_ft.data.findings import Finding
-from blip_ft.data.label_faults import Compared, state_columns
+from blip_ft.data.label_faults import Compared, energy_residual, state_columns
 from blip_ft.data.robust import Floats, spread
 
 Row = Mapping[str, Any]
@@ -80,7 +80,7 @@ def energy_sets(rows: Sequence[Row], frames: Sequence[Compared]) -> EnergySets:
     shares = np.array([[np.mean(frames[i].atoms.numbers == z) for z in elements] for i in members])
     states = state_columns([frames[i].atoms for i in members])  # constants of charge states are no sets
     shares = np.concatenate([shares, states], axis=1)
-    residual = np.array([(frames[i].energy - frames[i].model_energy) / len(frames[i].atoms) for i in members])  # type: ignore[operator]
+    residual = np.array([energy_residual(frames[i]) for i in members])
     for column in ("theory", "group", "source"):
         names = np.array([str(rows[i].get(column) or "") for i in members])
         sets = [name for name in dict.fromkeys(names.tolist()) if (names == name).sum() >= MIN_SET]

@@ -21,7 +21,14 @@ from blip_ft.data.checks import Row, check_frames, unit_findings
 from blip_ft.data.dataset import FrameDataset, Item, make_item
 from blip_ft.data.energy_sets import energy_sets
 from blip_ft.data.findings import SEVERITIES, Finding, place
-from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelCheck, LabelFault, check_labels
+from blip_ft.data.label_faults import (
+    MIN_FRAMES,
+    Compared,
+    LabelCheck,
+    LabelFault,
+    check_labels,
+    energy_residual,
+)
 from blip_ft.data.leaks import group_leaks
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.robust import Floats
@@ -326,7 +333,7 @@ def model_errors(roles: Sequence[str], compared: Sequence[Compared]) -> dict[str
     if labelled:
         elements = sorted({int(z) for i in labelled for z in np.unique(compared[i].atoms.numbers)})
         shares = np.array([[np.mean(compared[i].atoms.numbers == z) for z in elements] for i in labelled])
-        raw = np.array([_energy_residual(compared[i]) for i in labelled])
+        raw = np.array([energy_residual(compared[i]) for i in labelled])
         residual[labelled] = raw - shares @ np.linalg.lstsq(shares, raw, rcond=None)[0]
     out: dict[str, dict[str, Any]] = {}
     for role in dict.fromkeys(roles):
@@ -347,11 +354,6 @@ def model_errors(roles: Sequence[str], compared: Sequence[Compared]) -> dict[str
             "stress_labels": sum(s.size for s in stress),
         }
     return out
-
-
-def _energy_residual(c: Compared) -> float:
-    assert c.energy is not None
-    return (c.energy - c.model_energy) / len(c.atoms)
 
 
 def _mean(values: Floats) -> float | None:

@@ -168,7 +168,7 @@ def _certain(frames: Sequence[Compared], check: LabelCheck) -> list[LabelFault]:
     """
     nothing = np.full(6, np.nan)
     labels = [None if f.forces is None else np.asarray(f.forces, dtype=float) for f in frames]
-    energy = np.array([np.nan if f.energy is None else _energy_residual(f) for f in frames])
+    energy = np.array([np.nan if f.energy is None else energy_residual(f) for f in frames])
     stress = np.array([nothing if f.stress is None or not f.atoms.pbc.all() else f.stress for f in frames])
     model_stress = np.array([nothing if f.model_stress is None else f.model_stress for f in frames])
     stress, model_stress = stress.reshape(-1, 6), model_stress.reshape(-1, 6)  # of no frames too
@@ -288,7 +288,7 @@ def _energy_faults(frames: Sequence[Compared], space: _Space, check: LabelCheck)
     )
     if len(members) < MIN_FRAMES:
         return []
-    target = np.array([_energy_residual(frames[i]) for i in members])
+    target = np.array([energy_residual(frames[i]) for i in members])
     plain = robust_fit(space.composition[members], target).residual
     gross = np.abs(plain) > max(GROSS * spread(plain), 4 * ENERGY_FLOOR)
     residual = _smooth_residual(target, space, members, gross)
@@ -328,7 +328,8 @@ def _shared_residual(frames: Sequence[Compared], members: Ints, residual: Floats
     return shared, own
 
 
-def _energy_residual(frame: Compared) -> float:
+def energy_residual(frame: Compared) -> float:
+    """Label minus prediction of a frame that has an energy, eV/atom."""
     assert frame.energy is not None
     return (frame.energy - frame.model_energy) / len(frame.atoms)
 

@@ -141,12 +141,7 @@ class Objective:
 
 def _sum(values: Sequence[Tensor], zero: Tensor) -> Tensor:
     """In their order; ``zero`` for none."""
-    if not values:
-        return zero
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
+    return sum(values[1:], values[0]) if values else zero
 
 
 def make_objective(

@@ -216,14 +216,12 @@ class VariationalLayer(nn.Module, ABC):
     def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """The linear part of the map with one weight per structure, ``weight`` (B, *shape)."""
 
-    def combined(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-        """:meth:`mean` of each structure with its whole weight, mean and noise, (B, *shape): one product for both."""
-        out = self.sampled(x, weight, rows)
-        return out if self.bias is None else out + self.bias
-
     def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
-        """:meth:`combined` with the weights ``mean`` (*shape) + ``noise`` (B, *shape)."""
-        return self.combined(x, mean + noise, rows)
+        """:meth:`mean` of each structure with its whole weight, ``mean`` (*shape) + ``noise`` (B, *shape): one product for
+        both.
+        """
+        out = self.sampled(x, mean + noise, rows)
+        return out if self.bias is None else out + self.bias
 
     @abstractmethod
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:

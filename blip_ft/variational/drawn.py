@@ -78,7 +78,7 @@ class SamplesAhead:
         make: Callable[[Sequence[int]], Draw],
         *,
         size: int,
-        tensors: Iterable[Tensor],
+        tensors: Callable[[], Sequence[Tensor]],
         values: Hashable,
     ) -> Draw | None:
         """Samples of some structures, ``None`` where they were not expected.
@@ -91,13 +91,13 @@ class SamplesAhead:
             of: further parts of the samples' keys.
             make: samples of structures.
             size: bytes of a sample.
-            tensors: all that they depend on.
+            tensors: gives all that they depend on; not asked where nothing was expected.
             values: numbers that they depend on.
         """
         with self._lock:
             if not all(key in self._place for key in structures):
                 return None
-            made_of = list(tensors)
+            made_of = tensors()
             if any(t.requires_grad for t in made_of):  # gradients are wanted through every sample
                 return None
             if self._origin is None or not self._origin.is_still(made_of, values):
