@@ -112,7 +112,7 @@ def _word(line: str, at: int, stop: str) -> tuple[str, int]:
         end = _end(line, at)
         if end is not None:
             begin, (text, at) = at, (_plain(line[at + 1 : end]), end + 1)
-            if text.endswith("=") and at < len(line) and not line[at].isspace():
+            if text.endswith("=") and at < len(line) and not (line[at].isspace() or line[at] in stop):
                 # a quote that was forgotten: this one opens the value of another key
                 raise CommentError(f"{line[begin]} closes within '{line[max(begin, end - 20) : at + 20]}'")
         elif _KEY_AHEAD.search(line, at + 1):

@@ -116,6 +116,8 @@ def test_a_quote_without_an_end_is_refused_and_named(tmp_path: Path) -> None:
         load_source(str(tmp_path / "a.xyz"))
 
 
+@example([("=", "")])
+@example([("a=", "="), ("=b", "a=b")])
 @given(st.lists(st.tuples(st.text(min_size=1), st.text()), max_size=4))
 def test_quoted_pairs_come_back(pairs: list[tuple[str, str]]) -> None:
     line = " ".join(f"{quoted(key)}={quoted(value)}" for key, value in pairs)
