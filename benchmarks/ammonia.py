@@ -31,10 +31,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.checkpoint import load_model, save_model
+from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.potential import drawing
-from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.potential.bayesian import drawing
+from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.training.evaluate import draws_of
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import device_of, train

@@ -28,13 +28,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.backbone import Backbone, Batch, get_adapter
+from blip_ft.backbones.protocol import Backbone, Batch, get_adapter
+from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_recipe
-from blip_ft.data.dataset import collate
+from blip_ft.data.batch.dataset import collate
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import Likelihood
-from blip_ft.potential import BayesianPotential
-from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.fit import prepare
 from blip_ft.uncertainty.predict import Method, predict_batch
 

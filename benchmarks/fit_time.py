@@ -48,17 +48,17 @@ def stages() -> dict[str, Callable[[], Any]]:
     """What a fit is made of, on frames of the recipe; runs on either revision."""
     import torch
 
+    from blip_ft.closed_form.fitter import ClosedFormFitter
     from blip_ft.config import ObjectiveConfig, load_recipe
-    from blip_ft.data.dataset import collate
+    from blip_ft.data.batch.dataset import collate
     from blip_ft.objectives import Likelihood
-    from blip_ft.training.closed_form import ClosedFormFitter
     from blip_ft.training.prepare import prepare
     from blip_ft.uncertainty.jacobian import all_components, output_gradients
     from blip_ft.uncertainty.predict import predict_batch
 
     if (keep_memory := since("blip_ft.allocator", "keep_memory")) is not None:
         keep_memory()
-    weights_only = since("blip_ft.conservative", "weights_only")
+    weights_only = since("blip_ft.backbones.conservative", "weights_only")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, quiet = load_recipe(RECIPE, []), Console(quiet=True)
     prepared = prepare(recipe, quiet)

@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.checkpoint import load_model
+from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import load_recipe
 from blip_ft.families.base.linear import ClosedFormData
-from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.potential.checkpoint import load_model
 from blip_ft.training.evaluate import judge
 from blip_ft.training.fit import prepare
 from blip_ft.training.loop import device_of

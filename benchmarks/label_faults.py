@@ -18,11 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from blip_ft.backbone import get_adapter
-from blip_ft.data import load_source, to_atoms
-from blip_ft.data.examine import compare
-from blip_ft.data.label_faults import FORCE_FLOOR, Compared, check_labels
+from blip_ft.backbones.protocol import get_adapter
+from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.check.examine import compare
+from blip_ft.data.check.label_faults import FORCE_FLOOR, Compared, check_labels
 from blip_ft.data.planted import KINDS, plant
+from blip_ft.data.read.sources import load_source
 
 SEEDS = 5
 #: set -> (frames, evenly taken; were the thresholds set on it)

@@ -23,12 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.checkpoint import load_model
 from blip_ft.config import load_recipe
-from blip_ft.data import FrameDataset, load_source, load_splits
-from blip_ft.data.dataset import collate
+from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import BlipError
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import load_model
 from blip_ft.report import theme
 from blip_ft.report.linear_plots import agreement_figure, amplitude_figure
 from blip_ft.training.evaluate import ROLES

@@ -27,7 +27,7 @@ def write(path: str, frames: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from blip_ft.data import load_source
+    from blip_ft.data.read.sources import load_source
 
     rng = np.random.default_rng(0)
     rows = list(load_source("sio2_polymorphs"))
@@ -75,8 +75,8 @@ def run(path: str, args: argparse.Namespace) -> tuple[int, float]:
     from torch.utils.data import DataLoader
 
     from blip_ft.config import DataConfig, StreamConfig
-    from blip_ft.data.stream import FrameStream, rows_of
-    from blip_ft.fake import FakeBackbone
+    from blip_ft.data.batch.stream import FrameStream, rows_of
+    from blip_ft.testing.fake import FakeBackbone
 
     config = DataConfig(train=path, stream=StreamConfig(frames=args.frames))
     stream = FrameStream(rows_of(config), FakeBackbone(), frames=args.frames, batch_size=args.batch_size)

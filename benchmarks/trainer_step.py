@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from blip_ft.allocator import keep_memory
-from blip_ft.backbone import Backbone, get_adapter
+from blip_ft.backbones.conservative import weights_only
+from blip_ft.backbones.protocol import Backbone, get_adapter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_recipe
-from blip_ft.conservative import weights_only
-from blip_ft.data.dataset import collate, make_item, to_atoms
-from blip_ft.data.splits import load_splits
+from blip_ft.data.batch.dataset import collate, make_item, to_atoms
+from blip_ft.data.split.splits import load_splits
 from blip_ft.objectives import Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import width
 
 OUT = Path(__file__).parent / "results" / "trainer_step.json"
@@ -113,11 +113,12 @@ def sevenn_trainer(backbone: Any, frames: list[Atoms]) -> Step:
 
 def mace_trainer(backbone: Any, frames: list[Atoms]) -> Step:
     """The vendor's, on its model with TorchScript kernels, as it trains."""
-    from blip_ft.adapters import _mace as vendor
     from mace.data import AtomicData, KeySpecification, config_from_atoms
     from mace.modules import WeightedEnergyForcesLoss
     from mace.tools import AtomicNumberTable, torch_geometric
     from mace.tools.train import take_step
+
+    from blip_ft.adapters.mace import vendor
 
     model = vendor.build(backbone.architecture, stock=True).to(backbone.dtype)
     model.load_state_dict(backbone.model.state_dict())

@@ -15,9 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blip_ft.checkpoint import load_model as load
     from blip_ft.config import Recipe, load_recipe
     from blip_ft.errors import BlipError
+    from blip_ft.potential.checkpoint import load_model as load
     from blip_ft.training.fit import fit
 
     __version__: str
@@ -27,7 +27,7 @@ _PUBLIC = {
     "BlipError": ("blip_ft.errors", "BlipError"),
     "Recipe": ("blip_ft.config", "Recipe"),
     "fit": ("blip_ft.training.fit", "fit"),
-    "load": ("blip_ft.checkpoint", "load_model"),
+    "load": ("blip_ft.potential.checkpoint", "load_model"),
     "load_recipe": ("blip_ft.config", "load_recipe"),
 }
 

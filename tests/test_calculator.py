@@ -8,8 +8,8 @@ from ase.constraints import FixAtoms
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, DataError
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms

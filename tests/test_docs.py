@@ -11,11 +11,12 @@ import pytest
 from ase.build import bulk
 from ase.io import write
 
-from blip_ft import cli, commands
-from blip_ft.checkpoint import save_model
+from blip_ft import cli
+from blip_ft.cli import commands
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import save_model
+from blip_ft.testing.fake import FakeBackbone
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from blip_ft import doctor
+from blip_ft.cli import doctor
 
 
 class Distribution:
@@ -76,7 +76,7 @@ def test_requirements_of_other_extras_and_other_systems_do_not_count():
 
 @pytest.mark.parametrize("requires", [None, [], ["torch"]])
 def test_adapter_without_an_extra_is_there_if_its_module_is(requires: list[str] | None):
-    there = doctor.examine_adapter(point("x", requires, module="blip_ft.fake"))
+    there = doctor.examine_adapter(point("x", requires, module="blip_ft.testing.fake"))
     assert there == {"available": True, "version": "1.2.3", "packages": {}, "family": "either"}
     gone = doctor.examine_adapter(point("x", requires, module="no_such_package.module"))
     assert gone["available"] is False

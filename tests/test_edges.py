@@ -10,9 +10,9 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 
-from blip_ft import edges
+from blip_ft.backbones import edges
 from blip_ft.errors import DataError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 
 def quartz_like(seed: int = 0) -> Atoms:
@@ -100,7 +100,7 @@ def test_the_user_structure_is_left_alone():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
 def test_the_calculator_says_that_a_coordinate_is_no_number(value):
     from blip_ft.config import ModelConfig, PosteriorConfig
-    from blip_ft.potential import BayesianPotential
+    from blip_ft.potential.bayesian import BayesianPotential
 
     potential = BayesianPotential(
         FakeBackbone(), ModelConfig(adapter="fake", checkpoint="tiny"), PosteriorConfig(family="weight")

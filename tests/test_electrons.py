@@ -9,11 +9,11 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from blip_ft import electrons
+from blip_ft.backbones import electrons
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import DataError
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import gates
 
 

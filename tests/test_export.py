@@ -11,15 +11,15 @@ import pytest
 import torch
 from ase.build import bulk
 
-from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import save_model
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, GateError
-from blip_ft.export import export_native, member
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
-from blip_ft.probes import probe_structures
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import save_model
+from blip_ft.potential.export import export_native, member
+from blip_ft.potential.probes import probe_structures
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms
 
 

@@ -12,18 +12,18 @@ from ase.build import bulk, molecule
 from pydantic import ValidationError
 
 import blip_ft
-from blip_ft.backbone import Prediction
-from blip_ft.checkpoint import save_model
+from blip_ft.backbones.protocol import Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig, parse_recipe
 from blip_ft.errors import BlipError, ConversionError, RecipeError
-from blip_ft.export import export_native
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.posthoc_laplace.posterior import LaplacePosterior
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.families.subspace.posterior import SubspacePosterior
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import save_model
+from blip_ft.potential.export import export_native
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
 

@@ -22,15 +22,15 @@ from ase.io import write
 from ase.md.verlet import VelocityVerlet
 
 import blip_ft
-from blip_ft.backbone import Batch
-from blip_ft.checkpoint import load_model
+from blip_ft.backbones.protocol import Batch
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.dataset import FrameDataset, collate, to_atoms
-from blip_ft.data.sources import load_source
-from blip_ft.export import export_native
+from blip_ft.data.batch.dataset import FrameDataset, collate, to_atoms
+from blip_ft.data.read.sources import load_source
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import load_model
+from blip_ft.potential.export import export_native
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.moments import BatchMoments
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
@@ -80,7 +80,7 @@ def with_spread(potential: BayesianPotential) -> BayesianPotential:
 @pytest.fixture(scope="module")
 def models() -> dict[tuple[str, str], BayesianPotential]:
     """By device and posterior family, float32."""
-    from blip_ft.backbone import get_adapter
+    from blip_ft.backbones.protocol import get_adapter
 
     out = {}
     for family in MODELS:

@@ -131,9 +131,9 @@ def test_importing_the_package_imports_nothing_heavy():
     ("module", "later"),
     [
         ("blip_ft.training.fit", {"lightning", "tensorboard", "matplotlib", "scoringrules", "numba"}),
-        ("blip_ft.check_data", {"lightning", "matplotlib", "scoringrules", "numba"}),
-        ("blip_ft.predict_file", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
-        ("blip_ft.checkpoint", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
+        ("blip_ft.cli.check_data", {"lightning", "matplotlib", "scoringrules", "numba"}),
+        ("blip_ft.cli.predict_file", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
+        ("blip_ft.potential.checkpoint", {"lightning", "matplotlib", "scoringrules", "numba", "scipy.stats"}),
     ],
 )
 def test_what_opens_slowly_is_imported_where_it_is_used(module: str, later: set[str]):

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.config import ObjectiveConfig
-from blip_ft.data.dataset import Item, collate, content_key
+from blip_ft.data.batch.dataset import Item, collate, content_key
 from blip_ft.objectives import Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import cut, side_by_side, width
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_batch
 

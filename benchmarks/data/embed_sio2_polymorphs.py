@@ -15,9 +15,9 @@ import ase.io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blip_ft.data import embedded
-from blip_ft.data.schema import FEATURES
-from blip_ft.data.sources import load_source
+from blip_ft.data.read import embedded
+from blip_ft.data.read.schema import FEATURES
+from blip_ft.data.read.sources import load_source
 
 SHA256 = "a3fc80029e89a32b004bc5042f53ec5ee0ca57585f76664449b88d1b20208a58"
 EXTRA = {"phase": pa.string(), "temperature_K": pa.int64(), "trajectory": pa.string(), "step": pa.int64()}

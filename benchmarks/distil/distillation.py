@@ -18,7 +18,7 @@ import torch
 from ase import Atoms
 from ase.io import read
 
-from blip_ft.backbone import Backbone, Batch
+from blip_ft.backbones.protocol import Backbone, Batch
 
 #: folder of the distilled models
 MODELS = Path(__file__).parents[2] / "tests/models"

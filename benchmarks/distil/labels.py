@@ -17,9 +17,9 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from ase.spacegroup import crystal
-from blip_ft.adapters.sevennet import SevenNetBackbone
 
-from blip_ft.data import load_source
+from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
+from blip_ft.data.read.sources import load_source
 
 CRYSTALS = [
     (["Si", "O"], [(0.4697, 0, 2 / 3), (0.4135, 0.2669, 0.7858)], 154, [4.98, 4.98, 5.47, 90, 90, 120]),

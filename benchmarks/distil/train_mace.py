@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ase import Atoms
-from blip_ft.adapters.mace import MACEBackbone
 from distillation import MODELS, Training, n_weights, read_sets, record, references, train
+
+from blip_ft.adapters.mace.backbone import MACEBackbone
 
 TARGET = MODELS / "sio2_mace.model"
 TRAINING = Training(epochs=60, batch=4, rate=0.01, energy=0.003, forces=0.05, clip=100.0, amsgrad=True)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ase import Atoms
-from blip_ft.adapters import _orb as vendor
-from blip_ft.adapters.orb import ConservativeOrb
 from distillation import MODELS, Training, n_weights, read_sets, record, references, train
 from scipy.spatial.transform import Rotation
 
-from blip_ft.backbone import Batch
+from blip_ft.adapters.orb import vendor
+from blip_ft.adapters.orb.backbone import ConservativeOrb
+from blip_ft.backbones.protocol import Batch
 
 TARGET = MODELS / "sio2_orb.ckpt"
 ARCHITECTURE = "orb-v3-conservative-inf-omat"

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ase import Atoms
-from blip_ft.adapters.fairchem import FairchemBackbone
 from distillation import MODELS, Training, n_weights, read_sets, record, references, train
+
+from blip_ft.adapters.fairchem.backbone import FairchemBackbone
 
 TARGET = MODELS / "sio2_uma.pt"
 TASKS = ("oc20", "odac", "omat", "omc", "omol")

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from blip_ft.data.label_faults import Compared
+from blip_ft.data.check.label_faults import Compared
 
 #: what can be planted
 KINDS = ("energy", "swap", "atoms", "axis")

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 from torch import Tensor
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.objectives.likelihood import compared, frame_weights, row_weights
 
 

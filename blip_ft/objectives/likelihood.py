@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.config import ObjectiveConfig
 
 LOG_2PI = math.log(2 * math.pi)

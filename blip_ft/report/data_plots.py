@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blip_ft.data.label_faults import ENERGY_FLOOR, RATIO
+from blip_ft.data.check.label_faults import ENERGY_FLOOR, RATIO
 from blip_ft.report import theme as t
 from blip_ft.report.theme import LIGHT, Theme
 from blip_ft.uncertainty.results import FloatArray

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from blip_ft.config import Recipe
-from blip_ft.data.examine import DataReport
+from blip_ft.data.check.examine import DataReport
 from blip_ft.errors import readable
 from blip_ft.files import whole_file
 from blip_ft.report import data_tables, linear_plots, plots, tables
@@ -88,7 +88,7 @@ def write_report(
         findings: of the data checks.
         signatures: of failures, see ``blip_ft.uncertainty.signatures``.
         data: ``summary``, ``model`` and ``frames`` of the data report
-            (``blip_ft.data.examine.DataReport``), where there is one.
+            (``blip_ft.data.check.examine.DataReport``), where there is one.
         drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.
         linearity: real draws beside the linearised model, of ``blip_ft.uncertainty.linearity.study``.
 

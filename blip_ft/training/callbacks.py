@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from blip_ft.errors import readable
 from blip_ft.families.base.posterior import Posterior
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.module import FineTuneModule
 from blip_ft.uncertainty.results import SetPrediction
 

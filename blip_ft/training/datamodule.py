@@ -9,10 +9,10 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from blip_ft.backbone import Backbone, Batch
-from blip_ft.data.dataset import FrameDataset, Item, collate
-from blip_ft.data.sampler import EpochBatchSampler, PackedBatchSampler
-from blip_ft.data.stream import FrameStream
+from blip_ft.backbones.protocol import Backbone, Batch
+from blip_ft.data.batch.dataset import FrameDataset, Item, collate
+from blip_ft.data.batch.sampler import EpochBatchSampler, PackedBatchSampler
+from blip_ft.data.batch.stream import FrameStream
 from blip_ft.side_by_side import width
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset
-from blip_ft.data.ledger import Ledger
-from blip_ft.potential import BayesianPotential
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.batch.ledger import Ledger
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.progress import progress
 from blip_ft.training.device import device_of
-from blip_ft.training.progress import progress
 from blip_ft.uncertainty.calibration import Calibration, calibrate
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table

@@ -27,20 +27,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from blip_ft.checkpoint import require_space, save_model
+from blip_ft.cli.console import is_rank_zero
+from blip_ft.closed_form.fitter import ClosedFormFitter
+from blip_ft.closed_form.gradients import groups_of
 from blip_ft.config import Recipe
-from blip_ft.console import is_rank_zero
-from blip_ft.data import splits_file
+from blip_ft.data.split import splits_file
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import check_unused, file_name, remedy_of, sole_writer, whole_file
-from blip_ft.potential import BayesianPotential
-from blip_ft.training.closed_form import ClosedFormFitter
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import require_space, save_model
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
 from blip_ft.training.memory import describe
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.receipt import make_receipt
-from blip_ft.training.rows import groups_of
 from blip_ft.uncertainty.ood import fit_distance
 
 #: disk space that a run may take, bytes

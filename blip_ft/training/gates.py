@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from blip_ft import edges
+from blip_ft.backbones import edges
 from blip_ft.data.references import References
 from blip_ft.errors import GateError, readable
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms
 
 #: largest differences allowed: (eV/atom, eV/Å), by precision of the weights
@@ -46,7 +46,7 @@ class StepZero:
 def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str, Any]]:
     """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator.
 
-    It is given each structure as :func:`blip_ft.edges.bare` describes it, since what the vendor rounds, or gets wrong in
+    It is given each structure as :func:`blip_ft.backbones.edges.bare` describes it, since what the vendor rounds, or gets wrong in
     left-handed cells (the sign of CHGNet's stress), is no property of the model; and it starts anew for each, since not
     every vendor notices that the charge has changed.
     """

@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset
-from blip_ft.data.stream import FrameStream
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.batch.stream import FrameStream
 from blip_ft.errors import BlipError, RecipeError
 from blip_ft.families.base.options import ClosedFormOptions
 from blip_ft.objectives import ElboScale, Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import objective_spec
 from blip_ft.training.callbacks import (
     AverageMean,
@@ -32,7 +33,6 @@ from blip_ft.training.callbacks import (
     UpdatePrior,
     WatchPosterior,
 )
-from blip_ft.training.closed_form import ClosedFormFitter
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.device import device_of
 from blip_ft.training.module import FineTuneModule

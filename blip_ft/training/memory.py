@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from blip_ft.backbone import Batch
+from blip_ft.backbones.protocol import Batch
 from blip_ft.config import Recipe
-from blip_ft.data.dataset import Item, collate, make_item, to_atoms
+from blip_ft.data.batch.dataset import Item, collate, make_item, to_atoms
+from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.references import fit_references
-from blip_ft.data.set_aside import SetAside
-from blip_ft.data.splits import load_role
+from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import width
 from blip_ft.training.terms import Part, Sources, Start, Step, Term, expected_nll
 from blip_ft.uncertainty.predict import predict_atoms

@@ -10,8 +10,8 @@ import lightning
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Batch
-from blip_ft.conservative import weights_only
+from blip_ft.backbones.conservative import weights_only
+from blip_ft.backbones.protocol import Batch
 from blip_ft.objectives import gaussian_crps
 from blip_ft.training.objective import Objective
 from blip_ft.uncertainty.predict import predict_batch

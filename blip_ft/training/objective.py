@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.config import Recipe
 from blip_ft.objectives import ElboScale, Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training.terms import Part, Start, Step, Term, specs_of
 

@@ -16,28 +16,29 @@ from ase import Atoms
 from rich.console import Console
 
 from blip_ft.allocator import keep_memory
-from blip_ft.backbone import Backbone, get_adapter
+from blip_ft.backbones.protocol import Backbone, get_adapter
+from blip_ft.closed_form.budget import fit_to_budget
+from blip_ft.closed_form.gradients import groups_of
 from blip_ft.config import Recipe
 from blip_ft.config.checks import check_noise
-from blip_ft.data import FrameDataset, Splits, check_frames, check_units, load_splits
-from blip_ft.data.context import load_context
-from blip_ft.data.dataset import GraphCache
-from blip_ft.data.examine import DataReport, examine, without_bad_labels
+from blip_ft.data.batch.dataset import FrameDataset, GraphCache
+from blip_ft.data.batch.ledger import Ledger
+from blip_ft.data.batch.stream import FrameStream, make_stream
+from blip_ft.data.check.examine import DataReport, examine, without_bad_labels
+from blip_ft.data.check.leaks import group_leaks
+from blip_ft.data.check.sets import check_frames, check_units
 from blip_ft.data.findings import Finding
-from blip_ft.data.leaks import group_leaks
-from blip_ft.data.ledger import Ledger
+from blip_ft.data.read.sources import mappings
+from blip_ft.data.read.unused import labels_found
 from blip_ft.data.references import References
-from blip_ft.data.sources import mappings
-from blip_ft.data.stream import FrameStream, make_stream
-from blip_ft.data.unused import labels_found
+from blip_ft.data.split.context import load_context
+from blip_ft.data.split.splits import Splits, load_splits
 from blip_ft.errors import DataError, RecipeError
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
-from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.memory import Probe, load_probe
 from blip_ft.training.reference_shift import set_references, warn_outside
-from blip_ft.training.rows import groups_of
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
 

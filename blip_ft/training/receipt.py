@@ -10,7 +10,7 @@ import torch
 
 import blip_ft
 from blip_ft.config import Recipe
-from blip_ft.data import fingerprint
+from blip_ft.data.read.sources import fingerprint
 
 if TYPE_CHECKING:
     from blip_ft.training.prepare import Prepared

@@ -10,14 +10,14 @@ from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols, ground_state_magnetic_moments
 from rich.console import Console
 
-from blip_ft import electrons
+from blip_ft.backbones import electrons
 from blip_ft.config import DataConfig
-from blip_ft.data import FrameDataset
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.batch.ledger import Ledger
 from blip_ft.data.findings import Finding, place
-from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References, fit_references, given_references, refit_references
 from blip_ft.errors import DataError, nearest
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training import gates
 from blip_ft.uncertainty.predict import predict_atoms
 

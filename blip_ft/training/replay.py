@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from blip_ft.backbone import Backbone, Batch
+from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import Recipe
-from blip_ft.data.context import make_context
-from blip_ft.data.dataset import FrameDataset, Item, atoms_key, collate, to_atoms
-from blip_ft.data.splits import load_role
+from blip_ft.data.batch.dataset import FrameDataset, Item, atoms_key, collate, to_atoms
+from blip_ft.data.split.context import make_context
+from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import ElboScale, Likelihood, function_kl
 from blip_ft.objectives.likelihood import compared
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import width
 from blip_ft.training.terms import Part, Sources, Start, Step, Term
 

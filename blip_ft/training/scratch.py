@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from blip_ft.backbone import Backbone, matches
+from blip_ft.backbones.protocol import Backbone, matches
 from blip_ft.errors import BlipError
 
 

@@ -31,11 +31,11 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset
+from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.objectives import ElboScale, Likelihood, label_crps
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import ObjectiveSpec, TermSpec, everywhere
 
 

@@ -28,7 +28,7 @@ Two things keep the fit sane on few frames:
 Residuals with zero error *and* zero spread (forces that vanish by symmetry) say nothing about
 either and are left out.
 
-A label that is wrong beyond doubt (:mod:`blip_ft.data.doubt`) would widen all error bars, a thousandfold if need be: its
+A label that is wrong beyond doubt (:mod:`blip_ft.data.check.doubt`) would widen all error bars, a thousandfold if need be: its
 frame takes no part in the fit of that property, and ``left_out`` names it. Where there is none, nothing changes. What
 is in doubt stays in; ``carried_by`` names a frame that alone makes the error bars twice as wide or more.
 
@@ -292,7 +292,7 @@ def calibrate(prediction: SetPrediction, *, scale_prior: float = SCALE_PRIOR) ->
 def wrong_frames(prediction: SetPrediction, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """(F,) frames whose label of a property is wrong beyond doubt, as predictions show (``data.doubt``)."""
     # here: the package of the data opens slowly, and loading a model needs none of it
-    from blip_ft.data.doubt import wrong_energies, wrong_forces, wrong_stress
+    from blip_ft.data.check.doubt import wrong_energies, wrong_forces, wrong_stress
 
     ends = np.cumsum(prediction.n_atoms)[:-1]
     if name == "stress":

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Batch
-from blip_ft.conservative import weights_only
-from blip_ft.potential import BayesianPotential
+from blip_ft.backbones.conservative import weights_only
+from blip_ft.backbones.protocol import Batch
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.variational import Rows, normal
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Batch
-from blip_ft.conservative import ConservativeBackbone
-from blip_ft.data.dataset import FrameDataset, collate
-from blip_ft.potential import BayesianPotential, drawing
+from blip_ft.backbones.conservative import ConservativeBackbone
+from blip_ft.backbones.protocol import Batch
+from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.potential.bayesian import BayesianPotential, drawing
 from blip_ft.uncertainty.draws import moments_of_draws, sampling_error
 from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch

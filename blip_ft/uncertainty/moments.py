@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Prediction
+from blip_ft.backbones.protocol import Prediction
 
 
 @dataclass

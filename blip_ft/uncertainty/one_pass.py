@@ -29,10 +29,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blip_ft.backbone import Batch, Prediction
-from blip_ft.conservative import ConservativeBackbone
+from blip_ft.backbones.conservative import ConservativeBackbone
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.errors import BlipError
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.shrinkage import shrunk

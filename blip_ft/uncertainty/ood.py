@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from blip_ft.data.dataset import FrameDataset
-from blip_ft.potential import BayesianPotential
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.potential.bayesian import BayesianPotential
 
 Floats = NDArray[np.float64]
 

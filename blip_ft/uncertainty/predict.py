@@ -20,9 +20,9 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from blip_ft.backbone import Batch
-from blip_ft.data.dataset import FrameDataset, collate
-from blip_ft.potential import BayesianPotential
+from blip_ft.backbones.protocol import Batch
+from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.draws import moments_of_draws

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blip_ft.backbone import Backbone, matches
+from blip_ft.backbones.protocol import Backbone, matches
 from blip_ft.errors import ConversionError, nearest
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.lora import LowRank, lora_layers

@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.spacegroup import crystal
 
-from blip_ft.backbone import Backbone
+from blip_ft.backbones.protocol import Backbone
 
 
 @pytest.fixture(scope="class")

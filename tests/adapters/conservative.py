@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty import one_pass
 
 from .contract import AdapterContract

@@ -29,7 +29,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 
-from blip_ft.backbone import Backbone, Prediction
+from blip_ft.backbones.protocol import Backbone, Prediction
 from blip_ft.errors import CheckpointError, DataError
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan

@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from torch import nn
 
-from blip_ft.backbone import Backbone, Prediction
+from blip_ft.backbones.protocol import Backbone, Prediction
 
 
 def evaluate_all(backbone: Backbone, frames: Sequence[Atoms]) -> Prediction:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from blip_ft.adapters import _mace as vendor
-from blip_ft.adapters.mace import MACEBackbone
+
+from blip_ft.adapters.mace import vendor
+from blip_ft.adapters.mace.backbone import MACEBackbone
 
 ELEMENTS = (1, 6, 8, 14)
 #: eV

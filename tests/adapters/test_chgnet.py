@@ -12,13 +12,14 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from blip_ft.adapters.chgnet import CHGNetBackbone
 from torch import nn
 
-from blip_ft.backbone import Backbone
-from blip_ft.data import check_units, load_source
+from blip_ft.adapters.chgnet.backbone import CHGNetBackbone
+from blip_ft.backbones.protocol import Backbone
+from blip_ft.data.check.sets import check_units
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import BlipError, CheckpointError
-from blip_ft.export import export_native
+from blip_ft.potential.export import export_native
 from blip_ft.training.gates import stock_predictions
 from blip_ft.uncertainty.predict import predict_atoms
 

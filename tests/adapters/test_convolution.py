@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from blip_ft.adapters import _kernels
-from blip_ft.adapters._activations import silu, smooth
-from blip_ft.adapters._convolution import Convolution, EdgeConvolution, Pairs, inner_order, outer_order
 from torch import Tensor, nn
 
-from blip_ft.conservative import weights_only
-from blip_ft.edges import one_direction
+from blip_ft.adapters.shared import kernels
+from blip_ft.adapters.shared.activations import silu, smooth
+from blip_ft.adapters.shared.convolution import Convolution, EdgeConvolution, Pairs, inner_order, outer_order
+from blip_ft.backbones.conservative import weights_only
+from blip_ft.backbones.edges import one_direction
 
 #: (features, largest l of the harmonics, largest l of the output, parity of the harmonics): SevenNet-0's three kinds of
 #: layer and those of SevenNet-l3i5, MACE's, odd and repeated irreps; with other numbers of channels
@@ -138,7 +138,7 @@ class KernelContract:
         edge_index = torch.stack((problem.source, problem.target))
         fused = EdgeConvolution(problem.product)
         if in_torch:
-            monkeypatch.setattr("blip_ft.adapters._convolution._kernels", None)
+            monkeypatch.setattr("blip_ft.adapters.shared.convolution.kernels", None)
 
         def ours(w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
             return fused(x, problem.harmonics(vectors), w, edge_index)
@@ -300,16 +300,16 @@ def test_every_wish_is_a_derivative_of_the_form(size, tangents):
     expected = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     out = {name: np.zeros_like(array) for name, array in inputs.items()}
     arrays = inputs | {f"t{n}": a for n, a in given.items()} | {f"d{n}": a for n, a in out.items()}
-    pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in _kernels.ARRAYS]
+    pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in kernels.ARRAYS]
     strides = [inputs[name].shape[1] for name in "wxMg"]
     for lanes in (1, 4):
         for array in out.values():
             array[:] = 0
-        address = _kernels.address(_kernels.Wish(i, k, tangents, "wxMg", double=True, lanes=lanes))
+        address = kernels.address(kernels.Wish(i, k, tangents, "wxMg", double=True, lanes=lanes))
         ends = (source.ctypes.data, target.ctypes.data, 0, n_edges)
         sign = int(np.float64(-1.0).view(np.int64))
         call = [address, *pointers, *ends, u, *strides, width_1, width_3, sign]
-        _kernels.run(np.array([call], dtype=np.int64))
+        kernels.run(np.array([call], dtype=np.int64))
         for name, gradient in zip("wxMg", expected, strict=True):
             wanted = np.zeros_like(out[name]) if gradient is None else gradient.numpy()
             np.testing.assert_allclose(out[name], wanted, rtol=0, atol=1e-12)
@@ -317,7 +317,7 @@ def test_every_wish_is_a_derivative_of_the_form(size, tangents):
 
 def test_lanes_divide_the_channels():
     for channels, double in itertools.product((1, 3, 4, 12, 64, 128), (False, True)):
-        assert channels % _kernels.lanes(channels, double=double) == 0
+        assert channels % kernels.lanes(channels, double=double) == 0
 
 
 def test_one_direction_of_every_pair():
@@ -330,7 +330,7 @@ def test_one_direction_of_every_pair():
 
 FIRST_IN_TWO_THREADS = """
 import threading
-from blip_ft.adapters import _kernels as K
+from blip_ft.adapters import kernels as K
 start = threading.Barrier(2)
 def work():
     start.wait()

@@ -8,8 +8,8 @@ import time
 import warnings
 
 import torch
-from blip_ft.adapters._vendor import default_dtype, quiet
 
+from blip_ft.adapters.shared.vendor import default_dtype, quiet
 from blip_ft.side_by_side import side_by_side
 
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from blip_ft.adapters.fairchem import FairchemBackbone, FairchemDirectBackbone
 
-from blip_ft.backbone import Backbone
+from blip_ft.adapters.fairchem.backbone import FairchemBackbone, FairchemDirectBackbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data import load_source
-from blip_ft.data.dataset import collate, make_item, to_atoms
+from blip_ft.data.batch.dataset import collate, make_item, to_atoms
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import BlipError, CheckpointError, DataError, RecipeError
-from blip_ft.export import export_native
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.export import export_native
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
@@ -493,7 +493,7 @@ def test_an_export_cannot_hold_an_unknown_element(tmp_path: Path) -> None:
 @pytest.mark.backend("sevennet")
 def test_the_small_trained_model_is_what_its_description_says() -> None:
     """Opened without trust, and as close to its teacher as is written beside it."""
-    from blip_ft.adapters.sevennet import SevenNetBackbone
+    from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
 
     file = Path(__file__).parents[1] / "models" / "sio2_uma.pt"
     about = json.loads(file.with_suffix(".json").read_text())

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from blip_ft.adapters import _fairchem_layers as layers
-from blip_ft.adapters.fairchem import FairchemBackbone
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import load_model, save_model
+from blip_ft.adapters.fairchem import layers
+from blip_ft.adapters.fairchem.backbone import FairchemBackbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.variational import NoiseState, Rows, Site, convert, unload
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from blip_ft.backbone import Backbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import RecipeError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 from .conservative import ConservativeContract
 from .helpers import evaluate

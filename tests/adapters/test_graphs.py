@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from blip_ft.adapters._graphs import cat, rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
+
+from blip_ft.adapters.shared.graphs import cat, rearrange
 
 
 class Paths(nn.Module):
@@ -105,7 +106,8 @@ def test_cat_to_second_order() -> None:
 def test_sevennet(dtype: torch.dtype) -> None:
     """The real model: energies, forces, stress, and what training needs of them."""
     from ase.build import bulk
-    from blip_ft.adapters.sevennet import SevenNetBackbone
+
+    from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
 
     theirs = SevenNetBackbone.load("7net-0").to(dtype=dtype)
     ours = SevenNetBackbone.load("7net-0").to(dtype=dtype)

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from blip_ft.adapters import _files
-from blip_ft.adapters import _mace as vendor
-from blip_ft.adapters.mace import MACEBackbone
 
-from blip_ft.backbone import Backbone
+from blip_ft.adapters.mace import vendor
+from blip_ft.adapters.mace.backbone import MACEBackbone
+from blip_ft.adapters.shared import files
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError, ConversionError, GateError, RecipeError
-from blip_ft.export import export_native, member
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.export import export_native, member
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import plan
 
@@ -44,7 +44,7 @@ def published() -> Iterator[None]:
     """The file of the contract counts as a published release, as those on the shipped list do."""
     path = path_of("vectors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_files, "releases", lambda: {_files.sha256(path): "tiny"})
+        patch.setattr(files, "releases", lambda: {files.sha256(path): "tiny"})
         yield
 
 
@@ -209,11 +209,11 @@ def test_a_name_is_downloaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_an_unpublished_file_needs_trust() -> None:
     with pytest.raises(CheckpointError, match="--trust") as caught:
         MACEBackbone.load(str(path_of("plain")))
-    assert _files.sha256(path_of("plain")) in str(caught.value)
+    assert files.sha256(path_of("plain")) in str(caught.value)
 
 
 def test_the_shipped_list_names_the_published_models() -> None:
-    listed = json.loads((Path(_files.__file__).parent / "releases.json").read_text())
+    listed = json.loads((Path(files.__file__).parent / "releases.json").read_text())
     assert all(len(digest) == 64 and int(digest, 16) for digest in listed)
     assert sum(name.startswith("MACE-") for name in listed.values()) == 19
 
@@ -231,7 +231,7 @@ def test_safe_loading_stays_on_for_the_process(tmp_path: Path, expected: str | N
 import os, pickle, sys, torch
 from pathlib import Path
 from typing import Any
-from blip_ft.adapters.mace import MACEBackbone
+from blip_ft.adapters.mace.backbone import MACEBackbone
 file, out = sys.argv[1:]
 model = MACEBackbone.load(file, trust=True)
 model.stock_calculator()
@@ -254,7 +254,7 @@ else:
 
 BESIDE = """
 import pickle, sys, torch
-from blip_ft.adapters.mace import MACEBackbone
+from blip_ft.adapters.mace.backbone import MACEBackbone
 from ase.build import bulk
 file = sys.argv[1]
 ours = MACEBackbone.load(file, trust=True)

@@ -15,16 +15,16 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from blip_ft.adapters import _orb as vendor
-from blip_ft.adapters.orb import OrbBackbone
 
-from blip_ft.backbone import Backbone
+from blip_ft.adapters.orb import vendor
+from blip_ft.adapters.orb.backbone import OrbBackbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.dataset import make_item
-from blip_ft.data.sources import load_source
+from blip_ft.data.batch.dataset import make_item
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import CheckpointError, ConversionError, DataError, RecipeError
-from blip_ft.export import export_native
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.export import export_native
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 

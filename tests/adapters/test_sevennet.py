@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from blip_ft.adapters.sevennet import SevenNetBackbone
 
-from blip_ft.backbone import Backbone
+from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import CheckpointError, RecipeError
-from blip_ft.export import export_native
+from blip_ft.potential.export import export_native
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import plan
 

@@ -15,11 +15,11 @@ import torch
 from ase import Atoms
 from scipy.spatial.transform import Rotation
 
-from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import save_model
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.export import member
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import save_model
+from blip_ft.potential.export import member
 from blip_ft.side_by_side import side_by_side
 from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
@@ -321,7 +321,7 @@ adapter, folder, structure = sys.argv[1:]
 importlib.import_module(adapter)
 imported = sorted({name.partition(".")[0] for name in sys.modules})
 from ase.io import read
-from blip_ft.checkpoint import load_model
+from blip_ft.potential.checkpoint import load_model
 from blip_ft.uncertainty.predict import predict_atoms
 (found,) = predict_atoms(load_model(folder), [read(structure)])
 answer = {key: found[key] for key in ("energy", "energy_std")}

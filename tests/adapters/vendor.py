@@ -12,12 +12,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from blip_ft.backbone import Backbone, missing_backend
-from blip_ft.checkpoint import load_model, save_model
+from blip_ft.backbones.protocol import Backbone, missing_backend
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError, RecipeError
-from blip_ft.model_checks import sealed
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import load_model, save_model
+from blip_ft.potential.checks import sealed
 from blip_ft.variational.convert import convert
 
 from .contract import AdapterContract

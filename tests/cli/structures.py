@@ -9,8 +9,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 
 
 def potential_of(posterior: PosteriorConfig) -> BayesianPotential:

@@ -15,9 +15,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from blip_ft import cli
-from blip_ft.checkpoint import load_model
 from blip_ft.config import load_recipe
-from blip_ft.fake import FakeBackbone
+from blip_ft.potential.checkpoint import load_model
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .structures import labelled, leftovers, structure

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from blip_ft.config import load_recipe
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 
 def test_inspect_bare_model(call: Any):

@@ -15,9 +15,9 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from blip_ft.checkpoint import load_model, save_model
+from blip_ft.cli.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.config import PosteriorConfig
-from blip_ft.predict_file import PER_ATOM, PER_STRUCTURE
+from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.ood import FeatureDistance
@@ -183,8 +183,8 @@ def test_predict_and_evaluate_read_the_same_frames(call: Any, run: Path, tmp_pat
     "spec", ["in.xyz@1:4", "in.xyz@valid", "*.xyz@1:4", "in.parquet@1:4", "in.jsonl@1:4"]
 )
 def test_predict_reads_every_source(call: Any, run: Path, tmp_path: Path, spec: str):
-    from blip_ft.data import load_source
-    from blip_ft.data.convert import convert
+    from blip_ft.data.read.sources import load_source
+    from blip_ft.data.write.convert import convert
 
     some = numbered(5)
     for i, atoms in enumerate(some):

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from blip_ft import cli, commands
-from blip_ft.backbone import missing_backend
+from blip_ft import cli
+from blip_ft.backbones.protocol import missing_backend
+from blip_ft.cli import commands
 from blip_ft.errors import BlipError
 
 COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")

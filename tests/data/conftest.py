@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 #: SiO2 in a small skewed cell, Å
 CELL = np.array([[5.0, 0.0, 0.0], [0.6, 5.2, 0.0], [-0.4, 0.3, 5.6]])

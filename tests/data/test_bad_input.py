@@ -11,9 +11,9 @@ from ase import Atoms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blip_ft.data import load_source
-from blip_ft.data.readers import read_frames
-from blip_ft.data.schema import RawFrame
+from blip_ft.data.read.files import read_frames
+from blip_ft.data.read.schema import RawFrame
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import DataError
 
 HEAD = 'Lattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="T T T"'

@@ -16,19 +16,21 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from blip_ft.config import DataConfig
-from blip_ft.data import FEATURES, FrameDataset, Splits, fingerprint, load_source, load_splits, to_atoms
-from blip_ft.data.checks import check_frames, unit_findings
-from blip_ft.data.context import perturbed
-from blip_ft.data.convert import convert
-from blip_ft.data.dataset import atoms_key, content_key, row_key
-from blip_ft.data.duplicates import first_same
-from blip_ft.data.electron_checks import electron_findings
-from blip_ft.data.frame_checks import near_duplicates, outliers
-from blip_ft.data.label_faults import Compared, check_labels
-from blip_ft.data.ledger import exact_key
-from blip_ft.data.splits_file import keys
+from blip_ft.data.batch.dataset import FrameDataset, atoms_key, content_key, row_key, to_atoms
+from blip_ft.data.batch.ledger import exact_key
+from blip_ft.data.check.charge_spin import electron_findings
+from blip_ft.data.check.frames import near_duplicates, outliers
+from blip_ft.data.check.label_faults import Compared, check_labels
+from blip_ft.data.check.sets import check_frames, unit_findings
+from blip_ft.data.read.schema import FEATURES
+from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.split.context import perturbed
+from blip_ft.data.split.duplicates import first_same
+from blip_ft.data.split.splits import Splits, load_splits
+from blip_ft.data.split.splits_file import keys
+from blip_ft.data.write.convert import convert
 from blip_ft.errors import DataError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 Save = Callable[..., str]

@@ -10,10 +10,14 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data import FEATURES, Finding, Splits, check_frames, check_units, load_source, to_atoms
-from blip_ft.data.checks import unit_findings
+from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.check.sets import check_frames, check_units, unit_findings
+from blip_ft.data.findings import Finding
+from blip_ft.data.read.schema import FEATURES
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 Save = Callable[..., str]

@@ -5,8 +5,8 @@ import pytest
 from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 
-from blip_ft.data import context
-from blip_ft.data.context import RATTLE, SHEAR, STRAIN, make_context, perturbed
+from blip_ft.data.split import context
+from blip_ft.data.split.context import RATTLE, SHEAR, STRAIN, make_context, perturbed
 
 CRYSTAL = bulk("SiO", "rocksalt", 4.6, cubic=True)
 

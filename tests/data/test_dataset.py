@@ -12,16 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from blip_ft.data import (
-    EpochBatchSampler,
-    FrameDataset,
-    collate,
-    content_key,
-    load_source,
-    make_item,
-    to_atoms,
-)
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.batch.dataset import FrameDataset, collate, content_key, make_item, to_atoms
+from blip_ft.data.batch.sampler import EpochBatchSampler
+from blip_ft.data.read.sources import load_source
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 Save = Callable[..., str]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.division import by_group, by_random, counts, fractions
+from blip_ft.data.split.division import by_group, by_random, counts, fractions
 from blip_ft.errors import DataError
 
 SHARES = {"train": 0.5, "validation": 0.15, "calibration": 0.15, "test": 0.2}

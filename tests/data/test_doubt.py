@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blip_ft.data.doubt import wrong_energies, wrong_forces, wrong_stress
+from blip_ft.data.check.doubt import wrong_energies, wrong_forces, wrong_stress
 
 NUMBERS = np.array([14, 14, 8, 8, 8, 8])
 

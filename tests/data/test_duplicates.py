@@ -7,7 +7,7 @@ from ase.build import bulk, molecule
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.duplicates import first_same, same_structure, sketch
+from blip_ft.data.split.duplicates import first_same, same_structure, sketch
 
 
 def crystal(seed: int = 0, pbc: object = True) -> Atoms:
@@ -110,7 +110,8 @@ def test_sketch_is_of_the_structure_not_of_its_writing() -> None:
 def test_many_frames_cost_no_pairwise_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr(
-        "blip_ft.data.duplicates.same_structure", lambda a, b: compared.append(1) or same_structure(a, b)
+        "blip_ft.data.split.duplicates.same_structure",
+        lambda a, b: compared.append(1) or same_structure(a, b),
     )
     frames = [crystal(seed) for seed in range(400)]
     assert first_same([*frames, *frames[:5]]) == [*range(400), *range(5)]

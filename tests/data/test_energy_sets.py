@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from blip_ft.data.energy_sets import energy_sets
-from blip_ft.data.label_faults import Compared, check_labels
+from blip_ft.data.check.energy_sets import energy_sets
+from blip_ft.data.check.label_faults import Compared, check_labels
 
 #: eV
 OWN = {8: -400.0, 14: -100.0}

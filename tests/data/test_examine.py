@@ -12,12 +12,13 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data import examine, load_source
-from blip_ft.data.examine import DataReport, without_bad_labels
+from blip_ft.data.check import examine
+from blip_ft.data.check.examine import DataReport, without_bad_labels
 from blip_ft.data.findings import Finding, from_error
-from blip_ft.data.splits import Splits
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 Save = Callable[..., str]

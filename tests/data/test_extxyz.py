@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from blip_ft.data import load_source
-from blip_ft.data.comment_line import UNEVEN, CommentError, divided, quoted, read_comment
-from blip_ft.data.read_extxyz import read_extxyz
-from blip_ft.data.write_extxyz import write_frame
+from blip_ft.data.read.comment_line import UNEVEN, CommentError, divided, quoted, read_comment
+from blip_ft.data.read.extxyz import read_extxyz
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.write.extxyz import write_frame
 from blip_ft.errors import DataError
 
 ROWS = "O 0.0 0.0 0.0\n"

@@ -8,11 +8,12 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data import check_frames, load_source
+from blip_ft.data.check.frames import lone_atoms, near_duplicates, net_forces, outliers
+from blip_ft.data.check.sets import check_frames
 from blip_ft.data.findings import Finding
-from blip_ft.data.frame_checks import lone_atoms, near_duplicates, net_forces, outliers
-from blip_ft.data.splits import Splits
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.split.splits import Splits
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 Save = Callable[..., str]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from blip_ft.backbone import get_adapter
-from blip_ft.data import load_source, to_atoms
-from blip_ft.data.examine import compare
-from blip_ft.data.label_faults import MIN_FRAMES, Compared, LabelFault, check_labels
-from blip_ft.data.pairwise import PairFunctions
+from blip_ft.backbones.protocol import get_adapter
+from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.check.examine import compare
+from blip_ft.data.check.label_faults import MIN_FRAMES, Compared, LabelFault, check_labels
+from blip_ft.data.check.pairwise import PairFunctions
 from blip_ft.data.planted import KINDS, plant
+from blip_ft.data.read.sources import load_source
 
 
 @pytest.fixture(scope="module")

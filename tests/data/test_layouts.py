@@ -16,11 +16,10 @@ from ase import Atoms, units
 from ase.io import write
 
 from blip_ft.config import SourceConfig
-from blip_ft.data import fingerprint, load_source
-from blip_ft.data.lanes import make_grid
-from blip_ft.data.layouts import flatten, from_pymatgen, recognise
-from blip_ft.data.readings import plan
-from blip_ft.data.sources import iterate_source, mappings
+from blip_ft.data.batch.shards import make_grid
+from blip_ft.data.read.layouts import flatten, from_pymatgen, recognise
+from blip_ft.data.read.plan import plan
+from blip_ft.data.read.sources import fingerprint, iterate_source, load_source, mappings
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]

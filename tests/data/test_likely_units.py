@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.likely_units import CANDIDATES, Comparison, cosine, likely_unit, slope
-from blip_ft.data.units import conversion
+from blip_ft.data.check.likely_units import CANDIDATES, Comparison, cosine, likely_unit, slope
+from blip_ft.data.read.units import conversion
 
 ALL = [(quantity, unit) for quantity, units in CANDIDATES.items() for unit in units]
 

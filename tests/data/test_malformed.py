@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blip_ft import cli
-from blip_ft.data import load_source
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import DataError
 
 from .malformed import GOOD, TABLE, Malformed, lines, parquet, trajectory

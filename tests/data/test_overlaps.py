@@ -9,7 +9,7 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.overlaps import OVERLAP, worst_overlap
+from blip_ft.data.check.overlaps import OVERLAP, worst_overlap
 
 
 @given(

@@ -4,7 +4,7 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from blip_ft.data.pairwise import PairFunctions, pair_corrections
+from blip_ft.data.check.pairwise import PairFunctions, pair_corrections
 
 
 def rattled(seed: int) -> Atoms:

@@ -13,8 +13,8 @@ import pytest
 from ase import Atoms
 from ase.io import write
 
-from blip_ft.data import load_source
-from blip_ft.data.problems import symbol_remedy, unreadable
+from blip_ft.data.read.problems import symbol_remedy, unreadable
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import DataError
 
 

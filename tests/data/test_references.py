@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data import fit_references
-from blip_ft.data.references import given_references, refit_references
+from blip_ft.data.references import fit_references, given_references, refit_references
 from blip_ft.errors import DataError
 
 SIO2 = [14, 8, 8]

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from blip_ft.data import EpochBatchSampler
-from blip_ft.data.sampler import PackedBatchSampler
+from blip_ft.data.batch.sampler import EpochBatchSampler, PackedBatchSampler
 from blip_ft.errors import DataError
 
 

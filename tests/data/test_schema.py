@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from blip_ft.data.schema import (
+from blip_ft.data.read.schema import (
     FEATURES,
     GROUPS,
     LABELS,
@@ -18,7 +18,7 @@ from blip_ft.data.schema import (
     to_numbers,
     voigt,
 )
-from blip_ft.data.units import factors
+from blip_ft.data.read.units import factors
 from blip_ft.errors import DataError
 
 FORCES = np.arange(6.0).reshape(2, 3)

@@ -14,9 +14,10 @@ import pytest
 from ase import Atoms
 from ase.io import read, write
 
-from blip_ft.data import FEATURES, fingerprint, load_source, to_atoms
-from blip_ft.data.readings import split_selector
-from blip_ft.data.sources import grid, iterate_frames
+from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.read.plan import split_selector
+from blip_ft.data.read.schema import FEATURES
+from blip_ft.data.read.sources import fingerprint, grid, iterate_frames, load_source
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]
@@ -319,7 +320,7 @@ def test_second_reading_comes_from_the_cache(
     def forbidden(*args: Any) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("blip_ft.data.readers.read_frames", forbidden)
+    monkeypatch.setattr("blip_ft.data.read.files.read_frames", forbidden)
     assert fingerprint(load_source(path)) == fingerprint(first)
 
 

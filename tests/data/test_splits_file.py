@@ -12,9 +12,9 @@ from ase import Atoms
 from ase.io import read, write
 
 from blip_ft.config import DataConfig, SplitConfig
-from blip_ft.data import Splits, load_splits
-from blip_ft.data.leaks import group_leaks
-from blip_ft.data.splits_file import keys, to_json
+from blip_ft.data.check.leaks import group_leaks
+from blip_ft.data.split.splits import Splits, load_splits
+from blip_ft.data.split.splits_file import keys, to_json
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]

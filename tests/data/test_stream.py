@@ -17,11 +17,11 @@ from ase.io import write
 from torch.utils.data import DataLoader
 
 from blip_ft.config import DataConfig, StreamConfig, load_recipe
-from blip_ft.data import load_splits
-from blip_ft.data.dataset import FrameDataset, GraphCache, bytes_of, content_key
-from blip_ft.data.stream import FrameStream, grid_of, rows_of, sample_of
+from blip_ft.data.batch.dataset import FrameDataset, GraphCache, bytes_of, content_key
+from blip_ft.data.batch.stream import FrameStream, grid_of, rows_of, sample_of
+from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError, RecipeError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 Frames = Callable[..., list[Atoms]]
 
@@ -85,8 +85,8 @@ def test_another_sum_of_weights_is_an_error(config: DataConfig, backbone: FakeBa
 @pytest.fixture
 def files(frames: Frames, tmp_path: Path) -> DataConfig:
     """150 frames in 12 parquet files."""
-    from blip_ft.data.convert import convert
-    from blip_ft.data.sources import load_source
+    from blip_ft.data.read.sources import load_source
+    from blip_ft.data.write.convert import convert
 
     some = frames(150)
     for i, part in enumerate(np.array_split(np.arange(150), 12)):
@@ -144,7 +144,7 @@ def test_a_single_table_is_whole_in_every_worker(files: DataConfig, backbone: Fa
 def test_an_empty_shard_has_no_frames(files: DataConfig, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from blip_ft.data.sources import load_source
+    from blip_ft.data.read.sources import load_source
 
     pq.write_table(pq.read_table(tmp_path / "00.parquet").slice(0, 0), tmp_path / "99.parquet")
     assert len(list(rows_of(files)())) == 150
@@ -219,7 +219,7 @@ def test_a_stream_is_not_divided(config: DataConfig, frames: Frames, tmp_path: P
 
 
 def test_graphs_are_kept_up_to_a_bound(frames: Frames, tmp_path: Path, backbone: FakeBackbone) -> None:
-    from blip_ft.data import load_source
+    from blip_ft.data.read.sources import load_source
 
     write(tmp_path / "a.traj", frames(6))
     rows = load_source(str(tmp_path / "a.traj"))
@@ -236,7 +236,7 @@ def test_graphs_are_kept_up_to_a_bound(frames: Frames, tmp_path: Path, backbone:
 
 
 def test_sizes_of_structures(frames: Frames, tmp_path: Path, backbone: FakeBackbone) -> None:
-    from blip_ft.data import load_source
+    from blip_ft.data.read.sources import load_source
 
     write(tmp_path / "a.traj", [*frames(2), Atoms("O", info={"energy": -1.0})])
     dataset = FrameDataset(load_source(str(tmp_path / "a.traj")), backbone)

@@ -6,7 +6,7 @@ from ase import units as u
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.units import DIMENSIONS, conversion, factors
+from blip_ft.data.read.units import DIMENSIONS, conversion, factors
 from blip_ft.errors import DataError
 
 ENERGIES = {

@@ -10,9 +10,9 @@ import pytest
 from ase import Atoms
 
 from blip_ft.config import DataConfig
-from blip_ft.data import load_source, load_splits
-from blip_ft.data.sources import mappings
-from blip_ft.data.unused import labels_found, unmatched_labels
+from blip_ft.data.read.sources import load_source, mappings
+from blip_ft.data.read.unused import labels_found, unmatched_labels
+from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from blip_ft.backbone import Backbone, Batch, Prediction
+from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
 from blip_ft.objectives import ElboScale, Likelihood
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
 
 DOUBLE = torch.float64
 NOISE = 0.5  # std of a label

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.data.sampler import EpochBatchSampler
+from blip_ft.data.batch.sampler import EpochBatchSampler
 from blip_ft.objectives import ElboScale
 
 DOUBLE = torch.float64

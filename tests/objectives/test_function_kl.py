@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.objectives import function_kl
 from blip_ft.objectives.function_kl import gaussian_kl
 

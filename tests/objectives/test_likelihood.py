@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Chi2, Normal, StudentT
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.config import ObjectiveConfig
 from blip_ft.objectives import Likelihood
 

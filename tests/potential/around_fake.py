@@ -6,9 +6,9 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 
 MODES = ["off", "local", "structure", "draw"]
 

@@ -13,10 +13,10 @@ from ase.build import bulk
 from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential, drawing
+from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational.drawn import DrawnWeights
 
 FAMILIES = ("pathwise", "subspace", "posthoc_laplace")

@@ -11,8 +11,8 @@ from scipy.stats import kstest
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_batch
 
 from .around_fake import batch_of, evaluate, make, same, structures

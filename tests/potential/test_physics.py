@@ -8,7 +8,7 @@ from ase.build import molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.verlet import VelocityVerlet
 
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 from .around_fake import MODES, batch_of, evaluate, make, same, structures
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from blip_ft.config import PosteriorConfig
 from blip_ft.errors import ConversionError
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.subspace.options import SubspaceOptions
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.shrinkage import shrunk
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from ase import Atoms
 
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 
 
 def frames(n: int = 12, *, seed: int = 0, scale: float = 1.0, other: bool = False) -> list[Atoms]:

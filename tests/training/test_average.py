@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from blip_ft.config import load_recipe
-from blip_ft.data import FrameDataset, load_source
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.read.sources import load_source
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import loop
 from blip_ft.training.callbacks import AverageMean
 

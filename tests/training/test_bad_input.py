@@ -17,7 +17,7 @@ from ase.io import write
 
 from blip_ft.cli import main
 from blip_ft.config import DataConfig
-from blip_ft.data import load_splits
+from blip_ft.data.split.splits import load_splits
 from blip_ft.files import sole_writer
 
 from .labelled import frames

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import blip_ft
 from blip_ft.cli import main
+from blip_ft.closed_form.budget import fit_to_budget
 from blip_ft.config import Recipe, load_recipe, parse_recipe
 from blip_ft.errors import RecipeError
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.budget import MIN_PROJECTIONS, MIN_RANK, megabytes, row_bytes
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.training.budget import fit_to_budget
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational.convert import plan
 
 from .labelled import frames
@@ -172,7 +172,7 @@ def test_bytes_in_words() -> None:
 def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from ase.io import write
 
-    from blip_ft.training.rows import GradientRows
+    from blip_ft.closed_form.gradients import GradientRows
 
     monkeypatch.chdir(tmp_path)
     write("train.extxyz", frames(24))
@@ -227,7 +227,7 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
     from blip_ft.config import ModelConfig, PosteriorConfig
     from blip_ft.families.base.linear import ClosedFormData, Rows
-    from blip_ft.potential import BayesianPotential
+    from blip_ft.potential.bayesian import BayesianPotential
 
     def of(storage: str) -> torch.Tensor:
         potential = BayesianPotential(

@@ -15,9 +15,9 @@ from rich.console import Console
 import blip_ft
 from blip_ft import cli
 from blip_ft.config import Recipe
-from blip_ft.data import load_source
-from blip_ft.data.convert import convert
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.read.sources import load_source
+from blip_ft.data.write.convert import convert
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training.prepare import prepare
 
 STATES = [(0, 1), (1, 2), (-1, 2), (2, 1)]

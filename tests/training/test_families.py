@@ -14,8 +14,8 @@ import yaml
 
 import blip_ft
 from blip_ft.cli import main
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.registry import without_foreign_keys
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .labelled import frames
@@ -170,8 +170,8 @@ class TestReplayedFrames:
         from ase.io import write
 
         from blip_ft.config import apply_override, parse_recipe
-        from blip_ft.data import load_splits
-        from blip_ft.data.context import load_context
+        from blip_ft.data.split.context import load_context
+        from blip_ft.data.split.splits import load_splits
         from blip_ft.training.replay import replayed
 
         write(tmp_path / "train.extxyz", frames(12))
@@ -330,8 +330,8 @@ class TestFromScratch:
     @pytest.mark.backend("sevennet")
     def test_sevennet(self) -> None:
         from ase.build import molecule
-        from blip_ft.adapters.sevennet import SevenNetBackbone
 
+        from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
         from blip_ft.training.scratch import initial
 
         pretrained = SevenNetBackbone.load("7net-0")

@@ -13,13 +13,15 @@ from ase import Atoms
 from ase.io import write
 from rich.console import Console
 
-from blip_ft.backbone import Batch
+from blip_ft.backbones.protocol import Batch
 from blip_ft.config import Recipe
-from blip_ft.data import FrameDataset, ledger, load_source
-from blip_ft.data.checks import UNIT_FRAMES
-from blip_ft.data.ledger import Ledger, exact_key
+from blip_ft.data.batch import ledger
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.batch.ledger import Ledger, exact_key
+from blip_ft.data.check.sets import UNIT_FRAMES
+from blip_ft.data.read.sources import load_source
 from blip_ft.errors import GateError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import gates
 from blip_ft.training.evaluate import judge, remembered
 from blip_ft.training.prepare import prepare

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip_ft.checkpoint import load_model
 from blip_ft.cli import main
+from blip_ft.potential.checkpoint import load_model
 
 SMALL = [
     "model.adapter=fake",

@@ -15,10 +15,10 @@ from ase.io import write
 
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data import load_source
-from blip_ft.data.dataset import make_item
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.data.batch.dataset import make_item
+from blip_ft.data.read.sources import load_source
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training.memory import Memory
 
 

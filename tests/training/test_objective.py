@@ -11,15 +11,15 @@ import torch
 from ase.build import bulk, molecule
 from torch import Tensor, nn
 
-from blip_ft.backbone import Backbone, Batch, Prediction
+from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, Recipe, parse_recipe
-from blip_ft.data.dataset import Item, collate
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.batch.dataset import Item, collate
 from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import ElboScale, Likelihood, fair_crps
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import replay as training_replay
 from blip_ft.training.objective import Objective, make_objective
 from blip_ft.training.replay import Replay

@@ -15,7 +15,7 @@ from ase.io import write
 
 from blip_ft.cli import main
 from blip_ft.config import load_recipe
-from blip_ft.data import load_source
+from blip_ft.data.read.sources import load_source
 
 KCAL = units.kcal / units.mol
 SMALL = [
@@ -102,7 +102,7 @@ def test_absent_files_are_named(
 @pytest.mark.full
 @pytest.mark.backend("sevennet")
 def test_ammonia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from blip_ft.adapters.sevennet import SevenNetBackbone
+    from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
 
     calculator = SevenNetBackbone.load("7net-0").stock_calculator()
     write_set(tmp_path / "ammonia_train.xyz", molecule("NH3"), calculator, 73)
@@ -117,7 +117,7 @@ def test_ammonia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.full
 @pytest.mark.backend("orb")
 def test_silica_glass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from blip_ft.adapters.orb import OrbBackbone
+    from blip_ft.adapters.orb.backbone import OrbBackbone
 
     from ..adapters.orb_files import write_orb
 

@@ -16,13 +16,13 @@ import yaml
 from ase import Atoms
 from ase.io import write
 
-from blip_ft.backbone import Batch, Prediction
+from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.cli import main
 from blip_ft.config import ObjectiveConfig
-from blip_ft.data import FrameDataset, load_source
-from blip_ft.data.dataset import collate
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.data.read.sources import load_source
 from blip_ft.objectives import Likelihood
+from blip_ft.testing.fake import FakeBackbone
 
 from .labelled import frames as make_frames
 
@@ -173,9 +173,9 @@ def test_weights_of_atoms_are_exponents_of_their_force_terms(batch: Any) -> None
 
 def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
     """H of a frame of weight 2 is H of two copies, and without weight there is none."""
+    from blip_ft.closed_form.gradients import GradientRows
     from blip_ft.config import load_recipe
-    from blip_ft.potential import BayesianPotential
-    from blip_ft.training.rows import GradientRows
+    from blip_ft.potential.bayesian import BayesianPotential
 
     (tmp_path / "r.yaml").write_text(
         "data: {train: x}\nmodel: {adapter: fake, checkpoint: tiny, dtype: float64}"

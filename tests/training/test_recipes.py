@@ -11,8 +11,8 @@ from ase.io import read, write
 
 from blip_ft.cli import main
 from blip_ft.config import load_recipe, shipped
-from blip_ft.data.dataset import to_atoms
-from blip_ft.data.sources import load_source
+from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.read.sources import load_source
 from blip_ft.families.registry import options_class
 
 MODELS = ("pretrained", "plain", "blip")

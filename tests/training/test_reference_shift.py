@@ -11,10 +11,11 @@ from ase.io import write
 from rich.console import Console
 
 from blip_ft.config import DataConfig, ModelConfig, PosteriorConfig, load_recipe
-from blip_ft.data import FrameDataset, load_splits
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError, RecipeError
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training.reference_shift import lone_atoms, set_references, warn_outside
 from blip_ft.uncertainty.predict import predict_atoms
 

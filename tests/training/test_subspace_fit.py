@@ -12,12 +12,12 @@ import torch
 from ase.io import write
 from rich.console import Console
 
+from blip_ft.closed_form.fitter import ClosedFormFitter, Misfit
 from blip_ft.config import PosteriorConfig, Recipe, parse_recipe
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.families.subspace import posterior as law
 from blip_ft.families.subspace.posterior import SubspacePosterior
-from blip_ft.training.closed_form import ClosedFormFitter, Misfit
 from blip_ft.training.loop import train
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.uncertainty.predict import predict_set

@@ -8,10 +8,10 @@ import torch
 from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.linear import ClosedFormData, Rows
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import draws
 from blip_ft.uncertainty.draws import evaluate_draws
 

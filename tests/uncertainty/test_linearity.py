@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data import FrameDataset, load_source
-from blip_ft.fake import FakeBackbone
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.read.sources import load_source
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import linearity
 from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.linearity import agreement, quartiles, study

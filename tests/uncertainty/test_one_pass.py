@@ -11,9 +11,9 @@ from scipy.spatial.transform import Rotation
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.jacobian import output_gradients

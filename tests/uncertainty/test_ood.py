@@ -11,11 +11,11 @@ from ase.build import bulk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.backbone import Prediction
+from blip_ft.backbones.protocol import Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.dataset import Item
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.data.batch.dataset import Item
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import ood
 from blip_ft.uncertainty.ood import FeatureDistance, fit_distance, ledoit_wolf
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip_ft.backbone import Backbone
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.families.base.posterior import Posterior
 from blip_ft.families.registry import posterior_class
 from blip_ft.variational.layers import VariationalLayer, layer_type

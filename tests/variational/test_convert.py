@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from blip_ft.errors import ConversionError
-from blip_ft.fake import FakeBackbone
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational import convert, plan, unload
 from blip_ft.variational.layers import VariationalLayer, VariationalLinear
 from blip_ft.variational.sites import Block

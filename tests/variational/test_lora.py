@@ -13,13 +13,13 @@ import torch
 from ase.build import bulk
 from torch import nn
 
-from blip_ft.backbone import Backbone
-from blip_ft.checkpoint import load_model, save_model
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import LoraOptions, ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, MissingBackendError
-from blip_ft.export import export_native, member
-from blip_ft.fake import FakeBackbone
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.checkpoint import load_model, save_model
+from blip_ft.potential.export import export_native, member
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
 from blip_ft.variational.layers import VariationalLayer
@@ -37,25 +37,25 @@ def fake() -> Backbone:
 
 
 def sevennet() -> Backbone:
-    from blip_ft.adapters.sevennet import SevenNetBackbone
+    from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
 
     return SevenNetBackbone.load("7net-0").double()
 
 
 def mace() -> Backbone:
-    from blip_ft.adapters.mace import MACEBackbone
+    from blip_ft.adapters.mace.backbone import MACEBackbone
 
     return MACEBackbone.load(str(MODELS / "sio2_mace.model"), trust=True).double()
 
 
 def uma() -> Backbone:
-    from blip_ft.adapters.fairchem import FairchemBackbone
+    from blip_ft.adapters.fairchem.backbone import FairchemBackbone
 
     return FairchemBackbone.load(str(MODELS / "sio2_uma.pt"), task="omat").double()
 
 
 def orb() -> Backbone:
-    from blip_ft.adapters.orb import OrbBackbone
+    from blip_ft.adapters.orb.backbone import OrbBackbone
 
     name = "orb-v3-conservative-inf-omat"
     return OrbBackbone.load(str(MODELS / "sio2_orb.ckpt"), architecture=name).double()

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from blip_ft.backbone import Batch
+from blip_ft.backbones.protocol import Batch
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError
-from blip_ft.fake import FakeBackbone
 from blip_ft.families.base.linear import (
     PRIOR_SCALES,
     ClosedFormData,
@@ -24,7 +23,8 @@ from blip_ft.families.base.linear import (
 )
 from blip_ft.families.base.spectrum import left_out_nll
 from blip_ft.families.pathwise.posterior import PathwisePosterior
-from blip_ft.potential import BayesianPotential
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.draws import evaluate_draws, moments_of_draws
 from blip_ft.uncertainty.jacobian import all_components, output_gradients
 from blip_ft.uncertainty.one_pass import predict_one_pass

@@ -1,0 +1,1 @@
+"""Models of fairchem-core: UMA and eSEN."""

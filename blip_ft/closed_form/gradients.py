@@ -1,0 +1,263 @@
+"""Gradients of model outputs with respect to the noisy weights: what closed-form posteriors are fitted to.
+
+One row for the energy of a frame and one for each of its force components, or for each of R random
+projections of them that stand for all (``uncertainty.jacobian.random_signs``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip_ft.backbones.protocol import Batch
+from blip_ft.config import ObjectiveConfig
+from blip_ft.data.batch.dataset import FrameDataset, Item, collate
+from blip_ft.families.base.linear import Rows
+from blip_ft.objectives.likelihood import frame_weights
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.side_by_side import side_by_side, width
+from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
+
+#: structures whose graphs are held at the same time
+BATCH = 6
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What belongs to the rows of some frames: see ``Rows``."""
+
+    targets: np.ndarray
+    errors: np.ndarray
+    scored: np.ndarray
+    groups: list[str]
+
+
+class GradientRows:
+    """Makes the rows of one run's frames at the present mean.
+
+    Args:
+        objective: has the noise of the labels.
+        potential: the model.
+        train: labelled frames.
+        context: frames without labels, whose rows may be wanted too.
+        seed: of the random projections.
+    """
+
+    def __init__(
+        self,
+        objective: ObjectiveConfig,
+        potential: BayesianPotential,
+        train: FrameDataset,
+        context: Sequence[Item] = (),
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.objective, self.potential, self.seed = objective, potential, seed
+        self.labelled = [train[i] for i in range(len(train))]
+        self.context = list(context)
+        self.groups = groups_of(train)
+
+    def rows(
+        self,
+        projections: int | None,
+        *,
+        number: int = 0,
+        context: bool = False,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> Rows:
+        """Rows of training frames, and of context frames behind them.
+
+        Args:
+            projections: R per frame; ``None`` for every force component.
+            number: other numbers give other projections.
+            context: also rows of the context frames.
+            progress: called with the number of frames done after each batch.
+        """
+        frames = [*self.labelled, *(self.context if context else ())]
+        sizes = np.array([len(i.atoms) for i in frames])
+        counts = 1 + (3 * sizes if projections is None else np.full_like(sizes, projections))
+        # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
+        backbone, sites = self.potential.backbone, self.potential.posterior.sites
+        gradients = torch.empty(
+            int(counts.sum()),
+            sum(s.numel for s in sites),
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
+        ends = [0, *np.cumsum(counts).tolist()]
+
+        def work(part: range) -> _Outputs:
+            place = gradients[ends[part.start] : ends[part.stop]]
+            outputs = self._fill(place, [frames[i] for i in part], part, projections, number)
+            progress(len(part))
+            return outputs
+
+        done = side_by_side(work, self._parts(frames), threads=width(backbone.device))
+        labels = np.concatenate([d.targets for d in done])
+        counted = np.concatenate([d.scored for d in done])
+        if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
+            counted[:] = True
+        groups = np.array([g for d in done for g in d.groups])
+        return Rows(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
+
+    def _fill(
+        self, place: Tensor, items: Sequence[Item], part: range, projections: int | None, number: int
+    ) -> _Outputs:
+        """Rows of one batch of frames, energies first, and what belongs to them."""
+        batch = self._batch(items)
+        directions = self._directions(batch, projections, number)
+        known, has = bool(batch.labels), batch.n_atoms
+        moved = self._change(batch, directions) if known else []
+        labels = self._labels(batch, directions)
+        targets, errors, groups, scored, done = [], [], [], [], 0
+        for k, (value, gradient) in enumerate(output_gradients(self.potential, batch, directions)):
+            value, (label, noise) = value.double(), labels[k]
+            # smaller frames of the batch have no such component
+            mine = torch.ones_like(has, dtype=torch.bool) if projections or not k else k <= 3 * has
+            n = int(mine.sum())
+            torch.div(
+                gradient if n == len(mine) else gradient[mine],
+                noise[mine].to(gradient)[:, None],
+                out=place[done : done + n],
+            )
+            done += n
+            error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
+            errors.append(error[mine].cpu().numpy())
+            # label minus the model linearised at its mean, moved back to the pretrained weights
+            target = error + moved[k] / noise if known else error
+            targets.append(target[mine].cpu().numpy())
+            groups += [self.groups[i] if known else "" for i, m in zip(part, mine.tolist(), strict=True) if m]
+            scored += [k > 0] * n
+        return _Outputs(np.concatenate(targets), np.concatenate(errors), np.array(scored), groups)
+
+    def hessian(self, basis: Tensor, projections: int | None, draw: int) -> np.ndarray:
+        """H = sum over training rows of g g^T along a basis of the weights, each structure at a draw of its own.
+
+        Draws are as wide as those of training and prediction (``BayesianPotential.amplitude``).
+
+        Args:
+            basis: (r, P) directions of the noisy weights, in units of rms(w0).
+            projections: R per frame; ``None`` for every force component.
+            draw: number of the draw.
+
+        Returns:
+            (r, r).
+        """
+        posterior, dtype = self.potential.posterior, self.potential.backbone.dtype
+        directions_of_weights = basis.T
+
+        def work(part: range) -> np.ndarray:
+            total: np.ndarray = np.zeros((len(basis), len(basis)))
+            batch = self._batch([self.labelled[i] for i in part])
+            keys = [("hessian", self.potential.seed, draw, key) for key in batch.keys]
+            latent = self.potential.amplitude * posterior.latent(keys, dtype)
+            directions = self._directions(batch, projections, 0)
+            labels = self._labels(batch, directions)
+            outputs = output_gradients(self.potential, batch, directions, latent=latent)
+            for (value, gradient), (label, noise) in zip(outputs, labels, strict=True):
+                g = (gradient @ directions_of_weights).double() / noise[:, None]
+                g = g[torch.isfinite(label - value.double())]
+                total += (g.T @ g).cpu().numpy()
+            return total
+
+        parts = side_by_side(work, self._parts(self.labelled), threads=width(self.potential.backbone.device))
+        out: np.ndarray = np.sum(parts, axis=0)
+        return out
+
+    def _change(self, batch: Batch, directions: Sequence[Tensor]) -> list[Tensor]:
+        """Linearised change of each output (B,) from the pretrained weights to the present mean.
+
+        Over **all** trained weights, also those without noise: what fine-tuning had to do is what
+        the prior's scale has to allow for. One central difference along theta - w0.
+        """
+        state, deltas = self.potential.converted.noise, self.potential.converted.deltas
+        step, out = 0.02, []
+        for sign in (1.0, -1.0):
+            state.clear()
+            state.mode = "draw"
+            state.weights = {name: sign * step * d.detach() for name, d in deltas.items()}
+            try:
+                with torch.no_grad():
+                    prediction = self.potential.backbone(batch, forces=True, stress=False)
+            finally:
+                state.clear()
+            out.append([prediction.energy.double(), *_project_forces(batch, directions, prediction.forces)])
+        return [(plus - minus) / (2 * step) for plus, minus in zip(*out, strict=True)]
+
+    def _labels(self, batch: Batch, directions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Label (B,) and its noise (B,) of every output: the energy, then the forces along directions."""
+        objective = self.objective
+        n_atoms = batch.n_atoms.double()
+        nan = torch.full_like(n_atoms, torch.nan)
+        energy = batch.labels.get("energy", nan) - self.potential.reference_energy(batch)
+        noise = torch.full_like(n_atoms, objective.forces_std)
+        if "forces" in batch.labels:
+            # atoms without weight have no label, and their direction is zero
+            known = torch.where((_atom_weights(batch) > 0)[:, None], batch.labels["forces"], 0.0)
+            forces = _project_forces(batch, directions, known)
+        else:
+            forces = [nan] * len(directions)
+        # a weight multiplies the log likelihood, so it divides the variance
+        root = frame_weights(batch).sqrt()
+        energy_noise = objective.energy_std * n_atoms
+        return [(energy, energy_noise / root), *((f, noise / root) for f in forces)]
+
+    def _directions(self, batch: Batch, projections: int | None, number: int) -> list[Tensor]:
+        """(n, 3) vectors along which forces are taken, times the root of the atoms' weights."""
+        root = _atom_weights(batch).sqrt().cpu()[:, None]
+        chosen = (
+            all_components(batch)
+            if projections is None
+            else random_signs(batch, projections, (self.seed, number))
+        )
+        return [d * root for d in chosen]
+
+    def _parts(self, items: Sequence[Item]) -> list[range]:
+        """Batches of frames that all have labels, or none; those that are in work together have :data:`BATCH` frames."""
+        size = max(1, BATCH // width(self.potential.backbone.device))
+        labelled = sum(bool(item.labels) for item in items)
+        parts = [range(i, min(i + size, labelled)) for i in range(0, labelled, size)]
+        return parts + [range(i, min(i + size, len(items))) for i in range(labelled, len(items), size)]
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        """A batch of frames that all have labels, or none, on the model's device."""
+        backbone = self.potential.backbone
+        if items[0].labels:
+            return collate(backbone, items).to(backbone.device)
+        batch = backbone.collate([i.atoms for i in items], [i.graph for i in items])
+        batch.keys = [i.key for i in items]
+        return batch.to(backbone.device)
+
+
+def _project_forces(batch: Batch, directions: Sequence[Tensor], forces: Tensor | None) -> list[Tensor]:
+    """Each direction times the forces, per structure, (B,) each."""
+    assert forces is not None
+    zero = torch.zeros(batch.n_structures, dtype=torch.float64, device=forces.device)
+    return [
+        zero.index_add(0, batch.structure, (direction.to(forces.device) * forces.double()).sum(dim=1))
+        for direction in directions
+    ]
+
+
+def _atom_weights(batch: Batch) -> Tensor:
+    """(n,) weights of the atoms' force terms; ones for context frames."""
+    return batch.labels.get("atom_weight", torch.ones_like(batch.numbers, dtype=torch.float64))
+
+
+def groups_of(frames: FrameDataset) -> list[str]:
+    """Group of each frame for the left-out rule: as the data say, else quartiles of the energy."""
+    named = [str(g) for g in frames.frames["group"]]
+    if len(set(named)) > 1:
+        return named
+    energies = [e if e is not None else math.nan for e in frames.frames["energy"]]
+    n_atoms = [len(z) for z in frames.frames["numbers"]]
+    per_atom = np.array(energies) / np.array(n_atoms)
+    if not np.isfinite(per_atom).all():
+        return [str(4 * i // len(named)) for i in range(len(named))]
+    ranks = np.argsort(np.argsort(per_atom))
+    return [str(4 * int(r) // len(named)) for r in ranks]

@@ -1,0 +1,1 @@
+"""Sources of every format, read into one schema."""

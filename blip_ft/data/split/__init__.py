@@ -1,0 +1,1 @@
+"""Frames divided into roles."""

@@ -1,0 +1,1 @@
+"""Frames and predictions written to files."""

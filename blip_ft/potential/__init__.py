@@ -1,0 +1,1 @@
+"""The Bayesian potential, what it carries beside its weights, and its files."""

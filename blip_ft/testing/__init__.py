@@ -1,0 +1,1 @@
+"""For tests of adapters, families and terms, ours and those of other packages."""

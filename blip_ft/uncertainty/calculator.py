@@ -1,0 +1,111 @@
+"""An ASE calculator that also says how sure it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+
+from blip_ft.backbones import electrons
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.uncertainty.predict import Method, predict_atoms
+
+#: standard ASE properties; the others in ``results`` are ours
+STANDARD = ["energy", "free_energy", "energies", "forces", "stress"]
+#: what ``results`` holds beside them; units as the property's, ASE's ``stress`` sign and order
+UNCERTAIN = [
+    "energy_std",
+    "forces_std",
+    "forces_std_norm",
+    "forces_cov",
+    "stress_std",
+    "energies_std",
+    "energy_std_aleatoric",
+    "forces_std_aleatoric",
+    "stress_std_aleatoric",
+    "energy_std_total",
+    "forces_std_total",
+    "stress_std_total",
+    "std_sampling_error",
+    "ood_score",
+    "ood_score_max",
+]
+
+
+class BlipCalculator(Calculator):
+    """Energy, forces and stress of the mean weights (``pathwise``) or as the mean over draws, with stds.
+
+    Either way forces are the gradient of the energy: every draw is conservative. ``*_std`` are
+    epistemic (from the posterior, times the calibrated scale), ``*_std_aleatoric`` the scatter of the labels
+    found on the calibration frames, ``*_std_total`` both. Where no calibration frame had a label of a property, its
+    scatter is unknown: there is no ``*_std_aleatoric`` and no ``*_std_total`` of it.
+
+    ========================  =========  ==================================================
+    ``results`` key           shape      unit
+    ========================  =========  ==================================================
+    ``energy_std``            scalar     eV, of the total energy
+    ``energy_std_aleatoric``  scalar     eV, of the total energy
+    ``forces_std``            (n, 3)     eV/Å, each component in the lab frame
+    ``forces_std_aleatoric``  scalar     eV/Å, of every component
+    ``forces_std_norm``       (n,)       eV/Å, root of the trace of the covariance; invariant
+    ``forces_cov``            (n, 3, 3)  (eV/Å)^2
+    ``stress_std``            (6,)       eV/Å^3
+    ``stress_std_aleatoric``  scalar     eV/Å^3, of every component
+    ``energies_std``          (n,)       eV, of each atom's energy
+    ``std_sampling_error``    scalar     1, relative, of stds of forces and stress from few draws or directions
+    ``ood_score``             (n,)       1, distance from the training atoms, ``uncertainty.ood``
+    ``ood_score_max``         scalar     1, largest of the structure's atoms
+    ========================  =========  ==================================================
+
+    Args:
+        potential: from ``blip_ft.load``.
+        n_draws: fewer draws than the model has are faster; 0 gives the mean weights without
+            uncertainties. By default all.
+        method: ``draws``: mean and std over the draws. ``energy``: the mean weights' prediction and,
+            from the same backward call, ``energy_std`` of the linearised model: the fastest, for
+            molecular dynamics. ``linear``: also its exact ``forces_cov`` and ``stress_std``, or an
+            estimate from ``n_draws`` random directions.
+
+    Models that take charge and spin (``Backbone.conditions``) find them in ``atoms.info``; a change of either is a
+    change of the structure.
+
+    Structures that are not periodic in all directions have no stress: asking for it raises
+    ``PropertyNotImplementedError``.
+    """
+
+    implemented_properties = [*STANDARD, *UNCERTAIN]
+
+    def __init__(
+        self,
+        potential: BayesianPotential,
+        *,
+        n_draws: int | None = None,
+        method: Method = "draws",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.potential, self.n_draws, self.method = potential, n_draws, method
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """As in ASE, and charge and spin in ``atoms.info`` count."""
+        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Evaluate all draws on ``atoms``."""
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws, method=self.method)
+        self.results = {k: v for k, v in item.items() if v is not None}
+        self.results["free_energy"] = self.results["energy"]
+        missing = [p for p in properties or [] if p not in self.results]
+        if missing:
+            raise PropertyNotImplementedError(
+                f"{', '.join(missing)}: no stress without periodicity in all directions, no std that the calculator's "
+                "method does not give, no aleatoric or total std of what no calibration frame had a label of"
+            )
