@@ -34,11 +34,12 @@ from rich.table import Table
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.potential.bayesian import drawing
+from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.training.evaluate import draws_of
 from blip_ft.training.fit import Prepared, prepare
 from blip_ft.training.loop import device_of, train
-from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.calibration import calibrate, rmse_calibration
 from blip_ft.uncertainty.metrics import bootstrap_ci, per_frame, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_set
 from blip_ft.uncertainty.results import SetPrediction
@@ -288,7 +289,7 @@ def collect(
 
 def calibration_of(method: str, sets: Predictions) -> Calibration:
     if method == "plain":
-        return Calibration.rmse(sets["calibration"])
+        return rmse_calibration(sets["calibration"])
     return calibrate(sets["calibration"]).for_new_frames()
 
 

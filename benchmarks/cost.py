@@ -28,7 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.backbones.protocol import Backbone, Batch, get_adapter
+from blip_ft.backbones.protocol import Backbone, Batch
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_recipe
 from blip_ft.data.batch.dataset import collate

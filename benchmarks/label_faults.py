@@ -3,7 +3,7 @@
     python benchmarks/label_faults.py DIR [--predictions FOLDER] [--only SET ...]
 
 DIR holds the outside data sets (docs/data.md). Into 5 % of the frames of each set faults of one kind are
-planted (``blip_ft.data.planted``), with several seeds; SevenNet-0 predicts the true structures once, and
+planted (``blip_ft.testing.planted``), with several seeds; SevenNet-0 predicts the true structures once, and
 FOLDER keeps these predictions between runs. The thresholds were set looking at the sets marked "set on".
 Prints a table and writes benchmarks/results/label_faults.json.
 """
@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from blip_ft.backbones.protocol import get_adapter
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.data.check.examine import compare
 from blip_ft.data.check.label_faults import FORCE_FLOOR, Compared, check_labels
-from blip_ft.data.planted import KINDS, plant
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
+from blip_ft.testing.planted import KINDS, plant
 
 SEEDS = 5
 #: set -> (frames, evenly taken; were the thresholds set on it)

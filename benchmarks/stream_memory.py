@@ -75,7 +75,8 @@ def run(path: str, args: argparse.Namespace) -> tuple[int, float]:
     from torch.utils.data import DataLoader
 
     from blip_ft.config import DataConfig, StreamConfig
-    from blip_ft.data.batch.stream import FrameStream, rows_of
+    from blip_ft.data.batch.stream import FrameStream
+    from blip_ft.data.split.sample import rows_of
     from blip_ft.testing.fake import FakeBackbone
 
     config = DataConfig(train=path, stream=StreamConfig(frames=args.frames))

@@ -29,9 +29,11 @@ from rich.table import Table
 
 from blip_ft.allocator import keep_memory
 from blip_ft.backbones.conservative import weights_only
-from blip_ft.backbones.protocol import Backbone, get_adapter
+from blip_ft.backbones.protocol import Backbone
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_recipe
-from blip_ft.data.batch.dataset import collate, make_item, to_atoms
+from blip_ft.data.batch.dataset import collate, make_item
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.split.splits import load_splits
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential

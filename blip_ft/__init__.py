@@ -17,28 +17,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip_ft.config import Recipe, load_recipe
     from blip_ft.errors import BlipError
-    from blip_ft.potential.checkpoint import load_model as load
+    from blip_ft.library import Potential, load
     from blip_ft.training.fit import fit
-
-    __version__: str
+    from blip_ft.version import __version__
 
 #: public name -> (module, name in it)
 _PUBLIC = {
     "BlipError": ("blip_ft.errors", "BlipError"),
     "Recipe": ("blip_ft.config", "Recipe"),
     "fit": ("blip_ft.training.fit", "fit"),
-    "load": ("blip_ft.potential.checkpoint", "load_model"),
+    "Potential": ("blip_ft.library", "Potential"),
+    "load": ("blip_ft.library", "load"),
     "load_recipe": ("blip_ft.config", "load_recipe"),
+    "__version__": ("blip_ft.version", "__version__"),
 }
 
-__all__ = ["BlipError", "Recipe", "__version__", "fit", "load", "load_recipe"]
+__all__ = ["BlipError", "Potential", "Recipe", "__version__", "fit", "load", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("blip-ft")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'blip_ft' has no attribute '{name}'")
     module, attribute = _PUBLIC[name]

@@ -9,9 +9,10 @@ from ase.constraints import FixAtoms
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import BlipError, DataError
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
+from blip_ft.potential.distance import FeatureDistance
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
-from blip_ft.uncertainty.ood import FeatureDistance
+from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.uncertainty.shrinkage import shrunk
 
@@ -48,7 +49,7 @@ def methanol():
 
 
 def results(potential, atoms, **options):
-    calculator = potential.calculator(**options)
+    calculator = BlipCalculator(potential, **options)
     calculator.calculate(atoms, ["energy"])
     return calculator.results
 
@@ -83,7 +84,7 @@ class TestResults:
             "stress_std": (6,),
             "std_sampling_error": (),
         }
-        assert found.keys() <= set(potential.calculator().implemented_properties)
+        assert found.keys() <= set(BlipCalculator(potential).implemented_properties)
 
     @pytest.mark.parametrize("options", [{}, {"n_draws": 0}, {"method": "energy"}])
     def test_out_of_distribution_score(self, potential, monkeypatch, options):
@@ -101,7 +102,7 @@ class TestResults:
         expected = distance.score(torch.stack(features).mean(dim=0), batch.numbers)
         np.testing.assert_allclose(found["ood_score"], expected, rtol=1e-12)
         assert found["ood_score_max"] == found["ood_score"].max()
-        assert {"ood_score", "ood_score_max"} <= set(potential.calculator().implemented_properties)
+        assert {"ood_score", "ood_score_max"} <= set(BlipCalculator(potential).implemented_properties)
 
     def test_moments_of_the_draws(self, potential):
         atoms = crystal()
@@ -206,7 +207,7 @@ class TestAse:
     def test_no_stress_without_periodicity(self, potential, pbc, n_draws):
         atoms = crystal()
         atoms.pbc = pbc
-        atoms.calc = potential.calculator(n_draws=n_draws)
+        atoms.calc = BlipCalculator(potential, n_draws=n_draws)
         energy = atoms.get_potential_energy()
         with pytest.raises(PropertyNotImplementedError):
             atoms.get_stress()
@@ -217,21 +218,21 @@ class TestAse:
 
     def test_asking_for_stress_first(self, potential):
         atoms = methanol()
-        atoms.calc = potential.calculator()
+        atoms.calc = BlipCalculator(potential)
         with pytest.raises(PropertyNotImplementedError, match="no stress without periodicity"):
             atoms.get_stress()
         assert np.isfinite(atoms.get_potential_energy())
 
     def test_no_std_without_draws(self, potential):
         atoms = crystal()
-        atoms.calc = potential.calculator(n_draws=0)
+        atoms.calc = BlipCalculator(potential, n_draws=0)
         with pytest.raises(PropertyNotImplementedError):
             atoms.calc.get_property("energy_std", atoms)
         assert atoms.get_forces().shape == (2, 3)
 
     def test_through_the_usual_methods(self, potential):
         atoms = crystal()
-        atoms.calc = potential.calculator()
+        atoms.calc = BlipCalculator(potential)
         r = results(potential, crystal())
         assert atoms.get_potential_energy() == r["energy"]
         assert np.array_equal(atoms.get_forces(), r["forces"])
@@ -245,7 +246,7 @@ class TestAse:
         forward = type(potential).forward
         monkeypatch.setattr(type(potential), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
         atoms = crystal()
-        atoms.calc = potential.calculator()
+        atoms.calc = BlipCalculator(potential)
         energy = atoms.get_potential_energy()
         assert calls == [1], "draws of a small structure are evaluated together"
         atoms.get_forces(), atoms.get_stress(), atoms.calc.get_property("energy_std", atoms)
@@ -261,7 +262,7 @@ class TestAse:
         atoms.new_array("tag2", np.arange(2))
         atoms.set_constraint(FixAtoms([0]))
         before = atoms.copy()
-        atoms.calc = potential.calculator()
+        atoms.calc = BlipCalculator(potential)
         atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
         assert atoms == before
         assert atoms.info == before.info
@@ -321,7 +322,7 @@ class TestCalibration:
         monkeypatch.setattr(potential, "calibration", None)
         assert not [key for key in results(potential, crystal()) if key.endswith(("_aleatoric", "_total"))]
         atoms = crystal()
-        atoms.calc = calculator = potential.calculator()
+        atoms.calc = calculator = BlipCalculator(potential)
         with pytest.raises(PropertyNotImplementedError, match="no calibration frame"):
             calculator.get_property("stress_std_total", atoms)
 

@@ -16,11 +16,11 @@ from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential import checkpoint
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.potential.checkpoint import find_model, load_model, require_space, save_model, sha256
 from blip_ft.potential.checks import sealed
+from blip_ft.potential.distance import FeatureDistance
 from blip_ft.testing.fake import FakeBackbone, FakeModel
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
-from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
 

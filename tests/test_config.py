@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip_ft.backbones.protocol import ENTRY_POINT_GROUP
+from blip_ft.backbones.registry import ENTRY_POINT_GROUP
 from blip_ft.config import Recipe, load_recipe, parse_recipe, shipped
 from blip_ft.errors import RecipeError
 

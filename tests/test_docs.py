@@ -12,7 +12,7 @@ from ase.build import bulk
 from ase.io import write
 
 from blip_ft import cli
-from blip_ft.cli import commands
+from blip_ft.cli import fit
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
@@ -47,8 +47,8 @@ def test_commands_are_understood(document: Path):
     lines = [line for block in blocks(document) for line in block.splitlines()]
     for line in lines:
         if line.startswith("blip-finetune "):
-            args = cli._parser().parse_args(shlex.split(line, comments=True)[1:])
-            if args.run is commands.fit and Path(args.recipe).suffix != ".yaml":
+            args = cli.make_parser().parse_args(shlex.split(line, comments=True)[1:])
+            if args.run is fit.run and Path(args.recipe).suffix != ".yaml":
                 load_recipe(args.recipe, args.overrides)
 
 

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from blip_ft.cli import doctor
+from blip_ft.cli import environment
 
 
 class Distribution:
@@ -25,7 +25,7 @@ def point(name: str, requires: list[str] | None, module: str = "blip_ft.adapters
 
 
 def test_installed_package_of_the_right_version_is_ready():
-    state = doctor.examine_adapter(point("x", ['numpy>=1 ; extra == "x"', "rich"]))
+    state = environment.examine_adapter(point("x", ['numpy>=1 ; extra == "x"', "rich"]))
     assert state == {
         "available": True,
         "version": version("numpy"),
@@ -35,7 +35,9 @@ def test_installed_package_of_the_right_version_is_ready():
 
 
 def test_missing_package_names_the_extra():
-    state = doctor.examine_adapter(point("x", ['no-such-thing>=1 ; extra == "x"', 'numpy ; extra == "x"']))
+    state = environment.examine_adapter(
+        point("x", ['no-such-thing>=1 ; extra == "x"', 'numpy ; extra == "x"'])
+    )
     assert state["available"] is False
     assert state["version"] is None
     assert state["packages"] == {"no-such-thing": None, "numpy": version("numpy")}
@@ -44,7 +46,7 @@ def test_missing_package_names_the_extra():
 
 
 def test_package_of_the_wrong_version_is_not_ready():
-    state = doctor.examine_adapter(point("x", ['numpy>=9999 ; extra == "x"']))
+    state = environment.examine_adapter(point("x", ['numpy>=9999 ; extra == "x"']))
     assert state["available"] is False
     assert state["problem"] == f"numpy {version('numpy')} is installed, >=9999 is needed"
 
@@ -54,13 +56,13 @@ def test_package_of_the_wrong_version_is_not_ready():
     [("mace", "fairchem, sevennet, orb"), ("sevennet", "mace"), ("chgnet", None)],
 )
 def test_remedy_says_what_the_extra_clashes_with(adapter: str, clash: str | None):
-    state = doctor.examine_adapter(point(adapter, [f'no-such-thing ; extra == "{adapter}"']))
+    state = environment.examine_adapter(point(adapter, [f'no-such-thing ; extra == "{adapter}"']))
     assert state["remedy"].startswith(f"pip install 'their-package[{adapter}]'")
     assert (f"not in one environment with {clash}" in state["remedy"]) == (clash is not None)
 
 
 def test_requirements_of_other_extras_and_other_systems_do_not_count():
-    found = doctor.extra_requirements(
+    found = environment.extra_requirements(
         point(
             "my_model",
             [
@@ -76,9 +78,9 @@ def test_requirements_of_other_extras_and_other_systems_do_not_count():
 
 @pytest.mark.parametrize("requires", [None, [], ["torch"]])
 def test_adapter_without_an_extra_is_there_if_its_module_is(requires: list[str] | None):
-    there = doctor.examine_adapter(point("x", requires, module="blip_ft.testing.fake"))
+    there = environment.examine_adapter(point("x", requires, module="blip_ft.testing.fake"))
     assert there == {"available": True, "version": "1.2.3", "packages": {}, "family": "either"}
-    gone = doctor.examine_adapter(point("x", requires, module="no_such_package.module"))
+    gone = environment.examine_adapter(point("x", requires, module="no_such_package.module"))
     assert gone["available"] is False
     assert "no_such_package.module" in gone["problem"]
 
@@ -94,14 +96,14 @@ def test_adapter_without_an_extra_is_there_if_its_module_is(requires: list[str] 
     ],
 )
 def test_environment_family(monkeypatch: pytest.MonkeyPatch, ready: set[str], e3nn: str | None, family: str):
-    monkeypatch.setattr(doctor, "_installed", lambda package: e3nn)
+    monkeypatch.setattr(environment, "_installed", lambda package: e3nn)
     adapters = {f: {"available": True, "family": f} for f in ready}
     adapters["absent"] = {"available": False, "family": "a" if family == "b" else "b"}
-    assert doctor.environment_family(adapters) == family
+    assert environment.environment_family(adapters) == family
 
 
 def test_report_of_this_environment():
-    report = doctor.examine()
+    report = environment.examine()
     names = {p.name for p in entry_points(group="blip_ft.adapters")}
     assert set(report["adapters"]) == names - {"fake"}
     assert report["torch"] == version("torch")
@@ -109,7 +111,7 @@ def test_report_of_this_environment():
 
 
 def test_table_shows_state_and_remedy():
-    report = doctor.examine() | {
+    report = environment.examine() | {
         "adapters": {
             "good": {"available": True, "version": "1.0", "packages": {"good": "1.0"}, "family": "b"},
             "bad": {
@@ -123,7 +125,7 @@ def test_table_shows_state_and_remedy():
         }
     }
     out = StringIO()
-    Console(file=out, width=200).print(doctor.render(report))
+    Console(file=out, width=200).print(environment.render(report))
     good, bad = (
         next(line for line in out.getvalue().splitlines() if f" {n} " in line) for n in ("good", "bad")
     )

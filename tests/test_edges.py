@@ -13,6 +13,7 @@ from ase.neighborlist import neighbor_list
 from blip_ft.backbones import edges
 from blip_ft.errors import DataError
 from blip_ft.testing.fake import FakeBackbone
+from blip_ft.uncertainty.calculator import BlipCalculator
 
 
 def quartz_like(seed: int = 0) -> Atoms:
@@ -106,7 +107,7 @@ def test_the_calculator_says_that_a_coordinate_is_no_number(value):
         FakeBackbone(), ModelConfig(adapter="fake", checkpoint="tiny"), PosteriorConfig(family="weight")
     )
     atoms = quartz_like()
-    atoms.calc = potential.calculator(n_draws=0)
+    atoms.calc = BlipCalculator(potential, n_draws=0)
     atoms.get_potential_energy()
     atoms.positions[1, 2] = value
     with pytest.raises(DataError, match="the position of atom 1 is") as caught:

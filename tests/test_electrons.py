@@ -15,6 +15,7 @@ from blip_ft.errors import DataError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import gates
+from blip_ft.uncertainty.calculator import BlipCalculator
 
 
 def water(**info: Any) -> Atoms:
@@ -59,7 +60,7 @@ def charged() -> BayesianPotential:
 
 def test_the_calculator_notices_a_changed_charge(charged: BayesianPotential) -> None:
     atoms = water(charge=0, spin=1)
-    atoms.calc = charged.calculator(n_draws=0)
+    atoms.calc = BlipCalculator(charged, n_draws=0)
     neutral = atoms.get_potential_energy()
     atoms.info["charge"] = 1
     cation = atoms.get_potential_energy()
@@ -68,7 +69,7 @@ def test_the_calculator_notices_a_changed_charge(charged: BayesianPotential) -> 
     assert len({neutral, cation, doublet}) == 3
     for energy, info in ((cation, {"charge": 1, "spin": 1}), (doublet, {"charge": 1, "spin": 2})):
         fresh = water(**info)
-        fresh.calc = charged.calculator(n_draws=0)
+        fresh.calc = BlipCalculator(charged, n_draws=0)
         assert fresh.get_potential_energy() == energy
     assert atoms.calc.check_state(atoms) == []
 

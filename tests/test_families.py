@@ -24,6 +24,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
 from blip_ft.potential.export import export_native
 from blip_ft.testing.fake import FakeBackbone
+from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
 
@@ -214,7 +215,7 @@ class TestNoise:
 
     def test_calculator(self, case: str) -> None:
         atoms = structures()[0]
-        atoms.calc = make(case).calculator()
+        atoms.calc = BlipCalculator(make(case))
         std = atoms.calc.get_property("forces_std", atoms)
         assert atoms.calc.get_property("energy_std", atoms) > 0
         assert (std > 0).all()

@@ -22,10 +22,12 @@ from ase.io import write
 from ase.md.verlet import VelocityVerlet
 
 import blip_ft
+from blip_ft import load
 from blip_ft.backbones.protocol import Batch
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.batch.dataset import FrameDataset, collate, to_atoms
+from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential
@@ -80,7 +82,7 @@ def with_spread(potential: BayesianPotential) -> BayesianPotential:
 @pytest.fixture(scope="module")
 def models() -> dict[tuple[str, str], BayesianPotential]:
     """By device and posterior family, float32."""
-    from blip_ft.backbones.protocol import get_adapter
+    from blip_ft.backbones.registry import get_adapter
 
     out = {}
     for family in MODELS:
@@ -376,7 +378,7 @@ def test_calculator(runs: dict[str, Path], structures: list[Atoms]) -> None:
         results = {}
         for device in (CPU, GPU):
             atoms = structures[0].copy()
-            atoms.calc = load_model(runs[GPU], device=device, dtype="float64").calculator(method=method)
+            atoms.calc = load(runs[GPU], device=device, dtype="float64").calculator(method=method)
             atoms.set_velocities(np.full((len(atoms), 3), 1e-3))
             VelocityVerlet(atoms, 1.0 * units.fs).run(3)
             atoms.get_stress()

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.config import ObjectiveConfig
-from blip_ft.data.batch.dataset import Item, collate, content_key
+from blip_ft.data.batch.dataset import Item, collate
+from blip_ft.data.frame import content_key
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import cut, side_by_side, width
+from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_batch
 
 from .potential.around_fake import make, structures
@@ -239,7 +241,7 @@ def test_four_calculators_of_one_potential_in_four_threads(method: Method):
 
     def values(n: int) -> dict[str, Any]:
         atoms = structures()[n]
-        atoms.calc = potential.calculator(method=method)
+        atoms.calc = BlipCalculator(potential, method=method)
         for _ in range(3):  # as steps of dynamics
             atoms.positions += 0.01
             atoms.get_forces()

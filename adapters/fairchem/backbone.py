@@ -61,6 +61,9 @@ class _EscnBackbone(Backbone):
         origin: where the weights came from.
     """
 
+    #: edges per atom at most
+    max_neighbors: int
+
     name: ClassVar[str] = "fairchem"
     packages: ClassVar[tuple[str, ...]] = ("fairchem-core", "e3nn", "torch")
     native_suffix: ClassVar[str] = ".pt"

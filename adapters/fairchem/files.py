@@ -6,19 +6,46 @@ import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from ase import Atoms
 from ase.calculators.calculator import all_changes
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip_ft.adapters.fairchem import tasks, vendor
 from blip_ft.backbones import edges
 from blip_ft.errors import BlipError
 
-if TYPE_CHECKING:
-    from blip_ft.adapters.fairchem.backbone import _EscnBackbone
+
+class Checkpoint(Protocol):
+    """What of a backbone goes into a checkpoint, and how one is used."""
+
+    model: nn.Module
+    model_config: dict[str, Any]
+    tasks_config: list[Any]
+    task: str
+    elements: frozenset[int]
+    charge: int
+    spin: int
+    cutoff: float
+    max_neighbors: int
+
+    @property
+    def scales(self) -> Any:
+        """Names and scales of the outputs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+
+    def reference_table(self) -> Tensor:
+        """Element references of the task in use, eV."""
+
 
 #: which of the vendor's neighbour searches is used (2: that of its inference settings)
 _GRAPH_VERSION = 2
@@ -55,7 +82,7 @@ def vendor_edges(backbone: Any, atoms: Atoms) -> tuple[Tensor, Tensor]:
     return graph["edge_index"].to(torch.int64), graph["edge_distance_vec"].reshape(-1, 3)
 
 
-def write(backbone: _EscnBackbone, path: Path, shift: Mapping[int, float]) -> None:
+def write(backbone: Checkpoint, path: Path, shift: Mapping[int, float]) -> None:
     """Write an inference checkpoint of a model whose vendor modules are in place.
 
     Args:
@@ -82,7 +109,7 @@ def write(backbone: _EscnBackbone, path: Path, shift: Mapping[int, float]) -> No
     )
 
 
-def _shifted(backbone: _EscnBackbone, shift: Mapping[int, float]) -> list[Any]:
+def _shifted(backbone: Checkpoint, shift: Mapping[int, float]) -> list[Any]:
     """The task configurations with a shift in the references of the task in use."""
     configs = copy.deepcopy(backbone.tasks_config)
     if not shift:
@@ -102,7 +129,7 @@ def _shifted(backbone: _EscnBackbone, shift: Mapping[int, float]) -> list[Any]:
     return configs
 
 
-def stock_calculator(backbone: _EscnBackbone) -> Any:
+def stock_calculator(backbone: Checkpoint) -> Any:
     """The vendor's calculator on a copy of a backbone, in its precision."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stock.pt"
@@ -110,7 +137,7 @@ def stock_calculator(backbone: _EscnBackbone) -> Any:
         return calculator(backbone, path, backbone.dtype)
 
 
-def calculator(backbone: _EscnBackbone, path: Path, dtype: torch.dtype) -> Any:
+def calculator(backbone: Checkpoint, path: Path, dtype: torch.dtype) -> Any:
     """``FAIRChemCalculator`` on a checkpoint, opened by the vendor's loader.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip_ft.backbones.protocol import missing_backend
+from blip_ft.backbones.registry import missing_backend
 from blip_ft.errors import RecipeError, nearest
 
 

@@ -1,4 +1,4 @@
-"""The protocol that every adapter fulfils, and the registry that finds adapters.
+"""The protocol that every adapter fulfils.
 
 A :class:`Backbone` wraps one vendor model. It knows how to turn an ``ase.Atoms`` into that
 vendor's graph, how to batch graphs, and how to evaluate them. It knows nothing of Bayes.
@@ -24,12 +24,11 @@ with B structures and n atoms in all of them together.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,13 +36,10 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from blip_ft.backbones import electrons
-from blip_ft.errors import BlipError, DataError, MissingBackendError, nearest
+from blip_ft.errors import BlipError, DataError
 from blip_ft.side_by_side import cut
+from blip_ft.variational.layers import VariationalLayer, layer_type
 
-if TYPE_CHECKING:
-    from blip_ft.variational.layers import VariationalLayer
-
-ENTRY_POINT_GROUP = "blip_ft.adapters"
 #: coordinates beyond it, Å, have an error of 1e-8 Å and more in double precision: they come from a fault
 LARGEST = 1e8
 
@@ -230,8 +226,6 @@ class Backbone(nn.Module, ABC):
             name: the module's name inside ``model``.
             module: the module; has parameters of its own.
         """
-        from blip_ft.variational.layers import layer_type
-
         return layer_type(module)
 
     @abstractmethod
@@ -391,47 +385,3 @@ def check_numbers(atoms: Atoms, *, file: str | None = None, frame: int | None = 
         frame=frame,
         field=field,
     )
-
-
-# ---- registry --------------------------------------------------------------------------------
-
-
-def get_adapter(name: str) -> type[Backbone]:
-    """The backbone class of an adapter.
-
-    Raises:
-        BlipError: no adapter of this name is installed.
-        ImportError: its backend is not installed; the message names the extra and what it
-            clashes with. Other import errors pass through.
-    """
-    points = {e.name: e for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in points:
-        raise BlipError(f"there is no adapter '{name}'", remedy=nearest(name, points), field="model.adapter")
-    adapter: type[Backbone] = points[name].load()
-    return adapter
-
-
-#: which extras cannot share an environment (mace-torch pins e3nn 0.4.4, the others need >= 0.5)
-FAMILIES = {
-    "mace": "a",
-    "fairchem": "b",
-    "sevennet": "b",
-    "orb": "b",
-    "chgnet": "either",
-}
-
-
-def missing_backend(adapter: str, package: str) -> MissingBackendError:
-    """The error to raise when a backend's package is absent."""
-    family = FAMILIES.get(adapter, "either")
-    clash = ", ".join(n for n, f in FAMILIES.items() if {f, family} == {"a", "b"})
-    note = f" It cannot share an environment with {clash} (different e3nn)." if clash else ""
-    return MissingBackendError(
-        f"adapter '{adapter}' needs the package '{package}', which is not installed",
-        remedy=f"pip install 'blip-ft[{adapter}]'.{note}",
-    )
-
-
-def matches(patterns: Sequence[str], name: str) -> bool:
-    """True if any regular expression matches the whole ``name``."""
-    return any(re.fullmatch(p, name) for p in patterns)

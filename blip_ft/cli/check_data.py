@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blip_ft.allocator import keep_memory
-from blip_ft.backbones.protocol import get_adapter
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data.check.examine import DataReport, examine
 from blip_ft.data.findings import Finding, from_error

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blip_ft.errors import readable
+from blip_ft.ranks import is_rank_zero
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-def is_rank_zero() -> bool:
-    """Whether this process is the first of its run (the launcher sets the environment)."""
-    return all(
-        os.environ.get(k, "0") in ("", "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
-    )
+    from blip_ft.data.findings import Finding
 
 
 def announce(text: str) -> None:
@@ -77,3 +72,11 @@ def show(table: Table) -> None:
 def show_json(tree: Mapping[str, Any]) -> None:
     """Print a mapping as JSON."""
     print(json.dumps(tree, indent=1))
+
+
+def say(left_out: Sequence[str], findings: Sequence[Finding]) -> None:
+    """Tell which frames were set aside, and which numbers nothing uses."""
+    for place in left_out:
+        print(f"left out: {place}", file=sys.stderr)
+    for finding in findings:
+        print(finding, file=sys.stderr)

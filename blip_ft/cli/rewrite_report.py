@@ -10,8 +10,8 @@ from blip_ft.config import load_recipe
 from blip_ft.data.findings import Finding
 from blip_ft.errors import BlipError
 from blip_ft.files import set_name
+from blip_ft.potential.calibration import Calibration
 from blip_ft.report import write_report
-from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.uncertainty.signatures import find_signatures
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from blip_ft.closed_form.gradients import GradientRows
 from blip_ft.config import Recipe
-from blip_ft.data.batch.dataset import FrameDataset, Item, atoms_key
+from blip_ft.data.batch.dataset import FrameDataset, Item
+from blip_ft.data.frame import atoms_key
 from blip_ft.data.split.context import make_context
 from blip_ft.families.base.linear import (
     ClosedFormData,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,13 @@ from blip_ft.errors import BlipError
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.base.posterior import RowRecorder
 from blip_ft.families.build import make_posterior, make_prior
+from blip_ft.potential.calibration import Calibration
+from blip_ft.potential.distance import FeatureDistance
 from blip_ft.side_by_side import width
-from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
 from blip_ft.variational.drawn import DrawnWeights, SamplesAhead
 from blip_ft.variational.lora import LowRank
 from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
-
-if TYPE_CHECKING:
-    from blip_ft.uncertainty.calculator import BlipCalculator
-    from blip_ft.uncertainty.ood import FeatureDistance
-    from blip_ft.uncertainty.predict import Method
 
 MAX_ATOMIC_NUMBER = 119
 
@@ -362,9 +358,3 @@ class BayesianPotential(nn.Module):
         self._drawn.clear()
         self.to(getattr(torch, dtype))
         return self
-
-    def calculator(self, *, n_draws: int | None = None, method: Method = "draws") -> BlipCalculator:
-        """An ASE calculator; see :class:`blip_ft.uncertainty.calculator.BlipCalculator`."""
-        from blip_ft.uncertainty.calculator import BlipCalculator
-
-        return BlipCalculator(self, n_draws=n_draws, method=method)

@@ -14,20 +14,20 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import blip_ft
 from blip_ft.allocator import keep_memory
-from blip_ft.backbones.protocol import get_adapter
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.files import is_full, remedy_of
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.checks import (
     AGAIN,
     check_finite,
@@ -37,11 +37,13 @@ from blip_ft.potential.checks import (
     make_probe,
     sealed,
 )
-from blip_ft.uncertainty.calibration import Calibration
-from blip_ft.uncertainty.ood import FeatureDistance
+from blip_ft.potential.distance import FeatureDistance
+from blip_ft.version import __version__
 
 #: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family, a
 #: checksum of the JSON, and a probe
+P = TypeVar("P", bound=BayesianPotential)
+
 FORMAT_VERSION = 3
 #: prefix of these tensors
 OOD = "ood."
@@ -109,7 +111,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
     return {
         "format": "blip_ft model",
         "format_version": FORMAT_VERSION,
-        "blip_ft": blip_ft.__version__,
+        "blip_ft": __version__,
         "adapter": backbone.name,
         "backbone": backbone.config(),
         "base": backbone.origin,
@@ -144,13 +146,24 @@ def find_model(path: str | Path) -> Path:
     )
 
 
-def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu") -> BayesianPotential:
+@overload
+def load_model(path: str | Path, *, dtype: str | None = ..., device: str = ...) -> BayesianPotential: ...
+
+
+@overload
+def load_model(path: str | Path, *, dtype: str | None = ..., device: str = ..., kind: type[P]) -> P: ...
+
+
+def load_model(
+    path: str | Path, *, dtype: str | None = None, device: str = "cpu", kind: Any = BayesianPotential
+) -> Any:
     """Rebuild a trained potential.
 
     Args:
         path: a run's folder or a model folder.
         dtype: ``float32`` or ``float64``; by default what it was trained in.
         device: where to put it.
+        kind: class of what is returned.
 
     Raises:
         CheckpointError: missing, damaged or newer file, or a model that gives other numbers than when it was saved.
@@ -168,7 +181,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
         )
     check_values(meta, folder / META)
     try:
-        potential = _rebuild(meta)
+        potential = _rebuild(meta, kind)
     except CheckpointError as error:
         if error.file is not None:
             raise
@@ -204,11 +217,11 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
+def _rebuild(meta: dict[str, Any], kind: type[P]) -> P:
     """The potential that the JSON describes, with tensors yet to be loaded."""
     backbone = get_adapter(meta["adapter"]).from_config(meta["backbone"])
     backbone.origin = meta["base"]
-    potential = BayesianPotential(
+    potential = kind(
         backbone,
         ModelConfig(**meta["model"]),
         PosteriorConfig(**meta["posterior"]),
@@ -220,7 +233,8 @@ def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])
-    return potential.to_dtype(meta["dtype"])
+    potential.to_dtype(meta["dtype"])
+    return potential
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from ase import Atoms
 
-import blip_ft
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import BlipError, GateError, readable
 from blip_ft.files import is_full, remedy_of
@@ -38,6 +37,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import require_space, sha256
 from blip_ft.potential.probes import probes_of
 from blip_ft.variational.convert import unload
+from blip_ft.version import __version__
 
 META = "export.json"
 #: largest differences allowed, eV/atom and eV/Å, by precision of the stored weights: rounding a
@@ -300,7 +300,7 @@ def _meta(potential: BayesianPotential, amplitude: float, done: Sequence[Exporte
     backbone, calibration = potential.backbone, potential.calibration
     return {
         "format": f"{backbone.name} native",
-        "blip_ft": blip_ft.__version__,
+        "blip_ft": __version__,
         "versions": backbone.versions(),
         "base": backbone.origin,
         "for": backbone.choices(),

@@ -18,12 +18,12 @@ from blip_ft.config import Recipe
 from blip_ft.data.check.examine import DataReport
 from blip_ft.errors import readable
 from blip_ft.files import whole_file
+from blip_ft.potential.calibration import PROPERTIES, Calibration
 from blip_ft.report import data_tables, linear_plots, plots, tables
 from blip_ft.report.data_plots import label_figure
 from blip_ft.report.ood_plots import ood_scores
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
-from blip_ft.uncertainty.calibration import PROPERTIES, Calibration
 from blip_ft.uncertainty.linearity import agreement
 from blip_ft.uncertainty.metrics import FEW, single_sets
 from blip_ft.uncertainty.signatures import Signature

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from blip_ft.potential.calibration import Calibration
 from blip_ft.report import theme as t
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import LIGHT, Theme
-from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.metrics import MIN_STD, binned_errors
 from blip_ft.uncertainty.results import FloatArray
 

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from blip_ft.potential.calibration import Calibration
 from blip_ft.report import theme as t
 from blip_ft.report.theme import LIGHT, Theme
-from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.metrics import binned_errors, coverage_curve
 from blip_ft.uncertainty.results import FloatArray, SetPrediction
 

@@ -14,9 +14,10 @@ from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.calibration import Calibration
 from blip_ft.progress import progress
 from blip_ft.training.device import device_of
-from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.calibration import calibrate, rmse_calibration
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.predict import frame_names, predict_set
@@ -77,7 +78,7 @@ def judge(
     calibration = (
         calibrate(predictions["calibration"]).for_new_frames()
         if draws
-        else Calibration.rmse(predictions["validation"])
+        else rmse_calibration(predictions["validation"])
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))

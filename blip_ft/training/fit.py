@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from blip_ft.cli.console import is_rank_zero
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.closed_form.gradients import groups_of
 from blip_ft.config import Recipe
@@ -36,6 +35,7 @@ from blip_ft.errors import BlipError, RecipeError
 from blip_ft.files import check_unused, file_name, remedy_of, sole_writer, whole_file
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import require_space, save_model
+from blip_ft.ranks import is_rank_zero
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
 from blip_ft.training.memory import describe

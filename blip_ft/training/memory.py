@@ -23,7 +23,8 @@ from ase import Atoms
 
 from blip_ft.backbones.protocol import Batch
 from blip_ft.config import Recipe
-from blip_ft.data.batch.dataset import Item, collate, make_item, to_atoms
+from blip_ft.data.batch.dataset import Item, collate, make_item
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.references import fit_references
 from blip_ft.data.split.splits import load_role

@@ -16,7 +16,8 @@ from ase import Atoms
 from rich.console import Console
 
 from blip_ft.allocator import keep_memory
-from blip_ft.backbones.protocol import Backbone, get_adapter
+from blip_ft.backbones.protocol import Backbone
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.closed_form.budget import fit_to_budget
 from blip_ft.closed_form.gradients import groups_of
 from blip_ft.config import Recipe

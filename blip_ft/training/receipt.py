@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import blip_ft
 from blip_ft.config import Recipe
-from blip_ft.data.read.sources import fingerprint
+from blip_ft.data.frame import fingerprint
+from blip_ft.version import __version__
 
 if TYPE_CHECKING:
     from blip_ft.training.prepare import Prepared
@@ -21,7 +21,7 @@ def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[
     potential, references = prepared.potential, prepared.references
     report = potential.converted.report
     return {
-        "blip_ft": blip_ft.__version__,
+        "blip_ft": __version__,
         "base": potential.backbone.origin | {"adapter": potential.backbone.name},
         "versions": potential.backbone.versions()
         | {"torch": torch.__version__, "python": platform.python_version()},

@@ -14,7 +14,8 @@ from ase import Atoms
 
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import Recipe
-from blip_ft.data.batch.dataset import FrameDataset, Item, atoms_key, collate, to_atoms
+from blip_ft.data.batch.dataset import FrameDataset, Item, collate
+from blip_ft.data.frame import atoms_key, to_atoms
 from blip_ft.data.split.context import make_context
 from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import ElboScale, Likelihood, function_kl

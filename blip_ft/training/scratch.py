@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from blip_ft.backbones.protocol import Backbone, matches
+from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import BlipError
+from blip_ft.variational.convert import matches
 
 
 def initial(backbone: Backbone, seed: int) -> Backbone:

@@ -57,7 +57,8 @@ from scipy.stats import bootstrap, norm, spearmanr
 
 from blip_ft.errors import DataError
 from blip_ft.objectives.crps import gaussian_crps
-from blip_ft.uncertainty.calibration import Calibration, gaussian_nll, residuals
+from blip_ft.potential.calibration import Calibration
+from blip_ft.uncertainty.calibration import gaussian_nll, residuals
 from blip_ft.uncertainty.results import FloatArray, SetPrediction
 
 Metrics = dict[str, float | int | None]
@@ -282,7 +283,7 @@ def set_metrics(
         prediction: of the set.
         calibration: turns the epistemic std into the total one; what it has not measured has no probabilistic
             scores. Without it the epistemic std is taken as it is; a model without spread then has no probabilistic scores. For such a
-            model give ``Calibration.rmse(validation)``: a constant std.
+            model give ``rmse_calibration(validation)``: a constant std.
         seed: of the simulated reference correlations.
     """
     out: Metrics = {"n_structures": prediction.n_structures, "n_atoms": int(prediction.n_atoms.sum())}

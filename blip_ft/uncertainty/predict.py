@@ -23,8 +23,8 @@ from torch import Tensor
 from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import FrameDataset, collate
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.calibration import Calibration
 from blip_ft.side_by_side import side_by_side, width
-from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass

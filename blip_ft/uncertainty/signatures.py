@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from blip_ft.errors import readable
-from blip_ft.uncertainty.calibration import PROPERTIES, Calibration, PropertyCalibration
+from blip_ft.potential.calibration import PROPERTIES, Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import single_sets
 
 #: calibrated scale below which the model's own spread was shrunk beyond reason

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip_ft.variational.mean import Change
 from blip_ft.variational.noise import NoiseState, Rows, Tap
 from blip_ft.variational.sites import Block, Site
 
@@ -29,52 +30,26 @@ class VariationalLayer(nn.Module, ABC):
     Args:
         base: the vendor's module; its weight is frozen and stays the prior's centre.
         site: description of the weight.
-        delta: the mean's difference from the pretrained weight; shared between tied layers.
+        change: the mean's difference from the pretrained weight; shared between tied layers.
         noise: shared noise state of the model.
         rows: kind of the input's rows (``atom``, ``edge``, ...).
     """
 
-    def __init__(
-        self, base: nn.Module, site: Site, delta: nn.Parameter, noise: NoiseState, rows: str
-    ) -> None:
+    def __init__(self, base: nn.Module, site: Site, change: Change, noise: NoiseState, rows: str) -> None:
         super().__init__()
         self.base = base
-        self.delta = delta
+        self.change = change
         self.site, self.rows = site, rows
         self.noise = noise
+        self.register_load_state_dict_pre_hook(_names_of_today)
         for parameter in self.parameters_of(base):
             parameter.requires_grad_(False)
 
     # ---- the mean ------------------------------------------------------------------------
-    def set_lora(self, lora: nn.Module) -> None:
-        """Make the mean's difference one of low rank (``variational.lora``); shared between tied layers."""
-        del self.delta
-        self.lora = lora
-
-    def __getattr__(self, name: str) -> Any:
-        """``delta`` is computed where it is of low rank."""
-        if name == "delta" and "lora" in self._modules:
-            from blip_ft.variational.lora import change
-
-            return change(self._modules["lora"]).reshape(self.site.shape)
-        return super().__getattr__(name)
-
-    def mean_parameters(self) -> list[nn.Parameter]:
-        """What the mean's difference is made of: itself, or the factors of a low-rank one."""
-        if "lora" in self._modules:
-            return list(self.lora.parameters())
-        assert isinstance(self.delta, nn.Parameter)
-        return [self.delta]
-
-    def reset_mean(self) -> None:
-        """Put the mean back to the pretrained weight."""
-        if "lora" in self._modules:
-            from blip_ft.variational.lora import reset
-
-            reset(self.lora, self.site.name)
-        else:
-            with torch.no_grad():
-                self.delta.zero_()
+    @property
+    def delta(self) -> Tensor:
+        """(*shape) the mean's difference from the pretrained weight."""
+        return self.change.value()
 
     # ---- for convert ---------------------------------------------------------------------
     @staticmethod
@@ -284,3 +259,10 @@ class VariationalLayer(nn.Module, ABC):
 def _like(x: Tensor, other: Tensor) -> Tensor:
     """(rows, k) -> (rows, 1, ..., k) with as many dimensions as ``other``."""
     return x.reshape(x.shape[0], *[1] * (other.dim() - 2), x.shape[1])
+
+
+def _names_of_today(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Model files up to format 2 have the mean's change beside the vendor's module."""
+    del module
+    for key in [k for k in state if k.startswith((f"{prefix}delta", f"{prefix}lora."))]:
+        state[f"{prefix}change.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -6,16 +6,42 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from blip_ft.backbones.protocol import Backbone, matches
 from blip_ft.errors import ConversionError, nearest
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.lora import LowRank, lora_layers
+from blip_ft.variational.mean import Change, FullChange
 from blip_ft.variational.noise import NoiseState
 from blip_ft.variational.sites import Site
+
+
+class Convertible(Protocol):
+    """What a backbone says of its model: which modules can be varied, and by which names they are chosen."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The vendor's model, whose linear modules are replaced in place."""
+
+    @property
+    def presets(self) -> Mapping[str, tuple[str, ...]]:
+        """``{preset: regular expressions on module names}``."""
+
+    @property
+    def keep(self) -> Mapping[str, str]:
+        """Modules that must stay as they are: ``{regular expression: reason}``."""
+
+    def layer_type(self, name: str, module: nn.Module) -> type[VariationalLayer] | str:
+        """The variational form of a module, or the reason why there is none."""
+
+    def row_kind(self, module_name: str) -> str:
+        """What a module's input rows are: ``atom``, ``edge``, ..."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +109,15 @@ class Converted:
     @property
     def mean_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the linear blocks' means."""
-        parts = [self.layers[name].mean_parameters() for name in self.sites]
-        return [p for part in parts for p in part if p.requires_grad]
+        return [p for name in self.sites for p in self.layers[name].change.parameters() if p.requires_grad]
 
     def reset_mean(self) -> None:
         """Put the means of the linear blocks back to the pretrained weights."""
         for name in self.sites:
-            self.layers[name].reset_mean()
+            self.layers[name].change.reset()
 
 
-def _patterns(spec: str | Sequence[str], backbone: Backbone) -> tuple[list[str], bool]:
+def _patterns(spec: str | Sequence[str], backbone: Convertible) -> tuple[list[str], bool]:
     """Presets and patterns -> (regular expressions, whether ``rest`` is in).
 
     Raises:
@@ -130,7 +155,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def plan(
-    backbone: Backbone, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
+    backbone: Convertible, *, train: str | Sequence[str] = "all", noise: str | Sequence[str] = "all"
 ) -> ConversionReport:
     """What :func:`convert` would do; changes nothing.
 
@@ -190,7 +215,7 @@ def plan(
 
 
 def _reason(
-    name: str, module: nn.Module, backbone: Backbone, owners: dict[int, list[tuple[str, nn.Module]]]
+    name: str, module: nn.Module, backbone: Convertible, owners: dict[int, list[tuple[str, nn.Module]]]
 ) -> str:
     """Why a module stays as it is; empty if it can be converted."""
     for pattern, why in backbone.keep.items():
@@ -209,7 +234,7 @@ def _reason(
 
 
 def convert(
-    backbone: Backbone,
+    backbone: Convertible,
     *,
     train: str | Sequence[str] = "all",
     noise: str | Sequence[str] = "all",
@@ -254,21 +279,22 @@ def convert(
                 trained[first] = (module, kind)
             sites[first] = Site(first, kind.shape(module), kind.blocks(module))
             delta = nn.Parameter(weight.new_zeros(kind.shape(module)), requires_grad=row.trained)
+            change: Change = FullChange(delta)
         else:
-            delta = layers[first].delta
-        layer = kind(module, sites[first], delta, state, backbone.row_kind(row.name))
+            change = layers[first].change
+        layer = kind(module, sites[first], change, state, backbone.row_kind(row.name))
         replaced[id(module)] = layer
         layers.setdefault(row.name, layer)
     if low_rank is not None:
         lora = lora_layers(trained, low_rank)
         for layer in replaced.values():
             if layer.site.name in lora:
-                layer.set_lora(lora[layer.site.name])
+                layer.change = lora[layer.site.name]
     _swap(model, lambda m: replaced.get(id(m)))
     noisy = tuple(r.name for r in report.table if r.noisy and r.name in sites)
     others: dict[str, nn.Parameter] = {}
     if _patterns(train, backbone)[1]:
-        weights = {id(p) for x in layers.values() for p in (*x.parameters_of(x.base), *x.mean_parameters())}
+        weights = {id(p) for x in layers.values() for p in (*x.parameters_of(x.base), *x.change.parameters())}
         for name, parameter in model.named_parameters():
             if id(parameter) not in weights and not matches(list(backbone.keep), name.rpartition(".")[0]):
                 parameter.requires_grad_(True)
@@ -276,7 +302,7 @@ def convert(
     return Converted(sites, layers, noisy, others, state, report)
 
 
-def unload(backbone: Backbone, *, merge: bool, perturbation: Mapping[str, Tensor] | None = None) -> None:
+def unload(backbone: Convertible, *, merge: bool, perturbation: Mapping[str, Tensor] | None = None) -> None:
     """Put the vendor's modules back in place.
 
     Args:
@@ -302,3 +328,8 @@ def _swap(model: nn.Module, replacement: Any) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and (new := replacement(child)) is not None:
                 parent._modules[name] = new
+
+
+def matches(patterns: Sequence[str], name: str) -> bool:
+    """True if any regular expression matches the whole ``name``."""
+    return any(re.fullmatch(p, name) for p in patterns)

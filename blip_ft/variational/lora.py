@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blip_ft.errors import BlipError, MissingBackendError
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.lora_layers import block_lora
+from blip_ft.variational.mean import Change
 from blip_ft.variational.noise import normal
 
 #: name of the one adapter in peft's layers
@@ -39,9 +40,39 @@ class LowRank:
     alpha: float
 
 
+class LowRankChange(Change):
+    """The product of the factors in one of peft's layers.
+
+    Args:
+        lora: peft's layer.
+        site: name of the weight, which the first factors are a function of.
+        shape: of the weight.
+    """
+
+    def __init__(self, lora: Any, site: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lora, self.site, self.shape = lora, site, shape
+
+    def value(self) -> Tensor:
+        """Their product; it requires grad in every grad mode, as a parameter does."""
+        with torch.enable_grad():
+            out: Tensor = self.lora.get_delta_weight(ADAPTER)
+        return out.reshape(self.shape)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """B is zero and A normal with std 1/rank (peft's ``gaussian``)."""
+        for name, parameter in self.lora.named_parameters():
+            if name.startswith("lora_A"):
+                values = normal(("lora", self.site, name), parameter.numel(), parameter.dtype)
+                parameter.copy_(values.reshape(parameter.shape) / self.lora.r[ADAPTER])
+            else:
+                parameter.zero_()
+
+
 def lora_layers(
     modules: Mapping[str, tuple[nn.Module, type[VariationalLayer]]], options: LowRank
-) -> dict[str, nn.Module]:
+) -> dict[str, LowRankChange]:
     """One peft layer for every module, without the module inside.
 
     Args:
@@ -49,7 +80,7 @@ def lora_layers(
         options: rank and scale.
 
     Returns:
-        {site: layer}; :func:`change` gives the change of the weight that it stands for, zero at first.
+        {site: the change of its weight}, zero at first.
 
     Raises:
         MissingBackendError: peft is not installed.
@@ -91,24 +122,7 @@ def lora_layers(
     for name, site in names.items():
         layer = holder[name]
         del layer.base_layer  # held by the variational layer, once
-        out[site] = layer
-        reset(layer, site)
+        module, kind = modules[site]
+        out[site] = LowRankChange(layer, site, kind.shape(module))
+        out[site].reset()
     return out
-
-
-def change(layer: Any) -> Tensor:
-    """The change of the weight, in its shape; it requires grad in every grad mode, as a parameter does."""
-    with torch.enable_grad():
-        out: Tensor = layer.get_delta_weight(ADAPTER)
-    return out
-
-
-@torch.no_grad()
-def reset(layer: Any, site: str) -> None:
-    """Change zero: B is zero and A normal with std 1/rank (peft's ``gaussian``), a function of the site."""
-    for name, parameter in layer.named_parameters():
-        if name.startswith("lora_A"):
-            values = normal(("lora", site, name), parameter.numel(), parameter.dtype)
-            parameter.copy_(values.reshape(parameter.shape) / layer.r[ADAPTER])
-        else:
-            parameter.zero_()

@@ -330,7 +330,7 @@ def test_one_direction_of_every_pair():
 
 FIRST_IN_TWO_THREADS = """
 import threading
-from blip_ft.adapters import kernels as K
+from blip_ft.adapters.shared import kernels as K
 start = threading.Barrier(2)
 def work():
     start.wait()

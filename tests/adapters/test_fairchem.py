@@ -20,7 +20,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from blip_ft.adapters.fairchem.backbone import FairchemBackbone, FairchemDirectBackbone
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.batch.dataset import collate, make_item, to_atoms
+from blip_ft.data.batch.dataset import collate, make_item
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
 from blip_ft.errors import BlipError, CheckpointError, DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential

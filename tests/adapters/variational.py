@@ -19,9 +19,10 @@ from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
+from blip_ft.potential.distance import FeatureDistance
 from blip_ft.potential.export import member
 from blip_ft.side_by_side import side_by_side
-from blip_ft.uncertainty.ood import FeatureDistance
+from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
 
@@ -149,7 +150,7 @@ class VariationalContract:
 
         def values(n: int) -> dict[str, Any]:
             atoms = frames[n].copy()
-            atoms.calc = potential.calculator(n_draws=2 if n == 3 else 3)
+            atoms.calc = BlipCalculator(potential, n_draws=2 if n == 3 else 3)
             for _ in range(2):  # steps, as of dynamics
                 atoms.positions += 0.001
                 atoms.get_forces()

@@ -12,7 +12,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from blip_ft.backbones.protocol import Backbone, missing_backend
+from blip_ft.backbones.protocol import Backbone
+from blip_ft.backbones.registry import missing_backend
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential

@@ -11,8 +11,8 @@ from ase.io import write
 
 from blip_ft import cli
 from blip_ft.config import PosteriorConfig
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.potential.checkpoint import save_model
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 
 from .structures import potential_of, structure
 

@@ -18,9 +18,9 @@ from ase.io import read, write
 from blip_ft.cli.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.config import PosteriorConfig
 from blip_ft.potential.checkpoint import load_model, save_model
+from blip_ft.potential.distance import FeatureDistance
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import sampling_error
-from blip_ft.uncertainty.ood import FeatureDistance
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .structures import labelled, leftovers, potential_of, structure

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from blip_ft import cli
-from blip_ft.backbones.protocol import missing_backend
-from blip_ft.cli import commands
+from blip_ft.backbones.registry import missing_backend
+from blip_ft.cli import doctor, inspect
 from blip_ft.errors import BlipError
 
 COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
@@ -87,7 +87,7 @@ def raising(error: BaseException) -> Callable[[Any], None]:
 def test_errors_of_the_user_are_one_message(
     monkeypatch: pytest.MonkeyPatch, call: Any, error: BaseException, code: int, text: str
 ):
-    monkeypatch.setattr(commands, "doctor", raising(error))
+    monkeypatch.setattr(doctor, "run", raising(error))
     got, out, err = call("doctor")
     assert (got, out) == (code, "")
     assert err.endswith(text)
@@ -98,7 +98,7 @@ def test_errors_of_the_user_are_one_message(
     "error", [ValueError("x"), ImportError("libgomp.so.1"), OSError(errno.EIO, "broken disk"), KeyError("x")]
 )
 def test_defects_keep_their_trace_back(monkeypatch: pytest.MonkeyPatch, error: Exception):
-    monkeypatch.setattr(commands, "doctor", raising(error))
+    monkeypatch.setattr(doctor, "run", raising(error))
     with pytest.raises(type(error)):
         cli.main(["doctor"])
 
@@ -137,7 +137,7 @@ def test_options_may_stand_anywhere_among_overrides(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        commands, "_conversion", lambda spec, overrides: seen.append((spec, overrides)) or 1 / 0
+        inspect, "_conversion", lambda spec, overrides: seen.append((spec, overrides)) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         cli.main(["inspect", "fake:tiny", *arguments])

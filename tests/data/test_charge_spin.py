@@ -16,14 +16,15 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from blip_ft.config import DataConfig
-from blip_ft.data.batch.dataset import FrameDataset, atoms_key, content_key, row_key, to_atoms
+from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import exact_key
 from blip_ft.data.check.charge_spin import electron_findings
 from blip_ft.data.check.frames import near_duplicates, outliers
 from blip_ft.data.check.label_faults import Compared, check_labels
 from blip_ft.data.check.sets import check_frames, unit_findings
+from blip_ft.data.frame import atoms_key, content_key, fingerprint, row_key, to_atoms
 from blip_ft.data.read.schema import FEATURES
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.context import perturbed
 from blip_ft.data.split.duplicates import first_same
 from blip_ft.data.split.splits import Splits, load_splits

@@ -10,9 +10,9 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data.batch.dataset import to_atoms
 from blip_ft.data.check.sets import check_frames, check_units, unit_findings
 from blip_ft.data.findings import Finding
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.schema import FEATURES
 from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.splits import Splits

@@ -14,7 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from blip_ft.cli import main
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.frame import fingerprint
+from blip_ft.data.read.sources import load_source
 from blip_ft.data.write.convert import WRITERS, convert
 from blip_ft.errors import BlipError, DataError
 

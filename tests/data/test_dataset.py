@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from blip_ft.data.batch.dataset import FrameDataset, collate, content_key, make_item, to_atoms
+from blip_ft.data.batch.dataset import FrameDataset, collate, make_item
 from blip_ft.data.batch.sampler import EpochBatchSampler
+from blip_ft.data.frame import content_key, to_atoms
 from blip_ft.data.read.sources import load_source
 from blip_ft.testing.fake import FakeBackbone
 

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import fingerprint, to_atoms
 from blip_ft.data.read import embedded
 from blip_ft.data.read.schema import FEATURES
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.read.sources import load_source
 
 
 def test_every_set_is_described_and_not_large() -> None:

@@ -12,8 +12,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data.check import examine
-from blip_ft.data.check.examine import DataReport, without_bad_labels
+from blip_ft.data.check.examine import DataReport, examine, without_bad_labels
 from blip_ft.data.findings import Finding, from_error
 from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.splits import Splits

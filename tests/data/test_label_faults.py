@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from blip_ft.backbones.protocol import get_adapter
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.data.check.examine import compare
 from blip_ft.data.check.label_faults import MIN_FRAMES, Compared, LabelFault, check_labels
 from blip_ft.data.check.pairwise import PairFunctions
-from blip_ft.data.planted import KINDS, plant
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
+from blip_ft.testing.planted import KINDS, plant
 
 
 @pytest.fixture(scope="module")

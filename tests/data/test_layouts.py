@@ -17,9 +17,10 @@ from ase.io import write
 
 from blip_ft.config import SourceConfig
 from blip_ft.data.batch.shards import make_grid
+from blip_ft.data.frame import fingerprint
 from blip_ft.data.read.layouts import flatten, from_pymatgen, recognise
 from blip_ft.data.read.plan import plan
-from blip_ft.data.read.sources import fingerprint, iterate_source, load_source, mappings
+from blip_ft.data.read.sources import iterate_source, load_source, mappings
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from blip_ft.backbones.protocol import get_adapter
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import DataConfig
 from blip_ft.data.check.sets import check_frames, check_units
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.frame import fingerprint
+from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError
 

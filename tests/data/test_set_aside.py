@@ -14,12 +14,12 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from blip_ft.config import DataConfig
-from blip_ft.data.batch.stream import rows_of, sample_of
 from blip_ft.data.check.leaks import group_leaks
 from blip_ft.data.check.sets import check_frames, check_units, unit_findings
 from blip_ft.data.read.set_aside import SetAside, is_isolated
 from blip_ft.data.read.sources import load_source
 from blip_ft.data.read.unused import unmatched_labels
+from blip_ft.data.split.sample import rows_of, sample_of
 from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError
 from blip_ft.testing.fake import FakeBackbone

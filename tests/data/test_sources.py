@@ -14,10 +14,10 @@ import pytest
 from ase import Atoms
 from ase.io import read, write
 
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import fingerprint, grid, to_atoms
 from blip_ft.data.read.plan import split_selector
 from blip_ft.data.read.schema import FEATURES
-from blip_ft.data.read.sources import fingerprint, grid, iterate_frames, load_source
+from blip_ft.data.read.sources import iterate_frames, load_source
 from blip_ft.errors import DataError
 
 Frames = Callable[..., list[Atoms]]

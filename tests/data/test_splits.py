@@ -8,7 +8,8 @@ import pytest
 from ase import Atoms
 
 from blip_ft.config import DataConfig
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.frame import fingerprint
+from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.splits import Splits, load_splits
 from blip_ft.errors import DataError
 

@@ -17,8 +17,10 @@ from ase.io import write
 from torch.utils.data import DataLoader
 
 from blip_ft.config import DataConfig, StreamConfig, load_recipe
-from blip_ft.data.batch.dataset import FrameDataset, GraphCache, bytes_of, content_key
-from blip_ft.data.batch.stream import FrameStream, grid_of, rows_of, sample_of
+from blip_ft.data.batch.dataset import FrameDataset, GraphCache, bytes_of
+from blip_ft.data.batch.stream import FrameStream, grid_of
+from blip_ft.data.frame import content_key
+from blip_ft.data.split.sample import rows_of, sample_of
 from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.testing.fake import FakeBackbone

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.uncertainty.calibration import Calibration, calibrate
+from blip_ft.uncertainty.calibration import calibrate, rmse_calibration
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.uncertainty.signatures import find_signatures
@@ -95,7 +95,7 @@ def make_run(unseen: tuple[str, ...] = ("hot", "dense")) -> dict[str, Any]:
             name: make_prediction(name, seed=i, error=error * (1 + 4 * i), with_std=ours)
             for i, name in enumerate(("seen", *unseen))
         }
-        constant = Calibration.rmse(make_prediction("validation", error=error, with_std=False))
+        constant = rmse_calibration(make_prediction("validation", error=error, with_std=False))
         metrics[model] = metrics_table(predictions[model], calibration if ours else constant)
     history = {
         model: [

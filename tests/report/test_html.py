@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from blip_ft.errors import BlipError
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.report import write_report
 from blip_ft.report.tables import format_value, lines
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import Signature, exploding_variance
 

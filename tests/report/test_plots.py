@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip_ft.potential.calibration import Calibration
 from blip_ft.report import linear_plots, ood_plots, plots, theme
-from blip_ft.uncertainty.calibration import Calibration
 
 from .conftest import make_linearity, make_prediction
 

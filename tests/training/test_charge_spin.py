@@ -19,6 +19,7 @@ from blip_ft.data.read.sources import load_source
 from blip_ft.data.write.convert import convert
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training.prepare import prepare
+from blip_ft.uncertainty.calculator import BlipCalculator
 
 STATES = [(0, 1), (1, 2), (-1, 2), (2, 1)]
 
@@ -94,13 +95,13 @@ def test_fit_evaluate_and_predict_see_the_same(labelled: Path, capsys: pytest.Ca
     atoms = [Atoms(r["numbers"], r["positions"], cell=r["cell"], pbc=True) for r in frames]
     for a, row in zip(atoms, frames, strict=True):
         a.info = {"charge": row["charge"], "spin": row["spin"]}
-        a.calc = potential.calculator(n_draws=0)
+        a.calc = BlipCalculator(potential, n_draws=0)
     energies = [a.get_potential_energy() for a in atoms]
     error = np.abs(np.array(energies) - frames["energy"]) / 3
     assert error.max() < 0.05  # one epoch moves the model a little; a state that is lost costs more
     lost = [a.copy() for a in atoms]
     for a in lost:
-        a.info, a.calc = {}, potential.calculator(n_draws=0)
+        a.info, a.calc = {}, BlipCalculator(potential, n_draws=0)
     without = np.abs(np.array([a.get_potential_energy() for a in lost]) - frames["energy"]) / 3
     assert without.max() > 2 * error.max()
     assert first

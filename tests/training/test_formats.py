@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from blip_ft.cli import main
-from blip_ft.data.read.sources import fingerprint, load_source
+from blip_ft.data.frame import fingerprint
+from blip_ft.data.read.sources import load_source
 from blip_ft.data.write.convert import convert
 
 ENDINGS = (".extxyz", ".traj", ".db", ".parquet", ".jsonl")

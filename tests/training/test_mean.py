@@ -58,7 +58,7 @@ def test_a_mean_of_low_rank_is_trained(tmp_path: Path) -> None:
     assert metrics["blip"]["all"][key] < metrics["pretrained"]["all"][key]
     potential = load_model(tmp_path / "run")
     assert any(d.any() for d in potential.converted.deltas.values())
-    assert potential.converted.layers["readout.0"].lora.r == {"default": 2}
+    assert potential.converted.layers["readout.0"].change.lora.r == {"default": 2}
 
 
 @pytest.mark.default

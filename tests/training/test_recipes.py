@@ -11,7 +11,7 @@ from ase.io import read, write
 
 from blip_ft.cli import main
 from blip_ft.config import load_recipe, shipped
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
 from blip_ft.families.registry import options_class
 

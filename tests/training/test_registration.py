@@ -22,7 +22,7 @@ import blip_ft
 from blip_ft import registry
 from blip_ft.cli import main
 from blip_ft.config import PosteriorConfig, parse_recipe
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import to_atoms
 from blip_ft.errors import RecipeError
 from blip_ft.families.base.options import FamilyOptions, Refuse
 from blip_ft.families.base.posterior import Posterior

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import norm
 
+from blip_ft.potential.calibration import PROPERTIES, Calibration, PropertyCalibration
 from blip_ft.uncertainty.calibration import (
     LEVELS,
-    PROPERTIES,
-    Calibration,
-    PropertyCalibration,
     calibrate,
     conformal_quantile,
     fit,
     gaussian_nll,
+    rmse_calibration,
 )
 from blip_ft.uncertainty.metrics import set_metrics
 from blip_ft.uncertainty.signatures import find_signatures, one_frame_carries
@@ -281,7 +280,7 @@ def test_energy_noise_is_per_atom(make_prediction):
 
 def test_constant_error_bars_of_a_model_without_spread(make_prediction):
     p = make_prediction(30, with_std=False)
-    calibration = Calibration.rmse(p)
+    calibration = rmse_calibration(p)
     assert calibration.forces.aleatoric == pytest.approx(np.sqrt(np.mean(p.forces_error**2)))
     assert calibration.energy.aleatoric == pytest.approx(np.sqrt(np.mean(p.energy_error**2)))
     total = calibration.total_std(p)
@@ -334,7 +333,7 @@ def test_one_force_component_does_not_move_the_scale(make_prediction, size):
         s for s in find_signatures(metrics={}, calibration=found, history=[]) if "label" in s.name
     ]
     assert "seen.xyz#4" in signature.message
-    constant = Calibration.rmse(p)
+    constant = rmse_calibration(p)
     assert constant.forces.aleatoric < 0.3
 
 

@@ -9,7 +9,8 @@ from scipy.integrate import quad
 from scipy.stats import norm, rankdata, spearmanr
 
 from blip_ft.errors import DataError
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.calibration import rmse_calibration
 from blip_ft.uncertainty.metrics import (
     Z90,
     basis,
@@ -135,7 +136,7 @@ def test_keys_by_kind_of_model(make_prediction):
     bayesian, plain = make_prediction(10), make_prediction(10, with_std=False)
     assert set(set_metrics(bayesian)) == ACCURACY | PROBABILISTIC | RANKINGS
     assert set(set_metrics(plain)) == ACCURACY
-    assert set(set_metrics(plain, Calibration.rmse(plain))) == ACCURACY | PROBABILISTIC
+    assert set(set_metrics(plain, rmse_calibration(plain))) == ACCURACY | PROBABILISTIC
     json.dumps(set_metrics(bayesian), allow_nan=False)
 
 

@@ -15,6 +15,7 @@ from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.one_pass import energy_gradients, predict_one_pass, relative_error
@@ -207,9 +208,9 @@ def test_no_posterior_no_std(family):
 def test_calculator(method):
     potential = make()
     atoms = structures()[0]
-    atoms.calc = potential.calculator(method=method)
+    atoms.calc = BlipCalculator(potential, method=method)
     mean = atoms.copy()
-    mean.calc = potential.calculator(n_draws=0)
+    mean.calc = BlipCalculator(potential, n_draws=0)
     assert atoms.get_potential_energy() == mean.get_potential_energy()
     assert atoms.calc.results["energy_std"] > 0
     assert ("forces_std" in atoms.calc.results) == (method == "linear")

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from blip_ft.backbones.protocol import Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.batch.dataset import Item
+from blip_ft.potential import distance
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.distance import FeatureDistance, ledoit_wolf
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import ood
-from blip_ft.uncertainty.ood import FeatureDistance, fit_distance, ledoit_wolf
+from blip_ft.uncertainty.ood import fit_distance
 
 
 def atoms(n: int = 400, f: int = 5, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -128,7 +130,7 @@ class TestStorage:
 
     @pytest.mark.parametrize(("elements", "f"), [(2, 128), (12, 128), (89, 128), (5, 640), (89, 1024)])
     def test_size(self, elements: int, f: int) -> None:
-        rank = ood._rank(elements, f)
+        rank = distance._rank(elements, f)
         size = 4 * elements * ((1 + rank) * f + rank + 2)
         assert rank >= 1
         assert rank == 32 or elements * f > 1200
@@ -139,7 +141,7 @@ class TestStorage:
         x[:, :9] *= 0.03
         whole = FeatureDistance.fit(x, z, groups)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ood, "RANK", 3)
+            patch.setattr(distance, "RANK", 3)
             few = FeatureDistance.fit(x, z, groups)
         assert few.directions.shape == (2, 3, 12)
         far = x.copy()

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from blip_ft.uncertainty.calibration import Calibration, PropertyCalibration, fit
+from blip_ft.potential.calibration import Calibration, PropertyCalibration
+from blip_ft.uncertainty.calibration import fit
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.signatures import (
     exploding_variance,

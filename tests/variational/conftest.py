@@ -14,6 +14,7 @@ from blip_ft.backbones.protocol import Backbone
 from blip_ft.families.base.posterior import Posterior
 from blip_ft.families.registry import posterior_class
 from blip_ft.variational.layers import VariationalLayer, layer_type
+from blip_ft.variational.mean import FullChange
 from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
@@ -129,7 +130,7 @@ def bench() -> Callable[..., Bench]:
         with torch.no_grad():
             for p in posterior.parameters():  # a different std for every weight
                 p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
-        layer = kind(base, site, nn.Parameter(shift), NoiseState(), "atom")
+        layer = kind(base, site, FullChange(nn.Parameter(shift)), NoiseState(), "atom")
         return Bench(base, layer, site, prior, posterior)
 
     return make

@@ -15,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from blip_ft.families.adaptive.posterior import AdaptivePosterior, Recorder
 from blip_ft.variational import PretrainedPrior
 from blip_ft.variational.layers import VariationalIrrepsLinear, VariationalLinear
+from blip_ft.variational.mean import FullChange
 from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
 from blip_ft.variational.sites import Site
 
@@ -35,7 +36,7 @@ def make(
     base = nn.Linear(4, 3).double() if base is None else base
     kind = VariationalLinear if isinstance(base, nn.Linear) else VariationalIrrepsLinear
     site = Site("layer", tuple(base.weight.shape), kind.blocks(base))
-    layer = kind(base, site, nn.Parameter(torch.zeros_like(base.weight)), NoiseState(), "atom")
+    layer = kind(base, site, FullChange(nn.Parameter(torch.zeros_like(base.weight))), NoiseState(), "atom")
     prior = PretrainedPrior({"layer": site}, {"layer": base.weight.detach()}, prior_scale)
     posterior = AdaptivePosterior(
         [site],

@@ -82,7 +82,7 @@ class TestReport:
         assert c.noisy == ("radial.0",)
         assert [n for n, d in c.deltas.items() if d.requires_grad] == ["readout.0", "readout.2"]
         trained = [n for n, p in backbone.named_parameters() if p.requires_grad]
-        assert trained == ["model.readout.0.delta", "model.readout.2.delta"]
+        assert trained == ["model.readout.0.change.delta", "model.readout.2.change.delta"]
 
     @pytest.mark.parametrize(("preset", "n"), [("all", 6), ("scalar", 4), ("readout", 2), ("none", 0)])
     def test_presets(self, preset, n):
@@ -312,7 +312,7 @@ class TestFrozen:
         c = convert(backbone, train="readout")
         evaluate_loss(backbone).backward()
         with_grad = {n for n, p in backbone.named_parameters() if p.grad is not None}
-        assert with_grad == {"model.readout.0.delta", "model.readout.2.delta"}
+        assert with_grad == {"model.readout.0.change.delta", "model.readout.2.change.delta"}
         assert all((c.deltas[n].grad != 0).any() for n in ("readout.0", "readout.2"))
 
     def test_rest_is_everything_else(self, toy_backbone):

@@ -120,7 +120,9 @@ class TestAgainstTheVendor:
             mode, lambda: b.local(COUNTS)
         )()
         after = call(b.layer, x)
-        if mode == "structure":  # a product per structure: libraries round the same row otherwise in another batch
+        if (
+            mode == "structure"
+        ):  # a product per structure: libraries round the same row otherwise in another batch
             torch.testing.assert_close(after, before, rtol=0, atol=32 * torch.finfo(dtype).eps)
         else:
             assert torch.equal(after, before)

@@ -23,7 +23,7 @@ from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
 from blip_ft.variational.layers import VariationalLayer
-from blip_ft.variational.lora import LowRank, change
+from blip_ft.variational.lora import LowRank, LowRankChange
 
 pytestmark = pytest.mark.backend("lora")
 
@@ -134,7 +134,7 @@ def test_every_matrix_changes_by_the_rank_and_no_more(make):
 
 def test_the_scale_is_alpha_over_rank():
     done = convert(fake(), low_rank=LowRank(rank=2, alpha=5.0))
-    layer = done.layers["readout.0"].lora
+    layer = done.layers["readout.0"].change.lora
     randomise(done.mean_parameters)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(done.deltas["readout.0"], 2.5 * b @ a)
@@ -155,7 +155,7 @@ def test_irreps_stay_equivariant():
 def test_a_tied_weight_has_one_change():
     backbone = fake()
     done = convert(backbone, low_rank=OPTIONS)
-    assert backbone.model.update.lora is backbone.model.update_again.lora
+    assert backbone.model.update.change is backbone.model.update_again.change
     assert sum("update" in name for name in done.sites) == 1
 
 
@@ -170,9 +170,9 @@ def test_peft_alone_gets_the_same_numbers():
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["readout.0", "readout.2"])
     peft.inject_adapter_in_model(config, plain.model)
     for name in ("readout.0", "readout.2"):
-        theirs, ours = plain.model.get_submodule(name), done.layers[name].lora
-        theirs.load_state_dict(ours.state_dict(), strict=False)
-        torch.testing.assert_close(theirs.get_delta_weight("default"), change(ours))
+        theirs, ours = plain.model.get_submodule(name), done.layers[name].change
+        theirs.load_state_dict(ours.lora.state_dict(), strict=False)
+        torch.testing.assert_close(theirs.get_delta_weight("default"), ours.value())
     one, two = (b(b.batch([crystal()])) for b in (backbone, plain))
     torch.testing.assert_close(one.energy, two.energy, rtol=0, atol=1e-10)
 
@@ -207,7 +207,9 @@ def test_a_file_keeps_it(make, tmp_path):
     save_model(potential, tmp_path / "model")
     again = load_model(tmp_path / "model")
     assert again.model_config.mean == "lora"
-    assert any(isinstance(m, VariationalLayer) and "lora" in m._modules for m in again.modules())
+    assert any(
+        isinstance(m, VariationalLayer) and isinstance(m.change, LowRankChange) for m in again.modules()
+    )
     (one,), (two,) = predict_atoms(potential, [crystal()]), predict_atoms(again, [crystal()])
     assert one["energy"] == pytest.approx(two["energy"], abs=1e-9)
     np.testing.assert_allclose(one["forces"], two["forces"], rtol=0, atol=1e-9)
@@ -243,7 +245,10 @@ def test_the_start_is_a_function_of_the_site():
 
 def test_only_trained_modules_get_factors():
     done = convert(fake(), train="readout", noise="all", low_rank=OPTIONS)
-    assert {n for n, layer in done.layers.items() if "lora" in layer._modules} == {"readout.0", "readout.2"}
+    assert {n for n, layer in done.layers.items() if isinstance(layer.change, LowRankChange)} == {
+        "readout.0",
+        "readout.2",
+    }
     potential = potential_of(fake(), mean="frozen")
     assert potential.mean_parameters == []
     assert potential.converted.noisy

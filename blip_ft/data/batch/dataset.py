@@ -19,7 +19,6 @@ frames it is NaN whatever the source says.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,18 +29,14 @@ import numpy as np
 import torch
 import torch.utils.data
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
-from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
-from blip_ft.data.read.sources import grid
+from blip_ft.data.frame import row_key, to_atoms
 from blip_ft.errors import DataError
 from blip_ft.side_by_side import cut
 
 _ONE = torch.ones((), dtype=torch.float64)
-#: columns that make a frame's key, beside charge and spin
-KEY_COLUMNS = ("numbers", "positions", "cell")
 
 
 @dataclass
@@ -202,52 +197,6 @@ def collate(backbone: Backbone, items: Sequence[Item], *, parts: int = 1, copies
     if len(pieces) > 1:
         batch.parts = tuple(collate(backbone, items[p.start : p.stop], copies=copies) for p in pieces)
     return batch
-
-
-def to_atoms(row: Mapping[str, Any], *, labels: bool = True) -> Atoms:
-    """The structure of one row of the schema, with its charge and spin in ``info`` where it has them.
-
-    Args:
-        row: one row.
-        labels: put the labels that exist into a ``SinglePointCalculator``.
-    """
-    atoms = Atoms(numbers=row["numbers"], positions=row["positions"], cell=row["cell"], pbc=row["pbc"])
-    atoms.info = {k: electrons.plain(row[k]) for k in electrons.KEYS if row.get(k) is not None}
-    if labels:
-        results = {k: row[k] for k in ("energy", "forces", "stress") if row[k] is not None}
-        if results:
-            arrays = {k: v if k == "energy" else np.asarray(v, dtype=float) for k, v in results.items()}
-            atoms.calc = SinglePointCalculator(atoms, **arrays)
-    return atoms
-
-
-def content_key(
-    numbers: Any, positions: Any, cell: Any, charge: float | None = None, spin: float | None = None
-) -> int:
-    """Identity of a structure: a 63-bit hash of numbers, positions and cell to 1e-6 Å, charge and spin.
-
-    It does not depend on the file, its format, or the place in it, so that noise keyed by it
-    does not either. It does depend on the order of the atoms and on translations. A neutral singlet has
-    the key of a structure that says nothing of charge and spin.
-    """
-    digest = hashlib.blake2b(np.asarray(numbers, dtype="<i8").tobytes(), digest_size=8)
-    digest.update(grid(positions, 1e-6).tobytes())
-    digest.update(grid(cell, 1e-6).tobytes())
-    digest.update(electrons.state_bytes(charge, spin))
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def row_key(row: Mapping[str, Any]) -> int:
-    """:func:`content_key` of one row of the schema."""
-    return content_key(*(row[k] for k in KEY_COLUMNS), *(row.get(k) for k in electrons.KEYS))
-
-
-def atoms_key(atoms: Atoms) -> int:
-    """:func:`content_key` of a structure with charge and spin in ``info``."""
-    known = electrons.given(atoms.info)
-    return content_key(
-        atoms.numbers, atoms.positions, atoms.cell.array, known.get("charge"), known.get("spin")
-    )
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, Tensor]:

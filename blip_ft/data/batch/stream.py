@@ -11,25 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import datasets
 import numpy as np
 import torch.utils.data
 
 from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
-from blip_ft.data.batch.dataset import KEY_COLUMNS, collate, make_item, row_key
+from blip_ft.data.batch.dataset import collate, make_item
 from blip_ft.data.batch.shards import Grid, Lane, make_grid, smallest, turns
+from blip_ft.data.frame import KEY_COLUMNS, row_key, to_atoms
 from blip_ft.data.read.plan import label_options, plan
-from blip_ft.data.read.schema import FEATURES
-from blip_ft.data.read.set_aside import is_example
-from blip_ft.data.read.sources import iterate_source, plain_row
+from blip_ft.data.split.sample import rows_of
+from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
-
-if TYPE_CHECKING:
-    from blip_ft.data.split.splits import Splits
 
 Row = dict[str, Any]
 
@@ -46,7 +42,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         seed: of the order.
         world: number of processes.
         rank: of this process.
-        held_out: keys (:func:`blip_ft.data.batch.dataset.content_key`) that must not occur.
+        held_out: keys (:func:`blip_ft.data.frame.content_key`) that must not occur.
         weight: sum of the weights, by default ``frames``.
         grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
             not used.
@@ -140,7 +136,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         return f" of {lane.frames} frames in some of its files" if self.sharded else ""
 
     def _item(self, row: Row) -> Any:
-        self.backbone.check(_atoms(row), file=row["source"], frame=row["frame"])
+        self.backbone.check(to_atoms(row, labels=False), file=row["source"], frame=row["frame"])
         return make_item(row, self.backbone)
 
     def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[Row]:
@@ -188,25 +184,6 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         )
 
 
-def _atoms(row: Row) -> Any:
-    from blip_ft.data.batch.dataset import to_atoms
-
-    return to_atoms(row, labels=False)
-
-
-def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
-    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.read.set_aside`)."""
-
-    def rows() -> Iterator[Row]:
-        yield from filter(is_example, _all_rows(config))
-
-    return rows
-
-
-def _all_rows(config: DataConfig) -> Iterator[Row]:
-    yield from map(plain_row, iterate_source(config.train, **label_options(config)))
-
-
 def grid_of(config: DataConfig, batch: int) -> Grid | None:
     """Lanes of ``data.train`` for steps of ``batch`` structures, where its files allow it.
 
@@ -246,36 +223,3 @@ def make_stream(
         weight=options.weight,
         grid=grid_of(config, config.batch_size * world),
     )
-
-
-def sample_of(config: DataConfig) -> datasets.Dataset:
-    """Frames from the start of the stream, each with the weight of those it stands for.
-
-    Isolated atoms and frames that did not converge are among them, and count nothing.
-
-    The sum of their weights is that of the whole stream, so that sums over them (the Gauss-Newton
-    matrix, N) have the size of the whole.
-
-    Raises:
-        DataError: the stream cannot be read or is empty.
-    """
-    options = config.stream
-    assert options is not None
-    rows, examples = [], []
-    for row in _all_rows(config):
-        rows.append(row)
-        if is_example(row):
-            examples.append(row)
-        if len(examples) == min(options.sample, options.frames):
-            break
-    total = sum(row["weight"] for row in examples)
-    if not examples:
-        raise DataError(
-            "the stream has no frame to learn from",
-            field="data.train",
-            remedy="it holds isolated atoms or frames that did not converge alone: give others",
-        )
-    scale = (options.frames if options.weight is None else options.weight) / total
-    for row in examples:
-        row["weight"] *= scale
-    return datasets.Dataset.from_list(rows, features=FEATURES)

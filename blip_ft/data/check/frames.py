@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from blip_ft.backbones import electrons
-from blip_ft.data.batch.dataset import to_atoms
 from blip_ft.data.findings import Finding, place
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.neighbours import pairs_within
 from blip_ft.data.robust import robust_z
 from blip_ft.data.split.duplicates import first_same

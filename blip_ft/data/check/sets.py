@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone
-from blip_ft.data.batch.dataset import to_atoms
 from blip_ft.data.check.charge_spin import electron_findings
 from blip_ft.data.check.frames import contradict, lone_atoms, near_duplicates, net_forces, outliers
 from blip_ft.data.check.likely_units import Comparison, likely_unit
 from blip_ft.data.check.overlaps import worst_overlap
 from blip_ft.data.findings import Finding, place
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.split.duplicates import first_same
 from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError

@@ -18,7 +18,6 @@ labels. What was read is cached by the hash of the file's content and of all opt
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -28,7 +27,6 @@ from typing import Any, Unpack
 import datasets
 import numpy as np
 
-from blip_ft.backbones import electrons
 from blip_ft.config import Source
 from blip_ft.data.read import files as readers
 from blip_ft.data.read import tables, units
@@ -126,31 +124,6 @@ def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
         f"{', '.join(sources[:many])}{f' and {len(sources) - many} more' if len(sources) > many else ''}: {text}"
         for text, sources in by_text.items()
     ]
-
-
-def fingerprint(dataset: datasets.Dataset) -> str:
-    """SHA-256 of structures (with charge and spin) and labels in their order, whatever file they came from.
-
-    Numbers count to 1e-6 (Å, eV, eV/Å, eV/Å^3), so that a set has one fingerprint in text and
-    binary formats.
-    """
-    digest = hashlib.sha256()
-    for row in dataset:
-        digest.update(np.asarray(row["numbers"], dtype="<i8").tobytes())
-        for column in ("positions", "cell", "energy", "forces", "stress"):
-            digest.update(b"-" if row[column] is None else grid(row[column], 1e-6).tobytes())
-        digest.update(bytes(row["pbc"]))
-        digest.update(electrons.state_bytes(row.get("charge"), row.get("spin")))
-    return digest.hexdigest()
-
-
-def grid(values: Any, step: float) -> Any:
-    """Integers ``values/step``, shifted so that decimal numbers stay away from the rounding edge.
-
-    Without the shift 1.0000005 is rounded up or down by its last bit, and two readers disagree.
-    """
-    shifted = np.asarray(values, dtype=np.float64) / step + 0.3183098861837907
-    return np.floor(shifted).astype("<i8")
 
 
 def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:

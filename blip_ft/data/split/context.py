@@ -16,7 +16,7 @@ from ase import Atoms
 from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import DataConfig
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import to_atoms
 
 #: user's structures that are taken per training frame, and at least; each costs as much as a
 #: training frame

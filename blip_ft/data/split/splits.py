@@ -34,13 +34,13 @@ import datasets
 import numpy as np
 
 from blip_ft.config import DataConfig, Source
-from blip_ft.data.batch.dataset import to_atoms
-from blip_ft.data.batch.stream import sample_of
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.plan import as_text, label_options
 from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.division import by_block, by_group, by_random, fractions
 from blip_ft.data.split.duplicates import first_same
+from blip_ft.data.split.sample import sample_of
 from blip_ft.data.split.splits_file import from_file
 from blip_ft.errors import DataError
 from blip_ft.files import file_name

@@ -19,8 +19,7 @@ import datasets
 import numpy as np
 
 from blip_ft.backbones import electrons
-from blip_ft.data.batch.dataset import KEY_COLUMNS, row_key
-from blip_ft.data.read.sources import grid
+from blip_ft.data.frame import KEY_COLUMNS, grid, row_key
 from blip_ft.errors import DataError
 
 FORMAT = 1

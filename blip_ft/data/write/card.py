@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 from ase.data import chemical_symbols
 
-from blip_ft.data.read.sources import fingerprint, mappings
+from blip_ft.data.frame import fingerprint
+from blip_ft.data.read.sources import mappings
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _COLUMNS = """| column | shape | unit | |

@@ -34,7 +34,7 @@ from ase import Atoms
 from ase.io.trajectory import Trajectory
 
 from blip_ft.backbones import electrons
-from blip_ft.data.batch.dataset import to_atoms
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.files import lmdb_backend
 from blip_ft.data.read.hub import quiet
 from blip_ft.data.write.card import Card, write_card
