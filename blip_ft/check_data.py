@@ -44,6 +44,7 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
             use_stress=recipe.objective.use_stress,
             most=recipe.data.check_frames,
             progress=progress,
+            sets_by=None if recipe.data.reference_sets is None else recipe.data.reference_sets.by,
         )
     except DataError as error:
         return DataReport([from_error(error)], {})

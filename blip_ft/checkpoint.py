@@ -24,6 +24,7 @@ import blip_ft
 from blip_ft.allocator import keep_memory
 from blip_ft.backbone import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.data.reference_sets import ReferenceSets
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.files import is_full, remedy_of
@@ -122,6 +123,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "n_draws": potential.n_draws,
         "amplitude": potential.amplitude,
         "references": {str(z): e for z, e in potential.references.items()},
+        "reference_sets": None if potential.reference_sets is None else potential.reference_sets.to_dict(),
         "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
         "probe": make_probe(potential),
     }
@@ -144,15 +146,24 @@ def find_model(path: str | Path) -> Path:
     )
 
 
-def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu") -> BayesianPotential:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    reference_set: str | None = None,
+) -> BayesianPotential:
     """Rebuild a trained potential.
 
     Args:
         path: a run's folder or a model folder.
         dtype: ``float32`` or ``float64``; by default what it was trained in.
         device: where to put it.
+        reference_set: the set on whose zero energies are, of a model trained with ``data.reference_sets``; by default
+            the recipe's default.
 
     Raises:
+        BlipError: there is no such set.
         CheckpointError: missing, damaged or newer file, or a model that gives other numbers than when it was saved.
         ImportError: the adapter's backend is not installed.
     """
@@ -191,6 +202,8 @@ def load_model(path: str | Path, *, dtype: str | None = None, device: str = "cpu
         ) from error
     potential.prior.refresh(potential.converted.pretrained)
     check_probe(potential.eval(), meta, folder / META)
+    if reference_set is not None:
+        potential.use_reference_set(reference_set)
     if dtype is not None and dtype != meta["dtype"]:
         potential.to_dtype("float64" if dtype == "float64" else "float32")
     return potential.to(device).eval()
@@ -218,6 +231,8 @@ def _rebuild(meta: dict[str, Any]) -> BayesianPotential:
     potential.prior.prior_scale = float(meta["prior_scale"])
     potential.amplitude = float(meta["amplitude"])
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
+    if meta.get("reference_sets") is not None:
+        potential.reference_sets = ReferenceSets.from_dict(meta["reference_sets"])
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])
     return potential.to_dtype(meta["dtype"])

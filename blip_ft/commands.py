@@ -90,6 +90,9 @@ def evaluate(args: argparse.Namespace) -> None:
     aside = SetAside()
     rows = aside.examples(load_source(args.source))
     _say(aside.places, unmatched_labels({args.source: rows}))
+    if potential.reference_sets is not None:  # labels of other sets come onto the zero of this one
+        rows = potential.reference_sets.align_frames(rows, strict=False)
+        print(potential.reference_sets.describe(), file=sys.stderr)
     frames = FrameDataset(rows, potential.backbone)
     prediction = predict_set(
         potential,
@@ -128,6 +131,8 @@ def predict(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=lambda n: bar.update(task, completed=n),
         )
+    if potential.reference_sets is not None:
+        print(potential.reference_sets.describe(), file=sys.stderr)
     print(f"{args.output}: {done} structures")
 
 
@@ -145,7 +150,7 @@ def _load(args: argparse.Namespace) -> BayesianPotential:
             f"torch cannot use {args.dtype} on the device '{args.device}': {str(error).partition(chr(10))[0]}",
             remedy="blip-finetune doctor shows the device of this machine; mps needs --dtype float32",
         ) from error
-    return load_model(args.model, device=args.device, dtype=args.dtype)
+    return load_model(args.model, device=args.device, dtype=args.dtype, reference_set=args.reference_set)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -219,7 +224,7 @@ def export(args: argparse.Namespace) -> None:
     from blip_ft.export import META, export_native
 
     folder = Path(args.output) if args.output else find_model(args.model).parent / f"export-{args.to}"
-    potential = load_model(args.model)
+    potential = load_model(args.model, reference_set=args.reference_set)
     done = export_native(
         potential,
         folder,

@@ -19,7 +19,7 @@ from ase.formula import Formula
 from blip_ft.backbone import Backbone
 from blip_ft.data.checks import Row, check_frames, unit_findings
 from blip_ft.data.dataset import FrameDataset, Item, make_item
-from blip_ft.data.energy_sets import energy_sets
+from blip_ft.data.energy_sets import energy_sets, known_sets
 from blip_ft.data.findings import SEVERITIES, Finding, place
 from blip_ft.data.label_faults import (
     MIN_FRAMES,
@@ -81,6 +81,7 @@ def examine(
     progress: Callable[[int, int], Any] | None = None,
     sets: Mapping[str, FrameDataset] | None = None,
     ledger: Ledger | None = None,
+    sets_by: str | None = None,
 ) -> DataReport:
     """Look at all frames, and at their labels beside the pretrained model.
 
@@ -94,6 +95,7 @@ def examine(
         progress: called with the number of frames predicted and of all that will be.
         sets: the roles with their graphs, where these are needed again.
         ledger: of the model, where its predictions are.
+        sets_by: column that names the set of a frame, where each set has references of its own.
 
     Raises:
         DataError: an empty role, a frame without labels, or an element the model does not know.
@@ -120,7 +122,7 @@ def examine(
         units_found, wrong_unit = _units(names, rows, compared, use_stress, by_state=not backbone.conditions)
         found += units_found
     if not wrong_unit:  # everything looks wrong until the unit is right
-        sets_found = energy_sets(rows, compared)
+        sets_found = energy_sets(rows, compared) if sets_by is None else known_sets(rows, compared, sets_by)
         found += sets_found.findings
         check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
         if not use_stress:  # no frame is lost for a label that nobody trains on

@@ -23,6 +23,7 @@ from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.dataset import KEY_COLUMNS, collate, make_item, row_key
 from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.readings import label_options, plan
+from blip_ft.data.reference_sets import ReferenceSets
 from blip_ft.data.schema import FEATURES
 from blip_ft.data.set_aside import is_example
 from blip_ft.data.sources import iterate_source, plain_row
@@ -50,6 +51,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         weight: sum of the weights, by default ``frames``.
         grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
             not used.
+        sets: sets of energies with references of their own.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         held_out: frozenset[int] = frozenset(),
         weight: float | None = None,
         grid: Grid | None = None,
+        sets: ReferenceSets | None = None,
     ) -> None:
         super().__init__()
         self.rows, self.backbone = rows, backbone
         self.frames, self.batch_size, self.buffer, self.seed = frames, batch_size, buffer, seed
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
+        self.sets = sets
         self.epoch = 0
         #: parts of a batch that are worked on at the same time
         self.parts = 1
@@ -141,7 +145,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
 
     def _item(self, row: Row) -> Any:
         self.backbone.check(_atoms(row), file=row["source"], frame=row["frame"])
-        return make_item(row, self.backbone)
+        return make_item(row if self.sets is None else self.sets.align_row(row), self.backbone)
 
     def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[Row]:
         """Rows of a lane drawn from a buffer that it refills; a function of (seed, epoch, lane)."""
@@ -221,7 +225,7 @@ def grid_of(config: DataConfig, batch: int) -> Grid | None:
 
 
 def make_stream(
-    recipe: Recipe, splits: Splits, backbone: Backbone
+    recipe: Recipe, splits: Splits, backbone: Backbone, sets: ReferenceSets | None = None
 ) -> Callable[[int, int], FrameStream] | None:
     """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream."""
     config, options = recipe.data, recipe.data.stream
@@ -245,6 +249,7 @@ def make_stream(
         held_out=held,
         weight=options.weight,
         grid=grid_of(config, config.batch_size * world),
+        sets=sets,
     )
 
 

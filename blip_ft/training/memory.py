@@ -24,6 +24,7 @@ from ase import Atoms
 from blip_ft.backbone import Batch
 from blip_ft.config import Recipe
 from blip_ft.data.dataset import Item, collate, make_item, to_atoms
+from blip_ft.data.reference_sets import sets_of
 from blip_ft.data.references import fit_references
 from blip_ft.data.set_aside import SetAside
 from blip_ft.data.splits import load_role
@@ -180,9 +181,13 @@ def load_memory(recipe: Recipe, potential: BayesianPotential) -> list[Item]:
             }
         return items
     residual = np.array([float(i.labels["energy"]) - p["energy"] for i, p in zip(items, model, strict=True)])
-    if np.isfinite(residual).any():  # another level of theory has other atomic energies
-        shift = fit_references([a.numbers for a in atoms], residual)
-        for item in items:
+    sets = recipe.data.reference_sets
+    members = (
+        sets_of(rows, sets.by) if sets is not None else {"": np.flatnonzero(np.isfinite(residual)).tolist()}
+    )
+    for index in filter(len, members.values()):  # another level of theory has other atomic energies
+        shift = fit_references([atoms[i].numbers for i in index], residual[index])
+        for item in (items[i] for i in index):
             item.labels["energy"] = item.labels["energy"] - shift.energy(item.atoms.numbers)
     return items
 

@@ -36,6 +36,7 @@ from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.memory import Probe, load_probe
+from blip_ft.training.reference_sets import fit_reference_sets, of_set
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.rows import groups_of
 from blip_ft.training.scratch import initial
@@ -163,8 +164,18 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             else ""
         )
     )
+    own = None
+    if recipe.data.reference_sets is not None:
+        own = fit_reference_sets(recipe.data, potential, sets["train"], splits.isolated_of, console, ledger)
+        sets = {name: own.align(dataset) for name, dataset in sets.items()}
+        potential.reference_sets = own
     references, check, notes = set_references(
-        recipe.data, potential, sets["train"], splits.isolated, console, ledger
+        recipe.data if own is None else of_set(recipe.data, own.default),
+        potential,
+        sets["train"],
+        splits.isolated if own is None else splits.isolated_of.get(own.default, {}),
+        console,
+        ledger,
     )
     findings += notes
     if references is not None:
@@ -182,10 +193,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         references,
         check,
         context,
-        make_stream(recipe, splits, backbone),
+        make_stream(recipe, splits, backbone, own),
         load_frames(
             [PLAIN, objective_spec(recipe.objective.kind)],
-            Sources(recipe, splits.train, potential, context),
+            Sources(recipe, sets["train"].frames, potential, context),
         ),
         load_probe(recipe, potential),
         report,
@@ -215,6 +226,7 @@ def _labels_checked(
         most=recipe.data.check_frames,
         sets=sets,
         ledger=ledger,
+        sets_by=None if recipe.data.reference_sets is None else recipe.data.reference_sets.by,
     )
     dropped = _dropped(recipe, report)
     if dropped:
