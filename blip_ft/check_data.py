@@ -10,7 +10,9 @@ from blip_ft.backbone import get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data import load_splits
 from blip_ft.data.examine import DataReport, examine
-from blip_ft.data.findings import Finding, from_error
+from blip_ft.data.findings import SEVERITIES, Finding, from_error
+from blip_ft.data.replay_checks import examine_replay
+from blip_ft.data.stream import unchecked
 from blip_ft.errors import DataError
 
 
@@ -48,5 +50,11 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
         )
     except DataError as error:
         return DataReport([from_error(error)], {})
+    try:
+        report.findings += examine_replay(recipe, backbone, progress)
+    except DataError as error:
+        report.findings.append(from_error(error))
+    report.findings += unchecked(recipe.data)
+    report.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     report.findings.append(Finding("coverage", "info", [], splits.rule))
     return report

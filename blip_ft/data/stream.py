@@ -9,7 +9,8 @@ for any number of workers, and what all ranks do together is what one process wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from blip_ft import electrons
 from blip_ft.backbone import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.dataset import KEY_COLUMNS, collate, make_item, row_key
+from blip_ft.data.findings import Finding
 from blip_ft.data.lanes import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.readings import label_options, plan
 from blip_ft.data.reference_sets import ReferenceSets
@@ -33,6 +35,19 @@ if TYPE_CHECKING:
     from blip_ft.data.splits import Splits
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Frames of a stream that are not trained on, as their label is wrong.
+
+    Attributes:
+        places: (file, frame) of each.
+        weight: sum of their weights in the file.
+    """
+
+    places: frozenset[tuple[str, int]] = frozenset()
+    weight: float = 0.0
 
 
 class FrameStream(torch.utils.data.IterableDataset[Batch]):
@@ -52,6 +67,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
             not used.
         sets: sets of energies with references of their own.
+        left_out: rows of the stream that ``rows`` leaves out and ``frames`` does not count, for messages.
     """
 
     def __init__(
@@ -69,13 +85,14 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         weight: float | None = None,
         grid: Grid | None = None,
         sets: ReferenceSets | None = None,
+        left_out: int = 0,
     ) -> None:
         super().__init__()
         self.rows, self.backbone = rows, backbone
         self.frames, self.batch_size, self.buffer, self.seed = frames, batch_size, buffer, seed
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
-        self.sets = sets
+        self.sets, self.left_out = sets, left_out
         self.epoch = 0
         #: parts of a batch that are worked on at the same time
         self.parts = 1
@@ -184,8 +201,11 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             )
 
     def _another(self, found: str) -> DataError:
+        said = f"the recipe says {self.frames + self.left_out} frames"
+        if self.left_out:
+            said += f", {self.left_out} of them left out for a wrong label, which leaves {self.frames}"
         return DataError(
-            f"the stream has {found} where the recipe says {self.frames} frames of weight {self.total_weight:g}",
+            f"the stream has {found} where {said} of weight {self.total_weight:g}",
             field="data.stream",
             remedy="set data.stream.frames (and data.stream.weight) to what it has, isolated atoms and frames that "
             "did not converge not counted: the likelihood is scaled by it",
@@ -198,11 +218,14 @@ def _atoms(row: Row) -> Any:
     return to_atoms(row, labels=False)
 
 
-def rows_of(config: DataConfig) -> Callable[[], Iterator[Row]]:
-    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.set_aside`)."""
+def rows_of(config: DataConfig, dropped: Dropped | None = None) -> Callable[[], Iterator[Row]]:
+    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.set_aside`) but for what is dropped."""
+    places = frozenset() if dropped is None else dropped.places
 
     def rows() -> Iterator[Row]:
-        yield from filter(is_example, _all_rows(config))
+        for row in filter(is_example, _all_rows(config)):
+            if (row["source"], row["frame"]) not in places:
+                yield row
 
     return rows
 
@@ -225,12 +248,22 @@ def grid_of(config: DataConfig, batch: int) -> Grid | None:
 
 
 def make_stream(
-    recipe: Recipe, splits: Splits, backbone: Backbone, sets: ReferenceSets | None = None
+    recipe: Recipe,
+    splits: Splits,
+    backbone: Backbone,
+    sets: ReferenceSets | None = None,
+    dropped: Dropped | None = None,
 ) -> Callable[[int, int], FrameStream] | None:
-    """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream."""
+    """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream.
+
+    Where frames are dropped, files are not dealt to workers: each of them knows how many frames to expect of its own only as
+    long as none is missing.
+    """
     config, options = recipe.data, recipe.data.stream
     if options is None:
         return None
+    dropped = Dropped() if dropped is None else dropped
+    n = len(dropped.places)
     held = frozenset(
         row_key(row)
         for name, part in splits.roles().items()
@@ -238,18 +271,19 @@ def make_stream(
         for row in part.select_columns([*KEY_COLUMNS, *electrons.KEYS])
     )
     return lambda world, rank: FrameStream(
-        rows_of(config),
+        rows_of(config, dropped),
         backbone,
-        frames=options.frames,
+        frames=options.frames - n,
         batch_size=config.batch_size,
         buffer=options.buffer,
         seed=recipe.seed,
         world=world,
         rank=rank,
         held_out=held,
-        weight=options.weight,
-        grid=grid_of(config, config.batch_size * world),
+        weight=None if options.weight is None else options.weight - dropped.weight,
+        grid=None if n else grid_of(config, config.batch_size * world),
         sets=sets,
+        left_out=n,
     )
 
 
@@ -284,3 +318,40 @@ def sample_of(config: DataConfig) -> datasets.Dataset:
     for row in examples:
         row["weight"] *= scale
     return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def dropped_of(config: DataConfig, rows: Iterable[Row]) -> Dropped:
+    """Frames of the sample that are not trained on, with the weights that they have in the stream itself.
+
+    Args:
+        config: the recipe's ``data``.
+        rows: these frames.
+    """
+    places = frozenset((row["source"], row["frame"]) for row in rows)
+    found = (row["weight"] for row in rows_of(config)() if (row["source"], row["frame"]) in places)
+    weights = list(islice(found, len(places)))
+    return Dropped(places, math.fsum(1.0 if w is None else w for w in weights))
+
+
+def without_dropped(config: DataConfig, sample: datasets.Dataset, dropped: Dropped) -> datasets.Dataset:
+    """What is left of the sample, with weights that sum to that of what is left of the stream."""
+    options = config.stream
+    assert options is not None
+    whole = options.frames if options.weight is None else options.weight
+    left = [row for row in sample if (row["source"], row["frame"]) not in dropped.places]
+    scale = (whole - dropped.weight) / math.fsum(row["weight"] for row in left)
+    for row in left:
+        row["weight"] *= scale
+    return datasets.Dataset.from_list(left, features=FEATURES)
+
+
+def unchecked(config: DataConfig) -> list[Finding]:
+    """That labels beyond the sample are not compared with the model; nothing where there are none."""
+    options = config.stream
+    if options is None or options.frames <= options.sample:
+        return []
+    message = (
+        f"the labels of {options.sample} of {options.frames} frames of the stream, its sample, are compared with the model: "
+        "wrong ones beyond it are trained on"
+    )
+    return [Finding("coverage", "info", [], message, "data.stream.sample sets their number")]

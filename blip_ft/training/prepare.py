@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,14 @@ from blip_ft.data.leaks import group_leaks
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
-from blip_ft.data.stream import FrameStream, make_stream
+from blip_ft.data.stream import (
+    Dropped,
+    FrameStream,
+    dropped_of,
+    make_stream,
+    unchecked,
+    without_dropped,
+)
 from blip_ft.data.unused import labels_found
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential import BayesianPotential
@@ -105,6 +112,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
     sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
     report: DataReport | None = None
+    dropped: Dropped | None = None
     if not options.from_scratch:  # initial weights know no units and no labels to compare with
         findings += check_units(
             splits.train,
@@ -113,9 +121,15 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             by_state=not backbone.conditions,
         )
         checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
-        findings = report.findings
+        findings = report.findings + unchecked(recipe.data)
         if checked is not splits:
-            splits, sets = checked, _without(sets, _dropped(recipe, report))
+            wrong = _dropped(recipe, report)
+            sets = _without(sets, wrong)
+            if recipe.data.stream is not None and "train" in wrong:
+                dropped = dropped_of(recipe.data, [splits.train[i] for i in wrong["train"]])
+                checked = replace(checked, train=without_dropped(recipe.data, splits.train, dropped))
+                sets["train"] = sets["train"].relabelled(checked.train)
+            splits = checked
     sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     reduced: list[str] = []
@@ -180,6 +194,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     findings += notes
     if references is not None:
         findings += warn_outside(references, sets)
+    frames = load_frames(
+        [PLAIN, objective_spec(recipe.objective.kind)],
+        Sources(recipe, sets["train"].frames, potential, context, findings),
+    )
     for finding in findings:
         style = None if finding.severity == "info" else "yellow"
         console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
@@ -193,11 +211,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         references,
         check,
         context,
-        make_stream(recipe, splits, backbone, own),
-        load_frames(
-            [PLAIN, objective_spec(recipe.objective.kind)],
-            Sources(recipe, sets["train"].frames, potential, context),
-        ),
+        make_stream(recipe, splits, backbone, own, dropped),
+        frames,
         load_probe(recipe, potential),
         report,
         reduced,
