@@ -18,6 +18,8 @@ class Potential(BayesianPotential):
         return BlipCalculator(self, n_draws=n_draws, method=method)
 
 
-def load(path: str | Path, *, dtype: str | None = None, device: str = "cpu") -> Potential:
+def load(
+    path: str | Path, *, dtype: str | None = None, device: str = "cpu", reference_set: str | None = None
+) -> Potential:
     """Open a trained potential; see :func:`blip_ft.potential.checkpoint.load_model`."""
-    return load_model(path, dtype=dtype, device=device, kind=Potential)
+    return load_model(path, dtype=dtype, device=device, reference_set=reference_set, kind=Potential)

@@ -102,6 +102,10 @@ def section(node: dict[str, Any], definitions: dict[str, Any], prefix: str, fami
             continue
         if prefix + key == "trainer":
             continue
+        for option in alternatives(field):  # a section that may be left out
+            part = definitions.get(str(option.get("$ref", "")).rpartition("/")[2], {})
+            if "properties" in part and "discriminator" not in field and not is_source(option):
+                nested.append((f"{prefix}{key}.", part))
         required = key in node.get("required", []) and "default" not in field
         cells = [
             f"`{prefix}{key}`",
@@ -136,6 +140,8 @@ def type_text(field: dict[str, Any]) -> str:
             rest = [o for o in options if not is_source(o) and o.get("type") not in ("string", "array")]
             return " or ".join(["source", *(type_text(option) for option in rest)])
         return " or ".join(type_text(option) for option in options)
+    if "$ref" in field:
+        return "section"
     if "enum" in field:
         return "one of " + ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:

@@ -219,13 +219,15 @@ class MACEBackbone(ConservativeBackbone):
 
     # ---- export --------------------------------------------------------------------------
     def write_native(self, path: Path, shift: Mapping[int, float]) -> None:
-        """A whole module as the vendor's training writes it, with TorchScript kernels."""
+        """A whole module as the vendor's training writes it, with TorchScript kernels and the head in use alone."""
         model = vendor.build(self.architecture, stock=True).to(self.dtype)
         model.load_state_dict(self.model.state_dict())
         table: Any = model.atomic_energies_fn.atomic_energies  # type: ignore[union-attr]
         with torch.no_grad():
             for number, energy in shift.items():
                 torch.atleast_2d(table)[self._head, self.numbers.index(number)] += energy
+        if len(self.heads) > 1:
+            model = vendor.of_one_head(model, self.head)
         with quiet():
             torch.save(model, path)
 

@@ -65,6 +65,8 @@ _CLASSES = {
 _GATES = {"abs": torch.abs, "tanh": torch.tanh, "silu": nn.functional.silu, "None": None}
 #: constructor arguments of accelerated kernels: another way to compute the same
 _KERNELS = ("cueq_config", "oeq_config")
+#: what rounding the weights of one head anew may change, eV
+_SAME = {torch.float32: 1e-5, torch.float64: 1e-10}
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -329,6 +331,41 @@ def fuse(model: Any) -> int:
     return n
 
 
+def of_one_head(model: nn.Module, head: str) -> nn.Module:
+    """The same model with one head alone, by the vendor's own function; ``model`` itself where that cannot be done.
+
+    Whoever opens a file of several heads and names none gets a head that is called default, the first or the last.
+
+    Args:
+        model: of several heads, with the vendor's kernels (:func:`build` with ``stock``).
+        head: the one to keep.
+    """
+    from mace.tools.scripts_utils import remove_pt_head
+    from mace.tools.torch_tools import default_dtype
+
+    heads: list[str] = list(model.heads)  # type: ignore[arg-type]
+    dtype = next(p.dtype for p in model.parameters())
+    basis: Any = model.radial_embedding.bessel_fn  # type: ignore[union-attr]
+    counted = not hasattr(basis, "bessel_weights")
+    if counted:  # the vendor's function counts these, in every basis
+        n_basis: Any = model.radial_embedding.out_dim  # type: ignore[union-attr]
+        basis.bessel_weights = torch.zeros(n_basis)
+    try:
+        with contained(), default_dtype(str(dtype).removeprefix("torch.")):
+            single: nn.Module = remove_pt_head(model, head).to(dtype)
+        same = bool(
+            torch.allclose(
+                _energies(single, 0), _energies(model, heads.index(head)), rtol=1e-9, atol=_SAME[dtype]
+            )
+        )
+    except (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError):
+        return model  # a plain MACE, or a readout that the function does not know
+    finally:
+        if counted:
+            del basis.bessel_weights
+    return single if same else model
+
+
 def _as_scale_shift(model: Any) -> Any:
     """A view of a plain ``MACE`` from which the vendor's function takes arguments."""
     view = copy.copy(model)
@@ -344,20 +381,7 @@ def _check_twin(path: Path, original: nn.Module, model: nn.Module) -> None:
     Some constants are not in the state dict (activations' norms, neighbours per atom); a version of
     mace that sets them otherwise would change the potential without an error.
     """
-    n, counts = 6, torch.tensor([6])
-    rng = np.random.default_rng(0)
-    pairs = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).t().contiguous()
-    place = torch.from_numpy(rng.uniform(0, 2.4, (n, 3)))
-    elements = int(original.atomic_numbers.numel())  # type: ignore[operator, union-attr]
-    energies = []
-    for twin in (original, model):
-        double = copy.deepcopy(twin).double()
-        index = torch.arange(n) % elements
-        data = inputs(index, elements, pairs, place[pairs[1]] - place[pairs[0]], counts, 0)
-        with contained(), torch.no_grad():
-            out = double(data, compute_force=False)
-        energies.append(out["node_energy"].double())
-    theirs, ours = energies
+    theirs, ours = _energies(original), _energies(model)
     if not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
         off = float((ours - theirs).abs().max())
         raise CheckpointError(
@@ -365,6 +389,21 @@ def _check_twin(path: Path, original: nn.Module, model: nn.Module) -> None:
             remedy="use the version of mace-torch that wrote it",
             file=path,
         )
+
+
+def _energies(model: nn.Module, head: int = 0) -> Tensor:
+    """(6,) eV, energies of the atoms of a made-up structure, computed in float64."""
+    n, counts = 6, torch.tensor([6])
+    rng = np.random.default_rng(0)
+    pairs = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).t().contiguous()
+    place = torch.from_numpy(rng.uniform(0, 2.4, (n, 3)))
+    elements = int(model.atomic_numbers.numel())  # type: ignore[operator, union-attr]
+    index = torch.arange(n) % elements
+    data = inputs(index, elements, pairs, place[pairs[1]] - place[pairs[0]], counts, head)
+    with contained(), torch.no_grad():
+        out = copy.deepcopy(model).double()(data, compute_force=False)
+    energies: Tensor = out["node_energy"].double()
+    return energies
 
 
 # ---- evaluation --------------------------------------------------------------------------------

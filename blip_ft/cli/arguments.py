@@ -8,6 +8,11 @@ import argparse
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The trained model."""
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, or a model folder")
+    parser.add_argument(
+        "--reference-set",
+        metavar="NAME",
+        help="level of theory on whose zero energies are, of a model trained with data.reference_sets (its default)",
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,9 @@ from blip_ft.allocator import keep_memory
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data.check.examine import DataReport, examine
-from blip_ft.data.findings import Finding, from_error
+from blip_ft.data.check.replay import examine_replay
+from blip_ft.data.findings import SEVERITIES, Finding, from_error
+from blip_ft.data.split.sample import unchecked
 from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError
 
@@ -44,8 +46,15 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
             use_stress=recipe.objective.use_stress,
             most=recipe.data.check_frames,
             progress=progress,
+            sets_by=None if recipe.data.reference_sets is None else recipe.data.reference_sets.by,
         )
     except DataError as error:
         return DataReport([from_error(error)], {})
+    try:
+        report.findings += examine_replay(recipe, backbone, progress)
+    except DataError as error:
+        report.findings.append(from_error(error))
+    report.findings += unchecked(recipe.data)
+    report.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     report.findings.append(Finding("coverage", "info", [], splits.rule))
     return report

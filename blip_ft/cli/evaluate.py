@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from blip_ft.cli.arguments import add_model, add_prediction
 from blip_ft.cli.console import metrics_table, say, show
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     aside = SetAside()
     rows = aside.examples(load_source(args.source))
     say(aside.places, unmatched_labels({args.source: rows}))
+    if potential.reference_sets is not None:  # labels of other sets come onto the zero of this one
+        rows = potential.reference_sets.align_frames(rows, strict=False)
+        print(potential.reference_sets.describe(), file=sys.stderr)
     frames = FrameDataset(rows, potential.backbone)
     prediction = predict_set(
         potential,

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from blip_ft.potential.export import META, export_native
 
     folder = Path(args.output) if args.output else find_model(args.model).parent / f"export-{args.to}"
-    potential = load_model(args.model)
+    potential = load_model(args.model, reference_set=args.reference_set)
     done = export_native(
         potential,
         folder,

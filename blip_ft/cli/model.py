@@ -26,4 +26,4 @@ def load(args: argparse.Namespace) -> BayesianPotential:
             f"torch cannot use {args.dtype} on the device '{args.device}': {str(error).partition(chr(10))[0]}",
             remedy="blip-finetune doctor shows the device of this machine; mps needs --dtype float32",
         ) from error
-    return load_model(args.model, device=args.device, dtype=args.dtype)
+    return load_model(args.model, device=args.device, dtype=args.dtype, reference_set=args.reference_set)

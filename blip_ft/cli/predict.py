@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from blip_ft.cli.arguments import add_model, add_prediction
 from blip_ft.cli.model import load
@@ -45,4 +46,6 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=lambda n: bar.update(task, completed=n),
         )
+    if potential.reference_sets is not None:
+        print(potential.reference_sets.describe(), file=sys.stderr)
     print(f"{args.output}: {done} structures")

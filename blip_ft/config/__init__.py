@@ -8,6 +8,7 @@ Loading this package imports neither a backend nor Lightning.
 from blip_ft.config.data import (
     DataConfig,
     Quantity,
+    ReferenceSetsConfig,
     ReplayConfig,
     Source,
     SourceConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "PosteriorConfig",
     "Quantity",
     "Recipe",
+    "ReferenceSetsConfig",
     "ReplayConfig",
     "Source",
     "SourceConfig",

@@ -177,7 +177,17 @@ def check_noise(recipe: Recipe) -> None:
 
 def _check_data(data: DataConfig, file: Path | None) -> None:
     """Options of the data that belong together."""
-    if (data.references == "given") != bool(data.reference_energies):
+    sets = data.reference_sets
+    if sets is not None and (data.reference_energies or (data.references == "given") != bool(sets.energies)):
+        raise RecipeError(
+            "with data.reference_sets, data.references: given and data.reference_sets.energies need each other, and "
+            "data.reference_energies are of no set",
+            file=file,
+            field="data.reference_sets",
+            remedy="set references: given, reference_sets: {default: pbe, energies: {pbe: {Si: -0.8}, r2scan: {Si: -1.1}}}; "
+            "or neither, and each set's references are fitted",
+        )
+    if sets is None and (data.references == "given") != bool(data.reference_energies):
         raise RecipeError(
             "data.references: given and data.reference_energies need each other",
             file=file,

@@ -124,6 +124,18 @@ class ReplayConfig(Strict):
     (``drift.json``); labels are not needed"""
 
 
+class ReferenceSetsConfig(Strict):
+    """References of their own for the energies of each level of theory (head, functional, ...) in the frames."""
+
+    default: str
+    """the set on whose zero the model's energies are; those of the other sets are brought onto it"""
+    by: Literal["theory", "group"] = "theory"
+    """what names the set of a frame: its level of theory, or its group; which key of the source that is, ``data.fields``
+    says where it is not found by itself"""
+    energies: dict[str, dict[str, float]] = {}
+    """``data.references: given``: energies of isolated atoms of each set, eV: ``{pbe: {Si: -0.8, O: -1.9}, r2scan: {...}}``"""
+
+
 class DataConfig(Strict):
     """Where the frames come from."""
 
@@ -162,6 +174,9 @@ class DataConfig(Strict):
     ``isolated_atoms``: the same with the energies of the isolated atoms in the sources"""
     reference_energies: dict[str, float] = {}
     """``given``: energy of each isolated atom at the level of the labels, eV: ``{Si: -0.8, O: -1.9}``"""
+    reference_sets: ReferenceSetsConfig | None = None
+    """energies of several levels of theory in one training: ``data.references`` holds for each of them by itself, the
+    labels of all are brought onto the zero of ``default``"""
     batch_by: Literal["structures", "atoms", "edges"] = "structures"
     """what ``batch_size`` counts; ``atoms`` and ``edges`` bound the memory of a step where structures
     differ in size"""

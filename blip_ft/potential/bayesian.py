@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blip_ft.backbones.parts import evaluate_parts
 from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig
+from blip_ft.data.batch.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.base.posterior import RowRecorder
@@ -88,6 +89,8 @@ class BayesianPotential(nn.Module):
         self.prior = make_prior(self.converted, posterior)
         self.posterior = make_posterior(self.converted, self.prior, posterior)
         self.references: dict[int, float] = {}
+        #: other sets of energies, relative to those references; None where there is one set
+        self.reference_sets: ReferenceSets | None = None
         self.calibration: Calibration | None = None
         #: where the training atoms are in feature space; None before the end of a fit
         self.ood: FeatureDistance | None = None
@@ -109,6 +112,23 @@ class BayesianPotential(nn.Module):
         """KL(q || p) of mean and spread, nats, a scalar."""
         mean = self.prior.kl_mean(self.converted.deltas)
         return mean + self.posterior.kl().to(mean) + self.prior.kl_scale().to(mean)
+
+    def use_reference_set(self, name: str) -> None:
+        """Put energies onto the zero of one of the sets that the model was trained on (``data.reference_sets``).
+
+        Raises:
+            BlipError: it was trained on one set, or on none of this name.
+        """
+        if self.reference_sets is None:
+            raise BlipError(
+                f"the model has no reference set '{name}': it was trained on one set of energies",
+                field="reference set",
+                remedy="leave it out; data.reference_sets of a recipe makes several",
+            )
+        sets = self.reference_sets.relative_to(name)
+        for z, energy in self.reference_sets.shifts[name].items():
+            self.references[z] = self.references.get(z, 0.0) + energy
+        self.reference_sets = sets
 
     def reference_energy(self, batch: Batch) -> Tensor:
         """(B,) sum of the per-element references of each structure, eV, float64."""

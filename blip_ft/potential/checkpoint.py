@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from blip_ft.allocator import keep_memory
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
+from blip_ft.data.batch.reference_sets import ReferenceSets
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.files import is_full, remedy_of
@@ -124,6 +125,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "n_draws": potential.n_draws,
         "amplitude": potential.amplitude,
         "references": {str(z): e for z, e in potential.references.items()},
+        "reference_sets": None if potential.reference_sets is None else potential.reference_sets.to_dict(),
         "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
         "probe": make_probe(potential),
     }
@@ -147,15 +149,29 @@ def find_model(path: str | Path) -> Path:
 
 
 @overload
-def load_model(path: str | Path, *, dtype: str | None = ..., device: str = ...) -> BayesianPotential: ...
+def load_model(
+    path: str | Path, *, dtype: str | None = ..., device: str = ..., reference_set: str | None = ...
+) -> BayesianPotential: ...
 
 
 @overload
-def load_model(path: str | Path, *, dtype: str | None = ..., device: str = ..., kind: type[P]) -> P: ...
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | None = ...,
+    device: str = ...,
+    reference_set: str | None = ...,
+    kind: type[P],
+) -> P: ...
 
 
 def load_model(
-    path: str | Path, *, dtype: str | None = None, device: str = "cpu", kind: Any = BayesianPotential
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    reference_set: str | None = None,
+    kind: Any = BayesianPotential,
 ) -> Any:
     """Rebuild a trained potential.
 
@@ -163,9 +179,12 @@ def load_model(
         path: a run's folder or a model folder.
         dtype: ``float32`` or ``float64``; by default what it was trained in.
         device: where to put it.
+        reference_set: the set on whose zero energies are, of a model trained with ``data.reference_sets``; by default
+            the recipe's default.
         kind: class of what is returned.
 
     Raises:
+        BlipError: there is no such set.
         CheckpointError: missing, damaged or newer file, or a model that gives other numbers than when it was saved.
         ImportError: the adapter's backend is not installed.
     """
@@ -204,6 +223,8 @@ def load_model(
         ) from error
     potential.prior.refresh(potential.converted.pretrained)
     check_probe(potential.eval(), meta, folder / META)
+    if reference_set is not None:
+        potential.use_reference_set(reference_set)
     if dtype is not None and dtype != meta["dtype"]:
         potential.to_dtype("float64" if dtype == "float64" else "float32")
     return potential.to(device).eval()
@@ -231,6 +252,8 @@ def _rebuild(meta: dict[str, Any], kind: type[P]) -> P:
     potential.prior.prior_scale = float(meta["prior_scale"])
     potential.amplitude = float(meta["amplitude"])
     potential.references = {int(z): float(e) for z, e in meta["references"].items()}
+    if meta.get("reference_sets") is not None:
+        potential.reference_sets = ReferenceSets.from_dict(meta["reference_sets"])
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])
     potential.to_dtype(meta["dtype"])

@@ -20,6 +20,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from blip_ft.data.batch.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.potential.probes import probes_of
 
@@ -78,7 +79,9 @@ def check_values(meta: Mapping[str, Any], file: Path) -> None:
     amplitude: Any = meta.get("amplitude")
     scale: Any = meta.get("prior_scale")
     references = meta.get("references")
+    sets = meta.get("reference_sets")
     possible = {
+        "reference_sets": (sets is None or _are_sets(sets), "sets of energies"),
         "amplitude": (number(amplitude) and 0 < amplitude <= 1, "a number above 0 and up to 1"),
         "prior_scale": (number(scale) and scale > 0, "a number above 0"),
         "n_draws": (whole(meta.get("n_draws")) and meta["n_draws"] >= 2, "a whole number of at least 2"),
@@ -96,6 +99,14 @@ def check_values(meta: Mapping[str, Any], file: Path) -> None:
             raise CheckpointError(
                 f"is {json.dumps(meta.get(key))[:80]}, not {wanted}", file=file, field=key, remedy=AGAIN
             )
+
+
+def _are_sets(content: Any) -> bool:
+    try:
+        ReferenceSets.from_dict(content)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -265,6 +265,9 @@ def _notes(
         own = {k: "the structure's own" if v is None else v for k, v in chosen.items()}
         call = backbone.native_call.format(file=done[0].file, **own)
         notes.append(f"The files are for {what}" + (f": {call}." if call else "."))
+    if potential.reference_sets is not None:
+        text = potential.reference_sets.describe()
+        notes.append(f"{text[0].upper()}{text[1:]}: --reference-set chooses.")
     if not seen.single:
         return notes
     step = seen.whole * 2.0**-23
@@ -309,6 +312,7 @@ def _meta(potential: BayesianPotential, amplitude: float, done: Sequence[Exporte
         "multiply_spread_by": 1 / amplitude,
         "calibration": None if calibration is None else calibration.to_dict(),
         "references_ev": {str(z): e for z, e in potential.references.items()},
+        "reference_set": None if potential.reference_sets is None else potential.reference_sets.default,
         "files": [asdict(e) for e in done],
     }
 

@@ -24,8 +24,10 @@ from ase import Atoms
 from blip_ft.backbones.protocol import Batch
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import Item, collate, make_item
+from blip_ft.data.batch.reference_sets import sets_of
+from blip_ft.data.check.replay import beside, judge_replay, replayed_rows
+from blip_ft.data.findings import Finding
 from blip_ft.data.frame import to_atoms
-from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.references import fit_references
 from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import Likelihood
@@ -99,7 +101,7 @@ class Rehearsal(Term):
     @classmethod
     def load(cls, sources: Sources) -> list[Item]:
         """See :func:`load_memory`."""
-        return load_memory(sources.recipe, sources.potential)
+        return load_memory(sources.recipe, sources.potential, sources.findings)
 
     @classmethod
     def build(cls, start: Start, frames: Sequence[Any]) -> Self | None:
@@ -148,29 +150,30 @@ class Probe:
         }
 
 
-def load_memory(recipe: Recipe, potential: BayesianPotential) -> list[Item]:
+def load_memory(
+    recipe: Recipe, potential: BayesianPotential, findings: list[Finding] | None = None
+) -> list[Item]:
     """Replayed frames with their labels; none where the recipe replays nothing.
+
+    Labels of their own are checked as those of the other roles are, and wrong ones left out as ``data.bad_labels`` says.
 
     Args:
         recipe: options.
         potential: at the pretrained weights, with the references of the training labels.
+        findings: what a user should know is added here.
 
     Raises:
-        DataError: they cannot be read, have no labels of their own where these are asked for, or
-            hold an element that the model does not know.
+        DataError: they cannot be read, have no labels of their own where these are asked for, or labels in a wrong
+            unit, or hold an element that the model does not know.
     """
     options = recipe.data.replay
     if options is None or options.source is None:
         return []
-    own = options.labels == "own"
-    frames = load_role(recipe.data, options.source, labels=own)
-    rows = list(SetAside().examples(frames) if own else frames)
-    for row in rows:
-        potential.backbone.check(to_atoms(row, labels=False), file=row["source"], frame=row["frame"])
+    findings = [] if findings is None else findings
+    rows = replayed_rows(recipe.data, potential.backbone, findings)
     items = [make_item(row, potential.backbone) for row in rows]
-    atoms = [item.atoms for item in items]
-    model = predict_atoms(potential, atoms, n_draws=0)
-    if not own:
+    model = predict_atoms(potential, [item.atoms for item in items], n_draws=0)
+    if options.labels == "pretrained":
         for item, p in zip(items, model, strict=True):
             nothing = torch.full((6,), torch.nan, dtype=torch.float64)
             stress = nothing if p["stress"] is None else torch.as_tensor(p["stress"], dtype=torch.float64)
@@ -180,10 +183,20 @@ def load_memory(recipe: Recipe, potential: BayesianPotential) -> list[Item]:
                 "stress": stress,
             }
         return items
+    if not recipe.model.from_scratch:  # initial weights know no labels to compare with
+        compared = [beside(row, item.atoms, p) for row, item, p in zip(rows, items, model, strict=True)]
+        judged = judge_replay(recipe, rows, compared, by_state=not potential.backbone.conditions)
+        findings += judged.findings
+        kept = judged.kept(recipe.data.bad_labels)
+        rows, items, model = [rows[i] for i in kept], [items[i] for i in kept], [model[i] for i in kept]
     residual = np.array([float(i.labels["energy"]) - p["energy"] for i, p in zip(items, model, strict=True)])
-    if np.isfinite(residual).any():  # another level of theory has other atomic energies
-        shift = fit_references([a.numbers for a in atoms], residual)
-        for item in items:
+    sets = recipe.data.reference_sets
+    members = (
+        sets_of(rows, sets.by) if sets is not None else {"": np.flatnonzero(np.isfinite(residual)).tolist()}
+    )
+    for index in filter(len, members.values()):  # another level of theory has other atomic energies
+        shift = fit_references([items[i].atoms.numbers for i in index], residual[index])
+        for item in (items[i] for i in index):
             item.labels["energy"] = item.labels["energy"] - shift.energy(item.atoms.numbers)
     return items
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ from blip_ft.data.read.sources import mappings
 from blip_ft.data.read.unused import labels_found
 from blip_ft.data.references import References
 from blip_ft.data.split.context import load_context
+from blip_ft.data.split.sample import Dropped, dropped_of, unchecked, without_dropped
 from blip_ft.data.split.splits import Splits, load_splits
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.memory import Probe, load_probe
+from blip_ft.training.reference_sets import fit_reference_sets, of_set
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
@@ -106,6 +108,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
     sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
     report: DataReport | None = None
+    dropped: Dropped | None = None
     if not options.from_scratch:  # initial weights know no units and no labels to compare with
         findings += check_units(
             splits.train,
@@ -114,9 +117,15 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             by_state=not backbone.conditions,
         )
         checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
-        findings = report.findings
+        findings = report.findings + unchecked(recipe.data)
         if checked is not splits:
-            splits, sets = checked, _without(sets, _dropped(recipe, report))
+            wrong = _dropped(recipe, report)
+            sets = _without(sets, wrong)
+            if recipe.data.stream is not None and "train" in wrong:
+                dropped = dropped_of(recipe.data, [splits.train[i] for i in wrong["train"]])
+                checked = replace(checked, train=without_dropped(recipe.data, splits.train, dropped))
+                sets["train"] = sets["train"].relabelled(checked.train)
+            splits = checked
     sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     reduced: list[str] = []
@@ -165,12 +174,26 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             else ""
         )
     )
+    own = None
+    if recipe.data.reference_sets is not None:
+        own = fit_reference_sets(recipe.data, potential, sets["train"], splits.isolated_of, console, ledger)
+        sets = {name: own.align(dataset) for name, dataset in sets.items()}
+        potential.reference_sets = own
     references, check, notes = set_references(
-        recipe.data, potential, sets["train"], splits.isolated, console, ledger
+        recipe.data if own is None else of_set(recipe.data, own.default),
+        potential,
+        sets["train"],
+        splits.isolated if own is None else splits.isolated_of.get(own.default, {}),
+        console,
+        ledger,
     )
     findings += notes
     if references is not None:
         findings += warn_outside(references, sets)
+    frames = load_frames(
+        [PLAIN, objective_spec(recipe.objective.kind)],
+        Sources(recipe, sets["train"].frames, potential, context, findings),
+    )
     for finding in findings:
         style = None if finding.severity == "info" else "yellow"
         console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
@@ -184,11 +207,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         references,
         check,
         context,
-        make_stream(recipe, splits, backbone),
-        load_frames(
-            [PLAIN, objective_spec(recipe.objective.kind)],
-            Sources(recipe, splits.train, potential, context),
-        ),
+        make_stream(recipe, splits, backbone, own, dropped),
+        frames,
         load_probe(recipe, potential),
         report,
         reduced,
@@ -217,6 +237,7 @@ def _labels_checked(
         most=recipe.data.check_frames,
         sets=sets,
         ledger=ledger,
+        sets_by=None if recipe.data.reference_sets is None else recipe.data.reference_sets.by,
     )
     dropped = _dropped(recipe, report)
     if dropped:

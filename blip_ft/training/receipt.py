@@ -31,12 +31,13 @@ def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[
         "posterior": potential.fit_reports,
         "budget": prepared.reduced,
         "references": None if references is None else asdict(references) | prepared.references_check,
+        "reference_sets": None if potential.reference_sets is None else potential.reference_sets.to_dict(),
         "data": {
             "rule": prepared.splits.rule,
             "dropped": prepared.splits.dropped,
             "sets": {
-                name: {"n_frames": len(d), "fingerprint": fingerprint(d.frames)}
-                for name, d in prepared.sets.items()
+                name.removeprefix("test/"): {"n_frames": len(frames), "fingerprint": fingerprint(frames)}
+                for name, frames in prepared.splits.roles().items()
             },
             "findings": [asdict(f) for f in prepared.findings],
         },

@@ -69,7 +69,7 @@ def set_references(
     far = _far([train.frames[chosen[i]] for i in fitted.left_out])
     if config.references == "keep":
         return None, {}, [*far, *_offset(fitted)]
-    references, findings = _choose(config, potential, numbers, residual, isolated, fitted)
+    references, findings = choose(config, potential, numbers, residual, isolated, fitted)
     potential.references = dict(references.shift)
     kept = [i for i in range(len(atoms)) if i not in references.left_out]
     check = gates.check_references(potential, [atoms[i] for i in kept], labels[kept], model[kept], references)
@@ -96,7 +96,7 @@ def warn_outside(references: References, sets: Mapping[str, FrameDataset]) -> li
     return findings
 
 
-def _choose(
+def choose(
     config: DataConfig,
     potential: BayesianPotential,
     numbers: list[np.ndarray],
@@ -104,6 +104,19 @@ def _choose(
     isolated: Mapping[int, float],
     fitted: References,
 ) -> tuple[References, list[Finding]]:
+    """The references that ``data.references`` asks for (other than ``keep``), and what a user should know.
+
+    Args:
+        config: the recipe's ``data``.
+        potential: pretrained.
+        numbers: atomic numbers of each frame.
+        residual: label - model of each frame, eV.
+        isolated: labels of isolated atoms, eV.
+        fitted: the shift of least norm on the same frames.
+
+    Raises:
+        DataError: an energy that is missing or of an unknown element.
+    """
     mode = config.references
     if mode == "shift":
         return fitted, []

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import datasets
@@ -34,6 +34,7 @@ from torch import Tensor
 from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.findings import Finding
 from blip_ft.objectives import ElboScale, Likelihood, label_crps
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import ObjectiveSpec, TermSpec, everywhere
@@ -48,12 +49,14 @@ class Sources:
         train: training frames.
         potential: at the pretrained weights, with the references of the training labels.
         context: the user's unlabelled structures (``data.context``).
+        findings: what a user should know of the frames is added here.
     """
 
     recipe: Recipe
     train: datasets.Dataset
     potential: BayesianPotential
     context: Sequence[Atoms] = ()
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -364,10 +364,10 @@ import json, sys
 sys.modules["blip_ft"] = None  # as where it is not installed
 from ase.io import read
 from mace.calculators import MACECalculator
-structure, head, mean, *draws = sys.argv[1:]
+structure, mean, *draws = sys.argv[1:]
 for files in ([mean], draws):
     atoms = read(structure)
-    atoms.calc = MACECalculator(files, head=head, device="cpu", default_dtype="float64")
+    atoms.calc = MACECalculator(files, device="cpu", default_dtype="float64")
     answer = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces().tolist()}
     print(json.dumps(answer | {"var": float(atoms.calc.results.get("energy_var", 0.0))}))
 """
@@ -381,7 +381,7 @@ def test_the_vendors_calculator_opens_mean_and_committee_without_this_package(
     export_native(potential, tmp_path / "out", draws=2)
     quartz.write(tmp_path / "quartz.json")
     files = [str(tmp_path / f"out/{name}.model") for name in ("mean", "draw-00", "draw-01")]
-    printed = _run(OPEN, str(tmp_path / "quartz.json"), "r2scan", *files).splitlines()
+    printed = _run(OPEN, str(tmp_path / "quartz.json"), *files).splitlines()  # no head is named
     mean, committee = (json.loads(line) for line in printed[-2:])
     (point,) = predict_atoms(potential, [quartz], n_draws=0)
     (drawn,) = predict_atoms(potential, [quartz], n_draws=2)
@@ -403,8 +403,9 @@ def test_references_are_in_the_file_for_the_head_in_use(quartz: Atoms, tmp_path:
     assert meta["notes"] == ["The files are for head=r2scan: MACECalculator('mean.model', head='r2scan')."]
     file = torch.load(tmp_path / "out/mean.model", weights_only=False)
     before = backbone.model.atomic_energies_fn.atomic_energies
-    moved = file.atomic_energies_fn.atomic_energies - before
-    shift = torch.tensor([[0.0] * 4, [potential.references.get(z, 0.0) for z in ELEMENTS]])
+    assert file.heads == ["r2scan"]
+    moved = file.atomic_energies_fn.atomic_energies - before[1:]
+    shift = torch.tensor([[potential.references.get(z, 0.0) for z in ELEMENTS]])
     torch.testing.assert_close(moved, shift.double())
     for number in (8, 14):
         atom = Atoms([number], positions=[(0, 0, 0)])
@@ -413,6 +414,57 @@ def test_references_are_in_the_file_for_the_head_in_use(quartz: Atoms, tmp_path:
         shifted.calc = backbone.open_native(tmp_path / "out/mean.model")
         gain = shifted.get_potential_energy() - stock.get_potential_energy()
         assert gain == pytest.approx(potential.references[number], abs=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "default", "dtype"), [("heads", 0, "float64"), ("nonlinear", 1, "float32")])
+def test_a_file_has_the_head_in_use_alone(
+    kind: str, default: int, dtype: str, quartz: Atoms, tmp_path: Path
+) -> None:
+    """Also where another head has the name that the vendor's calculator takes by itself."""
+    vendor.import_mace()
+    from mace.calculators import MACECalculator
+
+    whole = load(kind, head=KINDS[kind]["heads"][0])
+    for used in (0, 1):
+        names = ["other", "other"]
+        names[default], names[1 - default] = "Default", "r2scan"
+        backbone = MACEBackbone(copy.deepcopy(whole.architecture) | {"heads": names}, head=names[used])
+        backbone.model.load_state_dict(whole.model.state_dict())
+        backbone = backbone.double() if dtype == "float64" else backbone.float()
+        expected = evaluate(copy.deepcopy(backbone).double(), quartz)
+        backbone.write_native(tmp_path / "one.model", {8: 2.0})
+        atoms = quartz.copy()
+        atoms.calc = MACECalculator(
+            model_paths=str(tmp_path / "one.model"), device="cpu", default_dtype="float64"
+        )
+        shift = 2.0 * int((quartz.numbers == 8).sum())
+        off = 1e-5 if dtype == "float32" else 1e-9
+        assert atoms.get_potential_energy() == pytest.approx(expected.energy.item() + shift, abs=off)
+        np.testing.assert_allclose(atoms.get_forces(), expected.forces.detach().numpy(), atol=off)
+        again = MACEBackbone.load(str(tmp_path / "one.model"), trust=True)
+        assert again.heads == [names[used]]
+
+
+def test_heads_that_the_vendor_cannot_part_stay_together(
+    quartz: Atoms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vendor's function is compared with the model: what it gets wrong is not written."""
+    from mace.tools import scripts_utils
+
+    part = scripts_utils.remove_pt_head
+
+    def wrong(model: torch.nn.Module, head: str) -> torch.nn.Module:
+        single = part(model, head)
+        with torch.no_grad():
+            single.scale_shift.scale *= 1.01  # type: ignore[union-attr, operator]
+        return single
+
+    monkeypatch.setattr(scripts_utils, "remove_pt_head", wrong)
+    backbone = copy.deepcopy(load("heads", head="r2scan")).double()
+    backbone.write_native(tmp_path / "both.model", {})
+    atoms = quartz.copy()
+    atoms.calc = backbone.open_native(tmp_path / "both.model")
+    assert atoms.get_potential_energy() == pytest.approx(evaluate(backbone, quartz).energy.item(), abs=1e-9)
 
 
 def test_a_file_with_the_foundations_references_is_not_exported(

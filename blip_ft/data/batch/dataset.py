@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -116,6 +116,15 @@ class FrameDataset(torch.utils.data.Dataset[Item]):
         """Some of the frames, with the graphs that exist."""
         out = FrameDataset(self.frames.select(index), self.backbone, self.cache)
         out._items = [self._items[i] for i in index]
+        return out
+
+    def relabelled(self, frames: datasets.Dataset) -> FrameDataset:
+        """The same structures with the labels of other rows, with the graphs that exist."""
+        out = FrameDataset(frames, self.backbone, self.cache)
+        out._items = [
+            None if item is None else replace(item, labels=_labels(row))
+            for item, row in zip(self._items, frames, strict=True)
+        ]
         return out
 
     @property

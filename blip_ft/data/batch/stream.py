@@ -20,10 +20,11 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.batch.dataset import collate, make_item
+from blip_ft.data.batch.reference_sets import ReferenceSets
 from blip_ft.data.batch.shards import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.frame import KEY_COLUMNS, row_key, to_atoms
 from blip_ft.data.read.plan import label_options, plan
-from blip_ft.data.split.sample import rows_of
+from blip_ft.data.split.sample import Dropped, rows_of
 from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
 
@@ -46,6 +47,8 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         weight: sum of the weights, by default ``frames``.
         grid: lanes of the stream, with ``frames`` rows in all, each of weight 1 on average; ``rows`` is then
             not used.
+        sets: sets of energies with references of their own.
+        left_out: rows of the stream that ``rows`` leaves out and ``frames`` does not count, for messages.
     """
 
     def __init__(
@@ -62,12 +65,15 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         held_out: frozenset[int] = frozenset(),
         weight: float | None = None,
         grid: Grid | None = None,
+        sets: ReferenceSets | None = None,
+        left_out: int = 0,
     ) -> None:
         super().__init__()
         self.rows, self.backbone = rows, backbone
         self.frames, self.batch_size, self.buffer, self.seed = frames, batch_size, buffer, seed
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
+        self.sets, self.left_out = sets, left_out
         self.epoch = 0
         #: parts of a batch that are worked on at the same time
         self.parts = 1
@@ -137,7 +143,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
 
     def _item(self, row: Row) -> Any:
         self.backbone.check(to_atoms(row, labels=False), file=row["source"], frame=row["frame"])
-        return make_item(row, self.backbone)
+        return make_item(row if self.sets is None else self.sets.align_row(row), self.backbone)
 
     def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[Row]:
         """Rows of a lane drawn from a buffer that it refills; a function of (seed, epoch, lane)."""
@@ -176,8 +182,11 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             )
 
     def _another(self, found: str) -> DataError:
+        said = f"the recipe says {self.frames + self.left_out} frames"
+        if self.left_out:
+            said += f", {self.left_out} of them left out for a wrong label, which leaves {self.frames}"
         return DataError(
-            f"the stream has {found} where the recipe says {self.frames} frames of weight {self.total_weight:g}",
+            f"the stream has {found} where {said} of weight {self.total_weight:g}",
             field="data.stream",
             remedy="set data.stream.frames (and data.stream.weight) to what it has, isolated atoms and frames that "
             "did not converge not counted: the likelihood is scaled by it",
@@ -198,12 +207,22 @@ def grid_of(config: DataConfig, batch: int) -> Grid | None:
 
 
 def make_stream(
-    recipe: Recipe, splits: Splits, backbone: Backbone
+    recipe: Recipe,
+    splits: Splits,
+    backbone: Backbone,
+    sets: ReferenceSets | None = None,
+    dropped: Dropped | None = None,
 ) -> Callable[[int, int], FrameStream] | None:
-    """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream."""
+    """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream.
+
+    Where frames are dropped, files are not dealt to workers: each of them knows how many frames to expect of its own only as
+    long as none is missing.
+    """
     config, options = recipe.data, recipe.data.stream
     if options is None:
         return None
+    dropped = Dropped() if dropped is None else dropped
+    n = len(dropped.places)
     held = frozenset(
         row_key(row)
         for name, part in splits.roles().items()
@@ -211,15 +230,17 @@ def make_stream(
         for row in part.select_columns([*KEY_COLUMNS, *electrons.KEYS])
     )
     return lambda world, rank: FrameStream(
-        rows_of(config),
+        rows_of(config, dropped),
         backbone,
-        frames=options.frames,
+        frames=options.frames - n,
         batch_size=config.batch_size,
         buffer=options.buffer,
         seed=recipe.seed,
         world=world,
         rank=rank,
         held_out=held,
-        weight=options.weight,
-        grid=grid_of(config, config.batch_size * world),
+        weight=None if options.weight is None else options.weight - dropped.weight,
+        grid=None if n else grid_of(config, config.batch_size * world),
+        sets=sets,
+        left_out=n,
     )

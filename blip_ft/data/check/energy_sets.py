@@ -103,6 +103,26 @@ def energy_sets(rows: Sequence[Row], frames: Sequence[Compared]) -> EnergySets:
     return found
 
 
+def known_sets(rows: Sequence[Row], frames: Sequence[Compared], by: str) -> EnergySets:
+    """The sets that the recipe names (``data.reference_sets``), each with the constants of its own frames.
+
+    Args:
+        rows: of the schema.
+        frames: the same with the pretrained model's energies.
+        by: column that names the set of a frame.
+    """
+    found = EnergySets(offset=np.zeros(len(rows)))
+    labelled = [i for i, f in enumerate(frames) if f.energy is not None]
+    names = np.array([str(rows[i].get(by) or "") for i in labelled])
+    elements = sorted({int(z) for i in labelled for z in np.unique(frames[i].atoms.numbers)})
+    for name in dict.fromkeys(names.tolist()):
+        members = [labelled[int(k)] for k in np.flatnonzero(names == name)]
+        shares = np.array([[np.mean(frames[i].atoms.numbers == z) for z in elements] for i in members])
+        energies, _ = _fit(shares, np.array([energy_residual(frames[i]) for i in members]))
+        found.offset[members] = (shares @ energies) * [len(frames[i].atoms) for i in members]
+    return found
+
+
 def _offset(
     shares: Floats, residual: Floats, main: Any, other: Any, *, strict: bool
 ) -> tuple[Any, Floats, float] | None:
@@ -167,9 +187,11 @@ def _finding(
     else:
         other = next((n for n, _, _ in notes if n and n != main), "NAME")
         file = re.sub(r" \(.*\)$", "", str(first["source"]))
+        by = "" if column == "theory" else f", by: {column}"
         remedy = (
-            f"{cause}train on one of them, data: {{train: {file}@{main or 'NAME'}, fields: {{split: {key}}}}}; another one "
-            f"can take part with references of its own, data.replay: {{source: {file}@{other}, labels: own}}"
+            f"{cause}give each its own, data.reference_sets: {{default: {main or 'NAME'}{by}}}, where default is the set that "
+            f"predictions are to be of; or train on one of them, data: {{train: {file}@{main or 'NAME'}, fields: {{split: "
+            f"{key}}}}}, with another one as data.replay: {{source: {file}@{other}, labels: own}}"
         )
     return Finding("label", "warning", [], message, remedy)
 

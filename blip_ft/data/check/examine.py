@@ -19,7 +19,7 @@ from ase.formula import Formula
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.data.batch.dataset import FrameDataset, Item, make_item
 from blip_ft.data.batch.ledger import Ledger
-from blip_ft.data.check.energy_sets import energy_sets
+from blip_ft.data.check.energy_sets import energy_sets, known_sets
 from blip_ft.data.check.label_faults import (
     MIN_FRAMES,
     Compared,
@@ -81,6 +81,7 @@ def examine(
     progress: Callable[[int, int], Any] | None = None,
     sets: Mapping[str, FrameDataset] | None = None,
     ledger: Ledger | None = None,
+    sets_by: str | None = None,
 ) -> DataReport:
     """Look at all frames, and at their labels beside the pretrained model.
 
@@ -94,6 +95,7 @@ def examine(
         progress: called with the number of frames predicted and of all that will be.
         sets: the roles with their graphs, where these are needed again.
         ledger: of the model, where its predictions are.
+        sets_by: column that names the set of a frame, where each set has references of its own.
 
     Raises:
         DataError: an empty role, a frame without labels, or an element the model does not know.
@@ -115,28 +117,70 @@ def examine(
     items = None if sets is None else (sets[name][index] for name, index in chosen)
     compared = compare(rows, backbone, progress, items=items, ledger=ledger)
     report.model = model_errors(names, compared)
-    wrong_unit = False
+    units_found, wrong_unit = list[Finding](), False
+
+    def units(index: Sequence[int]) -> tuple[list[Finding], bool]:
+        few = [names[i] for i in index], [rows[i] for i in index], [compared[i] for i in index]
+        return _units(*few, use_stress, by_state=not backbone.conditions)
+
     if findings is None:
-        units_found, wrong_unit = _units(names, rows, compared, use_stress, by_state=not backbone.conditions)
-        found += units_found
+        units_found, wrong_unit = units(range(len(rows)))
     if not wrong_unit:  # everything looks wrong until the unit is right
-        sets_found = energy_sets(rows, compared)
-        found += sets_found.findings
-        check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
-        if not use_stress:  # no frame is lost for a label that nobody trains on
-            check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
-        found += label_findings(check.faults, rows)
-        report.frames = _curves(names, compared, check)
-        for fault in (f for f in check.faults if f.cause != "group" or f.certain):
-            role, index = chosen[fault.index]
-            report.bad.setdefault(role, {})[index] = f"{fault.label} {_note(fault, rows)}"
-            if fault.certain:
-                report.certain.setdefault(role, {})[index] = report.bad[role][index]
+        judged = judge_labels(rows, compared, use_stress=use_stress, sets_by=sets_by)
+        found += judged.findings
+        report.frames = _curves(names, compared, judged.check)
+        for frames_of, wrong in ((report.bad, judged.bad), (report.certain, judged.certain)):
+            for i, reason in wrong.items():
+                role, index = chosen[i]
+                frames_of.setdefault(role, {})[index] = reason
+        if findings is None and judged.certain:  # one wrong label makes all forces seem not to correlate
+            units_found, _ = units([i for i in range(len(rows)) if i not in judged.certain])
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
+    found += units_found
     found.sort(key=lambda f: SEVERITIES.index(f.severity))
     return report
+
+
+@dataclass
+class JudgedLabels:
+    """Labels beside predictions.
+
+    Attributes:
+        findings: sets of energies and wrong labels.
+        check: residuals and faults.
+        bad: {place of the frame: reason} of those with a wrong label.
+        certain: those of them whose label is wrong beyond doubt.
+    """
+
+    findings: list[Finding]
+    check: LabelCheck
+    bad: dict[int, str] = field(default_factory=dict)
+    certain: dict[int, str] = field(default_factory=dict)
+
+
+def judge_labels(
+    rows: Sequence[Row], compared: Sequence[Compared], *, use_stress: bool, sets_by: str | None = None
+) -> JudgedLabels:
+    """Which labels do not belong to their structures.
+
+    Args:
+        rows: of the schema.
+        compared: the same beside the pretrained model.
+        use_stress: stress will be trained on.
+        sets_by: column that names the set of a frame, where each set has references of its own.
+    """
+    sets_found = energy_sets(rows, compared) if sets_by is None else known_sets(rows, compared, sets_by)
+    check = check_labels(sets_found.aligned(compared))  # each energy beside those of its own set
+    if not use_stress:  # no frame is lost for a label that nobody trains on
+        check.faults = [replace(f, certain=f.certain and f.label != "stress") for f in check.faults]
+    judged = JudgedLabels([*sets_found.findings, *label_findings(check.faults, rows)], check)
+    for fault in (f for f in check.faults if f.cause != "group" or f.certain):
+        judged.bad[fault.index] = f"{fault.label} {_note(fault, rows)}"
+        if fault.certain:
+            judged.certain[fault.index] = judged.bad[fault.index]
+    return judged
 
 
 def without_bad_labels(splits: Splits, wrong: Mapping[str, Mapping[int, str]]) -> Splits:

@@ -241,12 +241,12 @@ def _comparisons(
 
 
 def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool) -> Comparison | None:
-    """Energies relative to the mean of their composition (and charge and spin); ``None`` without two alike."""
+    """Energies relative to the mean of their composition, charge, spin and level of theory; ``None`` without two alike."""
     kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
         if row["energy"] is not None and np.isfinite(predicted["energy"]):
             state = electrons.state(row.get("charge"), row.get("spin")) if by_state else ()
-            kind = (*sorted(row["numbers"]), state)
+            kind = (*sorted(row["numbers"]), state, row.get("theory") or "")
             kinds.setdefault(kind, []).append((row["energy"], float(predicted["energy"])))
     centred = [np.array(k) - np.mean(k, axis=0) for k in kinds.values() if len(k) > 2]
     if not centred:

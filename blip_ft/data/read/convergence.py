@@ -1,14 +1,17 @@
 """Calculations that did not converge, as their own files tell.
 
-ASE's readers drop what a program says about convergence, so OUTCAR and vasprun.xml are looked at once
-more beside them, one flag for each ionic step:
+ASE's readers drop what a program says about convergence, so these files are looked at once more beside them, one
+flag for each ionic step:
 
-OUTCAR        a line says that EDIFF was not reached, or (VASP 5) no line says that it was and the last
-              electronic step is the NELM-th
-vasprun.xml   as many electronic steps as NELM allows (what pymatgen goes by)
+OUTCAR            a line says that EDIFF was not reached, or (VASP 5) no line says that it was and the last
+                  electronic step is the NELM-th
+vasprun.xml       as many electronic steps as NELM allows (what pymatgen goes by)
+ORCA              the energy is marked ``(... not fully converged!)``, or the last word on the SCF is that it did not
+                  converge
+Quantum ESPRESSO  "convergence NOT achieved": energy without its ``!``, forces only with ``scf_must_converge=.false.``
 
-An ORCA energy that is not a number, and a step of Quantum ESPRESSO with forces and without a final energy,
-are those readers' way to say so; elsewhere a value such as ``scf_converged`` that is false.
+ASE gives an ORCA energy that is marked as NaN, and a step of Quantum ESPRESSO without its energy; elsewhere a value such
+as ``scf_converged`` that is false says so.
 """
 
 from __future__ import annotations
@@ -28,6 +31,19 @@ FLAGS = ("scf_converged", "electronic_converged", "converged_electronic", "dft_c
 _DELIMITER = "FREE ENERGIE OF THE ION-ELECTRON SYSTEM"  # the end of an ionic step, for ASE too
 _NELM = re.compile(r"\bNELM\s*=\s*(\d+)")
 _ITERATION = re.compile(r"Iteration\s+\d+\(\s*(\d+)\)")
+#: what ORCA puts beside an energy: up to version 4, which ASE knows, and since version 5, where ASE finds no number
+_ORCA_MARKS = ("Wavefunction not fully converged", "SCF not fully converged")
+_ORCA_ENDS = ("ORCA TERMINATED NORMALLY", "ORCA GEOMETRY RELAXATION STEP")
+#: where a structure begins in an output of pw.x, and what makes ASE count it as a frame
+_PW_BEGIN = ("Program PWSCF", "ATOMIC_POSITIONS")
+_PW_RESULT = (
+    "!    total energy",
+    "Forces acting on atoms",
+    "total   stress",
+    "Magnetic moment per site",
+    "End of self-consistent calculation",
+    "End of band structure calculation",
+)
 _FALSE = frozenset({"f", "false", "no", "0"})
 
 
@@ -38,7 +54,12 @@ def steps(path: Path, kind: str) -> Iterator[bool]:
         path: the file, compressed or not.
         kind: ASE's name of the format.
     """
-    reader = {"vasp-out": _outcar, "vasp-xml": _vasprun}.get(kind)
+    reader = {
+        "vasp-out": _outcar,
+        "vasp-xml": _vasprun,
+        "orca-output": _orca,
+        "espresso-out": _espresso,
+    }.get(kind)
     return repeat(True) if reader is None else chain(reader(path), repeat(True))
 
 
@@ -90,3 +111,39 @@ def _vasprun(path: Path) -> Iterator[bool]:
                     element.clear()
     except (ET.ParseError, ValueError):  # cut short: ASE reads the steps before
         return
+
+
+def orca_text(path: Path) -> str:
+    """An ORCA output with the mark of unconverged energies that ASE knows."""
+    with open_with_compression(str(path), "rt") as file:
+        text: str = file.read()
+    return text.replace(_ORCA_MARKS[1], _ORCA_MARKS[0])
+
+
+def _orca(path: Path) -> Iterator[bool]:
+    good = True
+    with open_with_compression(str(path), "rt") as file:
+        for line in file:
+            if "SCF CONVERGED AFTER" in line or "SCF NOT CONVERGED AFTER" in line:
+                good = "NOT" not in line
+            elif "FINAL SINGLE POINT ENERGY" in line and any(mark in line for mark in _ORCA_MARKS):
+                good = False
+            if any(end in line for end in _ORCA_ENDS):
+                yield good
+                good = True
+
+
+def _espresso(path: Path) -> Iterator[bool]:
+    good, frame = True, False
+    with open_with_compression(str(path), "rt") as file:
+        for line in file:
+            if any(word in line for word in _PW_BEGIN):
+                if frame:
+                    yield good
+                good, frame = True, False
+            elif "convergence NOT achieved" in line:
+                good = False
+            elif not frame:
+                frame = any(word in line for word in _PW_RESULT)
+    if frame:
+        yield good

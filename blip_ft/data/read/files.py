@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def _images(path: Path, kind: str) -> tuple[Iterator[Atoms], bool]:
         return _database(path), False
     if kind == "vasp-out":  # by itself ASE makes a list of all steps: which one is damaged would be lost
         return _outcar(path), False
+    if kind == "orca-output":
+        return ase.io.iread(StringIO(convergence.orca_text(path)), index=":", format=kind), True
     eager = kind in ioformats and not ioformats[kind].single and kind not in _STEP_BY_STEP
     return ase.io.iread(str(path), index=":", format=kind), eager
 

@@ -60,7 +60,7 @@ from blip_ft.errors import DataError, nearest
 __all__ = ["FEATURES", "Mapper", "RawFrame", "canonical_split", "to_numbers", "voigt"]
 
 #: part of the cache key: raise it when a source must be read anew
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _VECTORS = Sequence(Sequence(Value("float64")))
 FEATURES = Features(

@@ -37,11 +37,15 @@ class SetAside:
         places: ``"file, frame N: reason"`` of each frame.
         energies: of isolated atoms, eV by atomic number; the first that was met.
         others: an error for each isolated atom whose energy differs from the first of its element.
+        by: column that names the reference set of a frame, where there are several (``data.reference_sets``).
+        of_sets: energies by set, then by atomic number; ``energies`` are those of the first set that was met.
     """
 
     places: list[str] = field(default_factory=list)
     energies: dict[int, float] = field(default_factory=dict)
     others: list[DataError] = field(default_factory=list)
+    by: str | None = None
+    of_sets: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def examples(self, frames: datasets.Dataset) -> datasets.Dataset:
         """The frames of a source that are examples; the others are entered here.
@@ -80,12 +84,16 @@ class SetAside:
 
     def _enter(self, row: dict[str, Any]) -> None:
         z, energy = row["numbers"][0], row["energy"]
+        name = "" if self.by is None else row[self.by]
+        energies = self.of_sets.setdefault(name, {})
+        if energy is not None:
+            self.energies.setdefault(z, energy)
         note = "an isolated atom, kept as reference"
-        if energy is not None and abs(self.energies.setdefault(z, energy) - energy) > _SAME:
-            note = f"an isolated atom; its energy is not that of the one before ({self.energies[z]:.6f} eV)"
+        if energy is not None and abs(energies.setdefault(z, energy) - energy) > _SAME:
+            note = f"an isolated atom; its energy is not that of the one before ({energies[z]:.6f} eV)"
             self.others.append(
                 DataError(
-                    f"an isolated atom of element {z} has {energy:.6f} eV here and {self.energies[z]:.6f} eV before",
+                    f"an isolated atom of element {z} has {energy:.6f} eV here and {energies[z]:.6f} eV before",
                     file=row["source"],
                     frame=row["frame"],
                     field="energy",

@@ -67,6 +67,7 @@ class Splits:
         dropped: frames that no role took, each as ``"file, frame: reason"``.
         isolated: energies of isolated atoms in all sources, eV by atomic number, that of ``train`` first;
             they are references and no frames to train on.
+        isolated_of: the same by reference set, where there are several.
     """
 
     train: datasets.Dataset
@@ -76,6 +77,7 @@ class Splits:
     rule: str
     dropped: list[str] = field(default_factory=list)
     isolated: dict[int, float] = field(default_factory=dict)
+    isolated_of: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def roles(self) -> Parts:
         """All sets by name; test sets as ``test/seen``, ``test/<unseen>``."""
@@ -90,7 +92,8 @@ def load_splits(config: DataConfig) -> Splits:
         DataError: a source cannot be read, a role that was asked for would be empty, a test set
             has a reserved name, or a frame stands in two roles.
     """
-    aside = SetAside()
+    sets = config.reference_sets
+    aside = SetAside(by=None if sets is None else sets.by)
     frames = load_role(config, config.train) if config.stream is None else sample_of(config)
     source = aside.examples(frames)
     given = {name: aside.examples(part) for name, part in _load_given(config).items()}
@@ -132,6 +135,7 @@ def load_splits(config: DataConfig) -> Splits:
         rule=" ".join(rules),
         dropped=dropped,
         isolated=aside.energies,
+        isolated_of=aside.of_sets,
     )
     check_disjoint(splits, divided)
     return splits

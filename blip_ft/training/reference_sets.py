@@ -1,0 +1,100 @@
+"""References of their own for each set of energies (``data.reference_sets``), chosen on its training frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from blip_ft.config import DataConfig
+from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.data.batch.ledger import Ledger
+from blip_ft.data.batch.reference_sets import ReferenceSets, sets_of
+from blip_ft.data.references import References, fit_references
+from blip_ft.errors import DataError, nearest
+from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.training.reference_shift import choose
+
+
+def fit_reference_sets(
+    config: DataConfig,
+    potential: BayesianPotential,
+    train: FrameDataset,
+    isolated: Mapping[str, Mapping[int, float]],
+    console: Console,
+    ledger: Ledger,
+) -> ReferenceSets:
+    """References of every set of the training frames, as ``data.references`` says, relative to those of the default.
+
+    With ``keep`` the default has the pretrained model's zero, and the others are fitted to it.
+
+    Args:
+        config: the recipe's ``data``, with ``reference_sets``.
+        potential: pretrained.
+        train: training frames, energies as they were read.
+        isolated: energies of isolated atoms in the sources, eV, by set and atomic number.
+        console: where the fits are described.
+        ledger: of the pretrained model.
+
+    Raises:
+        DataError: a frame that names no set; a default or given energies of a set that no frame is of; an element
+            without a given energy.
+    """
+    options = config.reference_sets
+    assert options is not None
+    members = sets_of(train.frames, options.by)
+    if "" in members:
+        raise ReferenceSets("", {name: {} for name in members if name}, options.by).unknown(
+            train.frames[members[""][0]]
+        )
+    for name, key in [(options.default, "default"), *((n, "energies") for n in options.energies)]:
+        if name not in members:
+            raise DataError(
+                f"no training frame with an energy is of the set '{name}'; there are {', '.join(members) or 'none'}",
+                field=f"data.reference_sets.{key}",
+                remedy=nearest(name, members) if members else "give frames with energies",
+            )
+    shifts: dict[str, dict[int, float]] = {}
+    for name, index in members.items():
+        items = [train[i] for i in index]
+        known = ledger.ask(items)
+        residual = np.array([float(i.labels["energy"]) - k.energy for i, k in zip(items, known, strict=True)])
+        references = _of_set(config, potential, name, [i.atoms.numbers for i in items], residual, isolated)
+        shifts[name] = {} if references is None else dict(references.shift)
+        if references is not None:
+            console.print(f"{name}: {references.describe()}", markup=False)
+    base = shifts[options.default]
+    relative = {
+        name: {} if name == options.default else {z: e - base.get(z, 0.0) for z, e in shift.items()}
+        for name, shift in shifts.items()
+    }
+    return ReferenceSets(options.default, relative, options.by)
+
+
+def _of_set(
+    config: DataConfig,
+    potential: BayesianPotential,
+    name: str,
+    numbers: list[np.ndarray],
+    residual: np.ndarray,
+    isolated: Mapping[str, Mapping[int, float]],
+) -> References | None:
+    """The references of one set; ``None`` for those of the pretrained model."""
+    options: Any = config.reference_sets
+    fitted = fit_references(numbers, residual)
+    if config.references == "keep":
+        return None if name == options.default else fitted
+    try:
+        return choose(of_set(config, name), potential, numbers, residual, isolated.get(name, {}), fitted)[0]
+    except DataError as error:
+        raise DataError(
+            f"{name}: {error.problem}", field=error.field, remedy=error.remedy, file=error.file
+        ) from error
+
+
+def of_set(config: DataConfig, name: str) -> DataConfig:
+    """The recipe's ``data`` with the given energies of one set as the only ones."""
+    options: Any = config.reference_sets
+    return config.model_copy(update={"reference_energies": options.energies.get(name, {})})
