@@ -334,9 +334,15 @@ class Backbone(nn.Module, ABC):
                     field=key,
                 )
 
-    def batch(self, atoms: Sequence[Atoms], *, parts: int = 1) -> Batch:
-        """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``."""
-        graphs = [self.graph(a) for a in atoms]
+    def batch(self, atoms: Sequence[Atoms], *, graphs: Sequence[Any] | None = None, parts: int = 1) -> Batch:
+        """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``.
+
+        Args:
+            atoms: structures.
+            graphs: theirs, where they are made already.
+            parts: also put them into up to so many batches.
+        """
+        graphs = [self.graph(a) for a in atoms] if graphs is None else graphs
 
         def batch_of(some: range) -> Batch:
             chosen = atoms[some.start : some.stop], graphs[some.start : some.stop]

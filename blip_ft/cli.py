@@ -12,13 +12,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from blip_ft import commands
 from blip_ft.errors import BlipError
+from blip_ft.signals import Terminated
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 #: failures of the machine rather than of the program: full disk, quota, no permission
 _USERS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt.
+        The exit code: 0, 2 after an error that the user can mend, 3 if frames were left out, 130 after an interrupt,
+        143 where the program was told to end.
     """
     parser = _parser()
     args, more = parser.parse_known_args(argv)
@@ -39,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         args.overrides += more
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
+    except Terminated:
+        _complain("terminated")
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error))
         return EXIT_USER_ERROR
-    return 0
+    return code or 0
 
 
 def _is_users(error: Exception) -> bool:
@@ -68,7 +75,8 @@ def _complain(message: str) -> None:
     from rich.markup import escape
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(message)}")
+    with suppress(OSError):  # nobody may be reading
+        console.print(f"[bold red]error:[/] {escape(message)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="show the version and exit")
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
         sub = group.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(run=run)
         return sub
@@ -117,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("-o", "--output", metavar="OUT", required=True, help="the .extxyz file to write")
     _add_prediction(predict)
+    predict.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the finished batches that an earlier call has left beside OUT",
+    )
+    predict.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out frames that cannot be predicted, say which, and end with exit code 3",
+    )
 
     inspect = command(
         "inspect", commands.inspect, "list which modules are converted, and which are left and why"
@@ -210,7 +230,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="structures per call (16)")
+    parser.add_argument(
+        "--batch-size", type=_count, default=16, metavar="N", help="structures per call, at most (16)"
+    )
+    parser.add_argument(
+        "--batch-atoms",
+        type=_count,
+        metavar="N",
+        help="atoms per call, at most; a larger structure comes alone (2048 on a GPU; on a CPU 64 per thread, at least 128)",
+    )
     parser.add_argument(
         "--method",
         choices=("draws", "energy", "linear"),

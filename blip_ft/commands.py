@@ -1,4 +1,4 @@
-"""The commands of ``blip-finetune``: each takes the parsed arguments, prints, and returns nothing.
+"""The commands of ``blip-finetune``: each takes the parsed arguments, prints, and returns an exit code other than 0 or nothing.
 
 They import what they need when they run, so that ``--help`` is instant. What the input caused is a
 :class:`~blip_ft.errors.BlipError`; :mod:`blip_ft.cli` makes messages and exit codes of it.
@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 
 from blip_ft.console import announce, metrics_table, module_table, new_table, show, show_json
 from blip_ft.errors import BlipError
+
+#: an output that is whole but for frames that could not be predicted
+EXIT_LEFT_OUT = 3
 
 if TYPE_CHECKING:
     from blip_ft.backbone import Backbone
@@ -96,6 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
         frames,
         args.source,
         batch_size=args.batch_size,
+        batch_atoms=args.batch_atoms,
         n_draws=args.draws,
         method=args.method,
     )
@@ -106,29 +110,38 @@ def evaluate(args: argparse.Namespace) -> None:
     show(metrics_table(args.source, metrics))
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Predict structures into a file."""
+def predict(args: argparse.Namespace) -> int:
+    """Predict structures into a file; the exit code is 3 where some were left out."""
+    from blip_ft.kept_batches import how_to_go_on
+    from blip_ft.signals import terminable
+
     potential = _load(args)  # says so before the long imports
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from blip_ft.predict_file import predict_file
+    from blip_ft.predict_progress import shown
 
-    console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.completed} structures"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        done = predict_file(
-            potential,
-            args.source,
-            args.output,
-            batch_size=args.batch_size,
-            n_draws=args.draws,
-            method=args.method,
-            overwrite=args.overwrite,
-            progress=lambda n: bar.update(task, completed=n),
-        )
-    print(f"{args.output}: {done} structures")
+    try:
+        with terminable(), shown() as progress:
+            done = predict_file(
+                potential,
+                args.source,
+                args.output,
+                batch_size=args.batch_size,
+                batch_atoms=args.batch_atoms,
+                n_draws=args.draws,
+                method=args.method,
+                overwrite=args.overwrite,
+                resume=args.resume,
+                skip_bad=args.skip_bad,
+                progress=progress,
+            )
+    except BaseException:
+        announce(how_to_go_on(Path(args.output)))
+        raise
+    for place, reason in done.left_out:
+        announce(f"left out: {place}: {reason}")
+    aside = f", {len(done.left_out)} left out" if done.left_out else ""
+    print(f"{args.output}: {done.written} structures{aside}")
+    return EXIT_LEFT_OUT if done.left_out else 0
 
 
 def _load(args: argparse.Namespace) -> BayesianPotential:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blip_ft.errors import readable
@@ -22,9 +23,13 @@ def is_rank_zero() -> bool:
 
 
 def announce(text: str) -> None:
-    """A line on standard error at once, before the imports and the files that it is about."""
-    if is_rank_zero():
-        print(text, file=sys.stderr, flush=True)
+    """A line on standard error at once, before the imports and the files that it is about; none for an empty text.
+
+    Nobody may be reading any more, and the log may be full: that stops no work.
+    """
+    if text and is_rank_zero():
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def new_table(*columns: str, title: str) -> Table:
