@@ -66,6 +66,8 @@ class Batch:
         copies: ``m`` -> a batch of all structures m times over, without keys and labels, for several draws
             in one call; ``None`` where nobody has said how.
         parts: the same structures in several batches, to be evaluated side by side on a CPU; may be empty.
+        in_turn: the parts are to be evaluated one after the other, as memory is short; on any device.
+        items: what the batch was made of, to make parts of it later; empty where a data loader's worker has made it.
     """
 
     graph: Any
@@ -76,6 +78,8 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     copies: Callable[[int], Batch] | None = None
     parts: tuple[Batch, ...] = ()
+    in_turn: bool = False
+    items: tuple[Any, ...] = ()
 
     @property
     def n_structures(self) -> int:
@@ -99,6 +103,7 @@ class Batch:
             labels={k: v.to(device) for k, v in self.labels.items()},
             copies=None if copies is None else lambda m: copies(m).to(device),
             parts=self.parts if torch.device(device).type == "cpu" else (),
+            items=self.items,
         )
 
 

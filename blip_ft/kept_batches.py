@@ -107,7 +107,7 @@ class KeptBatches:
         except OSError as error:
             raise _cannot_write(self.target, error) from error
         now.read, now.size = now.read + read, now.size + len(data)
-        now.left_out += [tuple(pair) for pair in left_out]
+        now.left_out += left_out
 
     def finish(self, *, overwrite: bool) -> None:
         """Give the output its name.
@@ -155,7 +155,7 @@ class KeptBatches:
             return
         part, journal = part_of(self.target), journal_of(self.target)
         if part.exists():  # what a full disk or an interrupt has cut
-            with suppress(OSError, _Damaged):
+            with suppress(OSError, _DamagedError):
                 os.truncate(part, self.progress.size)
                 _header, _known, end = _read(journal, part)
                 os.truncate(journal, end)
@@ -197,7 +197,7 @@ def keep_batches(
         if found and resume:
             try:
                 before, progress, end = _read(journal, part)
-            except _Damaged:
+            except _DamagedError:
                 before = {}  # not even the first line is whole: start anew
             _same(given, before, journal)
             given = {k: before.get(k) if v is None and before else v for k, v in given.items()}
@@ -225,12 +225,12 @@ def how_to_go_on(target: Path) -> str:
         return ""
     try:
         _, progress, _ = _read(journal, part)
-    except _Damaged:
+    except _DamagedError:
         return ""
     return f"{progress.read} structures are done and kept in {part}: the same command with --resume goes on"
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The first line of a journal is not there."""
 
 
@@ -240,9 +240,9 @@ def _read(journal: Path, part: Path) -> tuple[dict[str, Any], Progress, int]:
         lines = journal.read_bytes().splitlines(keepends=True)
         header = json.loads(lines[0])
         if header.pop("format") != FORMAT or header.pop("version") != VERSION:
-            raise _Damaged
+            raise _DamagedError
     except (OSError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-        raise _Damaged from error
+        raise _DamagedError from error
     progress, end = Progress(), len(lines[0])
     with part.open("rb") as body:
         for line in lines[1:]:
@@ -275,7 +275,7 @@ def _same(header: Mapping[str, Any], before: Mapping[str, Any], journal: Path) -
 def _how_far(part: Path, journal: Path) -> str:
     try:
         return f" ({_read(journal, part)[1].read} structures are done)"
-    except _Damaged:
+    except _DamagedError:
         return ""
 
 

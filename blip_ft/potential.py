@@ -27,6 +27,7 @@ from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.base.posterior import RowRecorder
 from blip_ft.families.build import make_posterior, make_prior
 from blip_ft.parts import evaluate_parts
+from blip_ft.parts_in_turn import evaluate_in_turn
 from blip_ft.side_by_side import width
 from blip_ft.uncertainty.calibration import Calibration
 from blip_ft.variational import Mode, Rows, convert
@@ -330,7 +331,10 @@ class BayesianPotential(nn.Module):
                 )
             return out, self.structure_kl
 
-        if self._in_parts(batch, draw, latent):
+        if batch.in_turn:
+            out, own = evaluate_in_turn(evaluate, batch.parts, self.parameters())
+            self.converted.noise.structure_kl = own
+        elif self._in_parts(batch, draw, latent):
             out, own = evaluate_parts(evaluate, batch.parts, self.parameters())
             self.converted.noise.structure_kl = own
         else:

@@ -85,7 +85,7 @@ def _parsed(lines: list[str], name: str, frame: int) -> Atoms | DataError:
     try:
         text = io.StringIO("".join(lines))
         atoms: Atoms = next(read_xyz(text, index=0, properties_parser=read_comment))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 whatever ASE raises for a damaged frame
         problem = unreadable(name, error, "extxyz", frame)
         problem.__cause__ = error
         return problem

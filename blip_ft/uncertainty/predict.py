@@ -106,6 +106,27 @@ def _draws_that_fit(potential: BayesianPotential, batch: Batch, n: int, *, stres
     return moments_of_draws(potential, replace(batch, copies=None, parts=()), n, stress=stress)
 
 
+def predict_collated(potential: BayesianPotential, batch: Batch, *, n_draws: int) -> BatchMoments:
+    """:func:`predict_batch` without stress, for a batch that others have made; by halves where memory runs out.
+
+    Args:
+        potential: the model.
+        batch: from ``data.dataset.collate``, on the model's device.
+        n_draws: draws.
+    """
+    backbone, items = potential.backbone, batch.items
+
+    def work(some: range) -> BatchMoments:
+        whole = len(some) == batch.n_structures
+        piece = batch if whole else collate(backbone, items[some.start : some.stop]).to(backbone.device)
+        return predict_batch(potential, piece, n_draws=n_draws, stress=False)
+
+    if not items:  # a worker's batch cannot be divided
+        return predict_batch(potential, batch, n_draws=n_draws, stress=False)
+    sizes = batch.n_atoms.tolist()
+    return BatchMoments.concatenate(by_halves(work, range(len(sizes)), sizes, what="validation"))
+
+
 def predict_set(
     potential: BayesianPotential,
     dataset: FrameDataset,
