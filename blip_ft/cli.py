@@ -183,6 +183,20 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", commands.report, "write the report of a run again")
     report.add_argument("run_folder", metavar="RUN", help="a run's folder")
+
+    runs = command("runs", commands.runs, "list the runs in a folder: model, frames, state, figures, time")
+    runs.add_argument(
+        "folder", metavar="DIR", nargs="?", default="runs", help="where recipes write them (runs)"
+    )
+    runs.add_argument("--json", action="store_true", help="print JSON")
+
+    compare = command(
+        "compare", commands.compare, "show metrics and differences of the recipes of two runs side by side"
+    )
+    compare.add_argument("run_folder", metavar="RUN", help="a run's folder")
+    compare.add_argument("other_folder", metavar="RUN", help="that of another one")
+    compare.add_argument("--html", metavar="FILE", help="also write it as an HTML page")
+    compare.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

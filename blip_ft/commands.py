@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 def fit(args: argparse.Namespace) -> None:
     """Fine-tune by a recipe."""
     from blip_ft.config import load_recipe
+    from blip_ft.config.loggers import require_loggers
 
     recipe = load_recipe(args.recipe, _overrides(args))  # a wrong key is told before the long imports
+    require_loggers(recipe.trainer.get("logger"))
     announce(f"loading {recipe.model.adapter}:{recipe.model.checkpoint} ...")
     from blip_ft.training.fit import fit as run
 
@@ -272,6 +274,42 @@ def report(args: argparse.Namespace) -> None:
     from blip_ft.rewrite_report import rewrite_report
 
     print(rewrite_report(args.run_folder))
+
+
+def runs(args: argparse.Namespace) -> None:
+    """List the runs in a folder."""
+    from blip_ft.run_folders import read_runs
+
+    found = read_runs(args.folder)
+    if args.json:
+        print(json.dumps([run.to_json() for run in found], indent=1))
+        return
+    if not found:
+        print(f"no runs in {args.folder}")
+        return
+    from blip_ft.report.comparison import runs_table
+
+    show(runs_table(found, f"runs in {args.folder}"))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Metrics and recipes of two runs side by side."""
+    from rich.console import Console
+
+    from blip_ft.compare_runs import compare as compared
+    from blip_ft.files import check_target
+    from blip_ft.run_folders import finished_run
+
+    page = None if args.html is None else check_target(args.html, overwrite=True)
+    comparison = compared(finished_run(args.run_folder), finished_run(args.other_folder))
+    from blip_ft.report.comparison import print_comparison, to_json, write_comparison
+
+    if page is not None:
+        announce(f"comparison: {write_comparison(page, comparison)}")
+    if args.json:
+        show_json(to_json(comparison))
+        return
+    print_comparison(Console(width=None if sys.stdout.isatty() else 240, highlight=False), comparison)
 
 
 def data_convert(args: argparse.Namespace) -> None:

@@ -15,7 +15,19 @@ from blip_ft import cli, commands
 from blip_ft.backbone import missing_backend
 from blip_ft.errors import BlipError
 
-COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
+COMMANDS = (
+    "fit",
+    "check",
+    "evaluate",
+    "predict",
+    "export",
+    "inspect",
+    "doctor",
+    "recipes",
+    "report",
+    "runs",
+    "compare",
+)
 
 
 @pytest.mark.parametrize("argv", [["--help"], *[[c, "--help"] for c in COMMANDS]])
