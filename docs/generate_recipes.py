@@ -44,6 +44,7 @@ Every keyword argument of `lightning.Trainer` under its own name, for instance
 | `trainer.accelerator` | `cpu`, `gpu`, `mps`, `auto` |
 | `trainer.devices` | number of processes or devices |
 | `trainer.gradient_clip_val` | largest norm of the gradient |
+| `trainer.logger` | beside `metrics.csv`: `tensorboard` (default), `wandb`, `mlflow`, a list of these, or a mapping to arguments of Lightning's class: `{wandb: {project: sio2, offline: true}}`. The service's package is yours to install; `false` for none |
 """
 
 #: JSON Schema's bounds in words

@@ -28,22 +28,22 @@ def evaluate_parts(
     """
     wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if not wanted:
-        named = [_named(result) for result in side_by_side(evaluate, parts)]
-        return _unnamed({name: torch.cat([n[name] for n in named]) for name in named[0]})
+        results = [named(result) for result in side_by_side(evaluate, parts)]
+        return unnamed({name: torch.cat([r[name] for r in results]) for name in results[0]})
     names: list[str] = []
     flat = _Parts.apply(evaluate, parts, names, *wanted)
-    return _unnamed(dict(zip(names, flat, strict=True)))
+    return unnamed(dict(zip(names, flat, strict=True)))
 
 
-def _named(result: tuple[Prediction, Tensor | None]) -> dict[str, Tensor]:
+def named(result: tuple[Prediction, Tensor | None]) -> dict[str, Tensor]:
     """What an evaluation has given, by name."""
     prediction, own = result
     values = {f.name: getattr(prediction, f.name) for f in fields(prediction)} | {"own": own}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _unnamed(values: dict[str, Tensor]) -> tuple[Prediction, Tensor | None]:
-    """The inverse of :func:`_named`."""
+def unnamed(values: dict[str, Tensor]) -> tuple[Prediction, Tensor | None]:
+    """The inverse of :func:`named`."""
     own = values.pop("own", None)
     return Prediction(**values), own
 
@@ -56,12 +56,17 @@ class _Parts(torch.autograd.Function):
         ctx: Any, evaluate: Any, parts: Sequence[Batch], names: list[str], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            ctx.results = [_named(result) for result in side_by_side(evaluate, parts)]
+            ctx.results = [named(result) for result in side_by_side(evaluate, parts)]
         names.extend(ctx.results[0])
         ctx.names, ctx.parameters = names, parameters
         ctx.set_materialize_grads(False)
         outputs = tuple(torch.cat([r[name].detach() for r in ctx.results]) for name in names)
-        fixed = [o for name, o in zip(names, outputs, strict=True) if not ctx.results[0][name].requires_grad]
+        # forces on an atom alone are constant, those of another part need not be
+        fixed = [
+            o
+            for name, o in zip(names, outputs, strict=True)
+            if not any(r[name].requires_grad for r in ctx.results)
+        ]
         ctx.mark_non_differentiable(*fixed)
         return outputs
 
@@ -85,11 +90,11 @@ class _Parts(torch.autograd.Function):
             return out
 
         each = side_by_side(gradients, range(len(results)))
-        totals = iter([_total(column) for column in zip(*each, strict=True)])
+        totals = iter([total(column) for column in zip(*each, strict=True)])
         return (None, None, None, *(next(totals) if need else None for need in ctx.needs_input_grad[3:]))
 
 
-def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+def total(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Sum in the order of the parts, so that it does not depend on which was first."""
     known = [p for p in parts if p is not None]
     return sum(known[1:], known[0]) if known else None

@@ -62,6 +62,8 @@ class Batch:
         copies: ``m`` -> a batch of all structures m times over, without keys and labels, for several draws
             in one call; ``None`` where nobody has said how.
         parts: the same structures in several batches, to be evaluated side by side on a CPU; may be empty.
+        in_turn: the parts are to be evaluated one after the other, as memory is short; on any device.
+        items: what the batch was made of, to make parts of it later; empty where a data loader's worker has made it.
     """
 
     graph: Any
@@ -72,6 +74,8 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     copies: Callable[[int], Batch] | None = None
     parts: tuple[Batch, ...] = ()
+    in_turn: bool = False
+    items: tuple[Any, ...] = ()
 
     @property
     def n_structures(self) -> int:
@@ -95,6 +99,7 @@ class Batch:
             labels={k: v.to(device) for k, v in self.labels.items()},
             copies=None if copies is None else lambda m: copies(m).to(device),
             parts=self.parts if torch.device(device).type == "cpu" else (),
+            items=self.items,
         )
 
 
@@ -328,9 +333,15 @@ class Backbone(nn.Module, ABC):
                     field=key,
                 )
 
-    def batch(self, atoms: Sequence[Atoms], *, parts: int = 1) -> Batch:
-        """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``."""
-        graphs = [self.graph(a) for a in atoms]
+    def batch(self, atoms: Sequence[Atoms], *, graphs: Sequence[Any] | None = None, parts: int = 1) -> Batch:
+        """Graphs and batch of several structures in one call; ``parts`` as for ``data.dataset.collate``.
+
+        Args:
+            atoms: structures.
+            graphs: theirs, where they are made already.
+            parts: also put them into up to so many batches.
+        """
+        graphs = [self.graph(a) for a in atoms] if graphs is None else graphs
 
         def batch_of(some: range) -> Batch:
             chosen = atoms[some.start : some.stop], graphs[some.start : some.stop]

@@ -1,6 +1,7 @@
 """The command line, ``blip-finetune``: its arguments, and what becomes of errors.
 
-Each command is a file here: its line of help (``HELP``), its arguments (``add``), and what it does (``run``). It
+Each command is a file here: its line of help (``HELP``), its arguments (``add``), and what it does (``run``, which returns an exit code
+other than 0, or nothing). It
 imports what it needs when it runs, so that ``--help`` is instant. An error that the input caused
 (:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one message on standard error
 and exit code 2; anything else is a defect and keeps its trace-back.
@@ -13,10 +14,12 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from blip_ft.cli import (
     check,
+    compare,
     data,
     doctor,
     evaluate,
@@ -26,14 +29,30 @@ from blip_ft.cli import (
     predict,
     recipes,
     report,
+    runs,
 )
 from blip_ft.errors import BlipError
+from blip_ft.signals import Terminated
 
 #: in the order of the help
-COMMANDS: tuple[Any, ...] = (fit, check, evaluate, predict, inspect, doctor, recipes, export, data, report)
+COMMANDS: tuple[Any, ...] = (
+    fit,
+    check,
+    evaluate,
+    predict,
+    inspect,
+    doctor,
+    recipes,
+    export,
+    data,
+    report,
+    runs,
+    compare,
+)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 #: failures of the machine rather than of the program: full disk, quota, no permission
 _USERS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -45,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt.
+        The exit code: 0, 2 after an error that the user can mend, 3 if frames were left out, 130 after an interrupt,
+        143 where the program was told to end.
     """
     parser = make_parser()
     args, more = parser.parse_known_args(argv)
@@ -54,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         args.overrides += more
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
+    except Terminated:
+        _complain("terminated")
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
@@ -68,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error))
         return EXIT_USER_ERROR
-    return 0
+    return code or 0
 
 
 def _is_users(error: Exception) -> bool:
@@ -83,7 +106,8 @@ def _complain(message: str) -> None:
     from rich.markup import escape
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(message)}")
+    with suppress(OSError):  # nobody may be reading
+        console.print(f"[bold red]error:[/] {escape(message)}")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -37,7 +37,15 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 def add_prediction(parser: argparse.ArgumentParser) -> None:
     """How structures are predicted."""
-    parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="structures per call (16)")
+    parser.add_argument(
+        "--batch-size", type=count, default=16, metavar="N", help="structures per call, at most (16)"
+    )
+    parser.add_argument(
+        "--batch-atoms",
+        type=count,
+        metavar="N",
+        help="atoms per call, at most; a larger structure comes alone (2048 on a GPU; on a CPU 64 per thread, at least 128)",
+    )
     parser.add_argument(
         "--method",
         choices=("draws", "energy", "linear"),

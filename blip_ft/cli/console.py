@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blip_ft.errors import readable
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 
 
 def announce(text: str) -> None:
-    """A line on standard error at once, before the imports and the files that it is about."""
-    if is_rank_zero():
-        print(text, file=sys.stderr, flush=True)
+    """A line on standard error at once, before the imports and the files that it is about; none for an empty text.
+
+    Nobody may be reading any more, and the log may be full: that stops no work.
+    """
+    if text and is_rank_zero():
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def new_table(*columns: str, title: str) -> Table:

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         frames,
         args.source,
         batch_size=args.batch_size,
+        batch_atoms=args.batch_atoms,
         n_draws=args.draws,
         method=args.method,
     )

@@ -20,8 +20,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Fine-tune by a recipe."""
     from blip_ft.config import load_recipe
+    from blip_ft.config.loggers import require_loggers
 
     recipe = load_recipe(args.recipe, overrides(args))  # a wrong key is told before the long imports
+    require_loggers(recipe.trainer.get("logger"))
     announce(f"loading {recipe.model.adapter}:{recipe.model.checkpoint} ...")
     from blip_ft.training.fit import fit as run
 

@@ -21,21 +21,29 @@ what ASE cannot write so that it reads it again is written in another way (:mod:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from blip_ft.data.read.raw import RawFrame
-from blip_ft.data.read.sources import iterate_frames
+from blip_ft.cli.kept_batches import keep_batches
+from blip_ft.data.batch.frame_count import count_frames
+from blip_ft.data.read.plan import plan
+from blip_ft.data.read.raw import RawFrame, check_geometry
+from blip_ft.data.read.sources import unchecked_frames
 from blip_ft.data.write.extxyz import write_frame
 from blip_ft.errors import DataError
-from blip_ft.files import check_target, whole_file
+from blip_ft.files import check_target
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.potential.fingerprint import fingerprint
+from blip_ft.uncertainty import batch_limits
 from blip_ft.uncertainty.predict import Method, predict_atoms
 
 RESULTS = ("energy", "energies", "forces", "stress")
@@ -55,18 +63,43 @@ PER_STRUCTURE = (
 PER_ATOM = ("energies_std", "forces_std", "forces_std_norm", "forces_std_total", "ood_score")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`predict_file` has done.
+
+    Attributes:
+        written: structures in the output.
+        left_out: place and reason of each that could not be predicted.
+        kept: structures that an earlier call had done, of those that were read.
+    """
+
+    written: int
+    left_out: tuple[tuple[str, str], ...] = ()
+    kept: int = 0
+
+
+class Say(Protocol):
+    """Told after each batch how far a prediction is."""
+
+    def __call__(self, done: int, total: int | None, kept: int) -> object:
+        """Frames that are dealt with, of how many (``None`` if that is not known), and those of an earlier call."""
+
+
 def predict_file(
     potential: BayesianPotential,
     source: str | Path,
     target: str | Path,
     *,
-    batch_size: int = 16,
+    batch_size: int = batch_limits.STRUCTURES,
+    batch_atoms: int | None = None,
     n_draws: int | None = None,
     method: Method = "draws",
     overwrite: bool = False,
-    progress: Callable[[int], Any] | None = None,
-) -> int:
-    """Predict the structures of ``source`` into ``target`` and return their number.
+    resume: bool = False,
+    skip_bad: bool = False,
+    progress: Say | None = None,
+) -> Outcome:
+    """Predict the structures of ``source`` into ``target``.
 
     Args:
         potential: the trained model.
@@ -75,17 +108,22 @@ def predict_file(
         target: the extended XYZ file to write (``.xyz`` or ``.extxyz``, optionally ``.gz``). It
             appears under this name only when it is complete.
         batch_size: structures per call of the model.
+        batch_atoms: atoms per call of more than one structure; by default what the device is good for
+            (``uncertainty.batch_limits``).
         n_draws: draws, or with ``method='linear'`` random directions; see ``uncertainty.predict.predict_batch``.
         method: how error bars are made, likewise.
-        overwrite: replace an existing ``target``.
-        progress: called with the number of structures done after each batch.
+        overwrite: replace an existing ``target``, and what an earlier call has left.
+        resume: go on from the finished batches of an earlier call. The file is then byte for byte that of a call
+            that was never interrupted.
+        skip_bad: leave out frames that cannot be predicted, instead of stopping at the first one.
+        progress: called after each batch.
 
     Raises:
         DataError: the source is missing, empty or damaged, or holds a structure that the model
             cannot describe.
-        BlipError: the target exists or cannot be written.
+        BlipError: the target exists or cannot be written; an earlier call has left batches (``kept_batches``).
 
-        Nothing is left behind then.
+        Finished batches are kept then (:mod:`blip_ft.cli.kept_batches`); where there are none, nothing is left behind.
     """
     path = check_target(target, overwrite=overwrite)
     if not path.name.removesuffix(".gz").endswith((".xyz", ".extxyz")):
@@ -94,22 +132,139 @@ def predict_file(
             file=path,
             remedy="call the output .extxyz or .extxyz.gz",
         )
-    structures = iterate_frames(str(source))
-    done = 0
-    with whole_file(path, overwrite=overwrite) as file:
-        while chunk := list(islice(structures, batch_size)):
-            given = [structure(raw) for raw in chunk]
-            for raw, atoms in zip(chunk, given, strict=True):
-                potential.backbone.check(atoms, file=raw.source, frame=raw.frame)
-            predictions = predict_atoms(
-                potential, given, batch_size=batch_size, n_draws=n_draws, method=method
-            )
-            for atoms, prediction in zip(given, predictions, strict=True):
-                write_frame(file, annotate(atoms, prediction))
-            done += len(given)
+    readings = plan(str(source), labels=False)
+    limit = batch_limits.default_atoms(potential.backbone.device) if batch_atoms is None else batch_atoms
+    header = {
+        "model": fingerprint(potential),
+        "input": hashlib.sha256(repr([(r.digest, r.selector) for r in readings]).encode()).hexdigest(),
+        "method": method,
+        "number of draws": n_draws,
+        "device": potential.backbone.device.type,
+        "batch_size": batch_size,
+        "batch_atoms": batch_atoms,
+    }
+    with keep_batches(path, header, resume=resume, overwrite=overwrite) as kept:
+        limit = kept.header["batch_atoms"] = kept.header["batch_atoms"] or limit
+        frames = chain.from_iterable(unchecked_frames(r, broken=skip_bad) for r in readings)
+        total = count_frames(readings) if progress is not None else None
+        done = before = kept.progress.read
+        if progress is not None and before:
+            progress(before, total, before)
+        seen = (_Frame.of(raw, potential) for raw in islice(frames, before, None))
+        for batch in batch_limits.bounded(seen, _Frame.size, structures=batch_size, atoms=limit):
+            if not skip_bad:
+                for frame in batch:
+                    if frame.error is not None:
+                        raise frame.error
+            text, bad = _predicted(potential, batch, n_draws, method, skip_bad=skip_bad)
+            kept.append(text, len(batch), bad)
+            done += len(batch)
             if progress is not None:
-                progress(done)
-    return done
+                progress(done, total, before)
+        if not kept.progress.written:
+            place, reason = kept.progress.left_out[0]
+            kept.discard()
+            raise DataError(f"no frame can be predicted, the first because {reason}", file=place)
+        kept.finish(overwrite=overwrite)
+        return Outcome(kept.progress.written, tuple(kept.progress.left_out), before)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A frame of the input with its graph, or the reason why it cannot be predicted."""
+
+    place: str
+    atoms: Atoms | None = None
+    graph: Any = None
+    error: DataError | None = None
+
+    @classmethod
+    def of(cls, raw: RawFrame, potential: BayesianPotential) -> _Frame:
+        """The frame that a reader has found."""
+        place = f"{raw.source}, frame {raw.frame}"
+        try:
+            check_geometry(raw)
+            atoms = structure(raw)
+            potential.backbone.check(atoms, file=raw.source, frame=raw.frame)
+            return cls(place, atoms, potential.backbone.graph(atoms))
+        except DataError as error:
+            return cls(place, error=_placed(error, raw.source, raw.frame))
+
+    def size(self) -> int:
+        """Atoms that the model is to be called with."""
+        return 0 if self.atoms is None else len(self.atoms)
+
+
+def _placed(error: DataError, file: str, frame: int) -> DataError:
+    """The same error with file and frame, where the model has said neither."""
+    if error.file is not None:
+        return error
+    return DataError(error.problem, remedy=error.remedy, file=file, frame=frame, field=error.field)
+
+
+def _predicted(
+    potential: BayesianPotential,
+    batch: Sequence[_Frame],
+    n_draws: int | None,
+    method: Method,
+    *,
+    skip_bad: bool,
+) -> tuple[str, list[tuple[str, str]]]:
+    """The text of a batch, and place and reason of its frames that could not be predicted."""
+    bad = {f.place: f.error.problem for f in batch if f.error is not None}
+    known = [f for f in batch if f.atoms is not None]
+    text = io.StringIO()
+    for frame, prediction in zip(known, _predictions(potential, known, n_draws, method), strict=True):
+        assert frame.atoms is not None
+        reason = prediction if isinstance(prediction, DataError) else _not_a_number(prediction)
+        if reason is None:
+            assert not isinstance(prediction, DataError)
+            write_frame(text, annotate(frame.atoms, prediction))
+            continue
+        file, _, number = frame.place.rpartition(", frame ")
+        problem = _placed(reason, file, int(number))
+        if not skip_bad:
+            raise problem
+        bad[frame.place] = problem.problem
+    return text.getvalue(), [(f.place, bad[f.place]) for f in batch if f.place in bad]
+
+
+def _predictions(
+    potential: BayesianPotential, frames: Sequence[_Frame], n_draws: int | None, method: Method
+) -> list[dict[str, Any] | DataError]:
+    """Predictions of a batch; one by one where the model refuses it because of a structure in it."""
+    atoms = [f.atoms for f in frames if f.atoms is not None]
+    graphs = [f.graph for f in frames]
+    try:
+        return [
+            *predict_atoms(
+                potential,
+                atoms,
+                batch_size=max(1, len(atoms)),
+                batch_atoms=sum(len(a) for a in atoms),
+                n_draws=n_draws,
+                method=method,
+                graphs=graphs,
+            )
+        ]
+    except DataError as error:
+        if len(frames) == 1:
+            return [error]
+    return [p for frame in frames for p in _predictions(potential, [frame], n_draws, method)]
+
+
+def _not_a_number(prediction: Mapping[str, Any]) -> DataError | None:
+    """The error for a structure of which the model says nothing."""
+    for name in ("energy", "forces", "energy_std", "forces_std"):
+        value = prediction.get(name)
+        if value is not None and not np.isfinite(value).all():
+            return DataError(
+                "the model's prediction is not finite",
+                field=name,
+                remedy="the structure is far from all that the model knows (atoms on top of each other?): remove it, or "
+                "leave it out by --skip-bad",
+            )
+    return None
 
 
 def structure(raw: RawFrame) -> Atoms:

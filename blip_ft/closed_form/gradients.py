@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbones.protocol import Batch
+from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
 from blip_ft.families.base.linear import Rows
 from blip_ft.objectives.likelihood import frame_weights
+from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
@@ -93,9 +95,14 @@ class GradientRows:
 
         def work(part: range) -> _Outputs:
             place = gradients[ends[part.start] : ends[part.stop]]
-            outputs = self._fill(place, [frames[i] for i in part], part, projections, number)
+
+            def piece(some: range) -> tuple[np.ndarray, _Outputs]:
+                at = places(part, some, counts)
+                return at, self._fill(place, at, [frames[i] for i in some], some, projections, number)
+
+            made = by_halves(piece, part, sizes[part.start : part.stop].tolist(), what="gradient rows")
             progress(len(part))
-            return outputs
+            return merged(made)
 
         done = side_by_side(work, self._parts(frames), threads=width(backbone.device))
         labels = np.concatenate([d.targets for d in done])
@@ -106,9 +113,16 @@ class GradientRows:
         return Rows(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
 
     def _fill(
-        self, place: Tensor, items: Sequence[Item], part: range, projections: int | None, number: int
+        self,
+        place: Tensor,
+        at: np.ndarray,
+        items: Sequence[Item],
+        part: range,
+        projections: int | None,
+        number: int,
     ) -> _Outputs:
-        """Rows of one batch of frames, energies first, and what belongs to them."""
+        """Rows of one batch of frames, energies first, at their places, and what belongs to them."""
+        whole, index = len(at) == len(place), torch.from_numpy(at).to(place.device)
         batch = self._batch(items)
         directions = self._directions(batch, projections, number)
         known, has = bool(batch.labels), batch.n_atoms
@@ -120,11 +134,11 @@ class GradientRows:
             # smaller frames of the batch have no such component
             mine = torch.ones_like(has, dtype=torch.bool) if projections or not k else k <= 3 * has
             n = int(mine.sum())
-            torch.div(
-                gradient if n == len(mine) else gradient[mine],
-                noise[mine].to(gradient)[:, None],
-                out=place[done : done + n],
-            )
+            chosen, unit = gradient if n == len(mine) else gradient[mine], noise[mine].to(gradient)[:, None]
+            if whole:
+                torch.div(chosen, unit, out=place[done : done + n])
+            else:
+                place[index[done : done + n]] = chosen / unit
             done += n
             error = (label - value) / noise if known else torch.full_like(noise, torch.nan)
             errors.append(error[mine].cpu().numpy())
@@ -165,7 +179,14 @@ class GradientRows:
                 total += (g.T @ g).cpu().numpy()
             return total
 
-        parts = side_by_side(work, self._parts(self.labelled), threads=width(self.potential.backbone.device))
+        def by_part(part: range) -> np.ndarray:
+            sizes = [len(self.labelled[i].atoms) for i in part]
+            halves = by_halves(work, part, sizes, what="gradient rows")
+            return sum(halves[1:], halves[0])
+
+        parts = side_by_side(
+            by_part, self._parts(self.labelled), threads=width(self.potential.backbone.device)
+        )
         out: np.ndarray = np.sum(parts, axis=0)
         return out
 

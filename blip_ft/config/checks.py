@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_ft.config.data import DataConfig
+from blip_ft.config.loggers import chosen_loggers
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
 from blip_ft.families.base.options import Refuse
@@ -39,6 +40,7 @@ COMMON = {
     "gradient_clip_algorithm",
     "gradient_clip_val",
     "log_every_n_steps",
+    "logger",
     "max_epochs",
     "max_steps",
     "max_time",
@@ -52,6 +54,7 @@ COMMON = {
 
 def _check_trainer(options: dict[str, Any], file: Path | None) -> None:
     """Keys of ``trainer`` against Lightning's own, which is imported for others than the common ones."""
+    chosen_loggers(options.get("logger"))
     if COMMON.issuperset(options):
         return
     from lightning import Trainer

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.backbones.parts import evaluate_parts
+from blip_ft.backbones.parts_in_turn import evaluate_in_turn
 from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig
 from blip_ft.data.batch.reference_sets import ReferenceSets
@@ -346,7 +347,10 @@ class BayesianPotential(nn.Module):
                 )
             return out, self.structure_kl
 
-        if self._in_parts(batch, draw, latent):
+        if batch.in_turn:
+            out, own = evaluate_in_turn(evaluate, batch.parts, self.parameters())
+            self.converted.noise.structure_kl = own
+        elif self._in_parts(batch, draw, latent):
             out, own = evaluate_parts(evaluate, batch.parts, self.parameters())
             self.converted.noise.structure_kl = own
         else:

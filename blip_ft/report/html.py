@@ -98,7 +98,7 @@ def write_report(
     Raises:
         BlipError: it cannot be written.
     """
-    page = _environment().get_template("report.html")
+    page = environment().get_template("report.html")
     options = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
     tested = {m: {n: p for n, p in s.items() if n in metrics.get(m, {})} for m, s in predictions.items()}
     text = page.render(
@@ -138,7 +138,7 @@ def write_data_report(path: str | Path, *, name: str, model: str, report: DataRe
         BlipError: it cannot be written.
     """
     data = {"summary": report.summary, "model": report.model, "frames": report.frames}
-    page = _environment().get_template("check.html")
+    page = environment().get_template("check.html")
     text = page.render(name=name, model=model, **_data_section(data, report.findings))
     with whole_file(Path(path)) as file:
         file.write(text)
@@ -339,7 +339,8 @@ def _finite(value: float | None) -> float | None:
 # ---- rendering -------------------------------------------------------------------------------
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of the pages, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("blip_ft.report", ""),
         autoescape=True,

@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 from ase import Atoms
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
 from blip_ft.closed_form.fitter import ClosedFormFitter
@@ -35,6 +34,7 @@ from blip_ft.training.callbacks import (
 )
 from blip_ft.training.datamodule import FrameDataModule
 from blip_ft.training.device import device_of
+from blip_ft.training.loggers import close_loggers, make_loggers
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.objective import make_objective
 from blip_ft.training.terms import Start
@@ -138,6 +138,7 @@ def train(
             # the log folder of the plain training lies inside that of the run
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
             trainer.fit(module, datamodule=data)
+            close_loggers(trainer.loggers)
     except FloatingPointError as error:
         raise BlipError(
             f"training broke down: {error}", remedy="start again with the change named above"
@@ -181,10 +182,7 @@ def make_trainer(
                 remedy="remove the key",
             )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    loggers = [
-        CSVLogger(folder, name="", version=""),
-        TensorBoardLogger(folder, name="", version="tensorboard"),
-    ]
+    loggers = make_loggers(recipe, folder)
     options: dict[str, Any] = {
         "max_epochs": DEFAULT_EPOCHS,
         "devices": 1,
@@ -196,7 +194,7 @@ def make_trainer(
         "enable_model_summary": False,
         "enable_progress_bar": terminal,
         "precision": "64-true" if recipe.model.dtype == "float64" else "32-true",
-        **recipe.trainer,
+        **{key: value for key, value in recipe.trainer.items() if key != "logger"},
         **fixed,
     }
     extra = [RichProgressBar()] if options["enable_progress_bar"] is True and terminal else []

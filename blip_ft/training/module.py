@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,21 @@ from torch import Tensor
 from blip_ft.backbones.conservative import weights_only
 from blip_ft.backbones.protocol import Batch
 from blip_ft.objectives import gaussian_crps
-from blip_ft.training.objective import Objective
-from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.training.objective import Objective, StepLoss
+from blip_ft.uncertainty.predict import predict_collated
 from blip_ft.variational.prior import PretrainedPrior
 
 #: draws per validation pass; few, as they only rank epochs against each other
 VALIDATION_DRAWS = 4
+
+
+@dataclass
+class _Taken:
+    """A step between its loss and its gradient."""
+
+    loss: Tensor
+    batch: Batch
+    index: int
 
 
 class FineTuneModule(lightning.LightningModule):
@@ -40,6 +50,7 @@ class FineTuneModule(lightning.LightningModule):
         self.potential, self.likelihood = objective.potential, objective.likelihood
         self.recipe, self.plain = objective.recipe, objective.plain
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._step: _Taken | None = None
 
     # ---- training ------------------------------------------------------------------------
     def on_train_epoch_start(self) -> None:
@@ -54,14 +65,8 @@ class FineTuneModule(lightning.LightningModule):
         self.potential.expect(())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of this rank's share of a step (``ElboScale.loss``)."""
-        step = self.objective(
-            batch,
-            epoch=self.current_epoch,
-            batch_index=batch_idx,
-            step=self.global_step,
-            world=self.trainer.world_size,
-        )
+        """Loss of this rank's share of a step (``ElboScale.loss``), whose graph :meth:`backward` has."""
+        step = self._objective(batch, batch_idx)
         loss = step.loss
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
@@ -71,12 +76,49 @@ class FineTuneModule(lightning.LightningModule):
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
         for name, value in step.parts.items():
             self._log(f"train/{name}", value, batch=batch)
-        return loss
+        self._step = _Taken(loss, batch, batch_idx)
+        return loss.detach().requires_grad_(True)
+
+    def _objective(self, batch: Batch, batch_idx: int) -> StepLoss:
+        """Loss of a batch; in parts where it does not fit into memory (``halving``)."""
+        while True:
+            try:
+                return self.objective(
+                    batch,
+                    epoch=self.current_epoch,
+                    batch_index=batch_idx,
+                    step=self.global_step,
+                    world=self.trainer.world_size,
+                )
+            except Exception as error:  # noqa: BLE001 raised again unless memory has run out
+                self.objective.limit.retry(error, batch, "a training step")
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing."""
-        with weights_only():
-            loss.backward(*args, inputs=[p for p in self.parameters() if p.requires_grad], **kwargs)  # type: ignore[misc]
+        """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing.
+
+        Lightning holds ``loss`` until the step is over, and with it would hold the graph: it is given another tensor, so
+        that a graph that does not fit can be let go.
+        """
+        step, self._step = self._step, None
+        assert step is not None
+        # what Lightning has made of the loss: divided by accumulate_grad_batches, scaled for half precision
+        factor = torch.where(step.loss.detach() == 0, 1.0, loss.detach() / step.loss.detach())
+        wanted = [p for p in self.parameters() if p.requires_grad]
+        before = [None if p.grad is None else p.grad.clone() for p in wanted]
+        while True:
+            try:
+                with weights_only():
+                    (step.loss * factor).backward(*args, inputs=wanted, **kwargs)  # type: ignore[misc]
+            except Exception as error:
+                if self.trainer.world_size > 1:  # the others are waiting for these gradients
+                    raise
+                step.loss = step.loss.detach()
+                self.objective.limit.retry(error, step.batch, "the gradient of a training step")
+            else:
+                return
+            for parameter, grad in zip(wanted, before, strict=True):
+                parameter.grad = None if grad is None else grad.clone()
+            step.loss = self._objective(step.batch, step.index).loss
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)
@@ -88,7 +130,7 @@ class FineTuneModule(lightning.LightningModule):
         # a closed form is fitted anew at the end: the epochs before and after its first fit are compared by their means
         closed = self.potential.posterior_config.closed_form
         draws = 0 if self.plain or closed else VALIDATION_DRAWS
-        moments = predict_batch(self.potential, batch, n_draws=draws, stress=False)
+        moments = predict_collated(self.potential, batch, n_draws=draws)
         assert moments.mean.forces is not None
         error = moments.mean.forces - batch.labels["forces"]
         spread = torch.zeros_like(error) if moments.forces_std is None else moments.forces_std

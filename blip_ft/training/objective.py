@@ -17,6 +17,7 @@ from blip_ft.config import Recipe
 from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
+from blip_ft.training.halving import AtomLimit
 from blip_ft.training.terms import Part, Start, Step, Term, specs_of
 
 
@@ -65,6 +66,7 @@ class Objective:
         self.terms = list(terms)
         self.potential, self.likelihood, self.scale, self.recipe = potential, likelihood, scale, recipe
         self.draws, self.plain = 1 if plain else draws, plain
+        self.limit = AtomLimit(potential)
 
     def __call__(self, batch: Batch, *, epoch: int, batch_index: int, step: int, world: int) -> StepLoss:
         """Loss of a rank's share of a step.
@@ -120,6 +122,7 @@ class Objective:
     def _samples(self, batch: Batch, epoch: int, step: int) -> tuple[list[Prediction], Tensor | None]:
         """Predictions with independent noise, and the mean over them of each structure's KL."""
         mode = "off" if self.plain else self.recipe.posterior.noise_mode
+        batch = self.limit.parts(batch)
         samples: list[Prediction] = []
         own: list[Tensor] = []
         for k in range(self.draws):

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ase import Atoms
+from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from blip_ft.data.batch.dataset import FrameDataset
+from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.distance import FeatureDistance
 
@@ -34,10 +36,10 @@ def fit_distance(
             in a random orientation: training frames often share one, and any other would seem far.
         groups: of the frames.
     """
-    features, numbers, owners = [], [], []
     backbone, chosen = potential.backbone, _selection(train)
-    for start in range(0, len(chosen), BATCH):
-        index = chosen[start : start + BATCH]
+
+    def work(some: range) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]] | None:
+        index = chosen[some.start : some.stop]
         atoms, graphs = [train[i].atoms for i in index], [train[i].graph for i in index]
         if not backbone.equivariant:
             atoms += [_turned(a, seed=i) for i, a in zip(index, atoms, strict=True)]
@@ -48,9 +50,21 @@ def fit_distance(
             out = potential(batch, mode="off", forces=False)
         if out.node_features is None:
             return None
-        features.append(out.node_features.detach().double().cpu().numpy())
-        numbers.append(batch.numbers.cpu().numpy())
-        owners += [groups[i] for i, n in zip(index, batch.n_atoms.tolist(), strict=True) for _ in range(n)]
+        features = out.node_features.detach().double().cpu().numpy()
+        owners = [groups[i] for i, n in zip(index, batch.n_atoms.tolist(), strict=True) for _ in range(n)]
+        return features, batch.numbers.cpu().numpy(), owners
+
+    features, numbers, owners = [], [], []
+    numbers_of = train.frames["numbers"]
+    sizes = [len(numbers_of[i]) for i in chosen]
+    for start in range(0, len(chosen), BATCH):
+        some = range(start, min(start + BATCH, len(chosen)))
+        for part in by_halves(work, some, sizes[some.start : some.stop], what="features of training atoms"):
+            if part is None:
+                return None
+            features.append(part[0])
+            numbers.append(part[1])
+            owners += part[2]
     return FeatureDistance.fit(np.concatenate(features), np.concatenate(numbers), owners)
 
 

@@ -12,7 +12,8 @@ round ones (``shrinkage``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.errors import DataError
+from blip_ft.out_of_memory import by_halves, is_out_of_memory, release
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
 from blip_ft.side_by_side import side_by_side, width
+from blip_ft.uncertainty import batch_limits
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
@@ -80,7 +84,7 @@ def _moments(
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
             return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
-    moments = moments_of_draws(potential, batch, n, stress=stress)
+    moments = _draws_that_fit(potential, batch, n, stress=stress)
     assert moments.forces_cov is not None
     # draws are centred, or half the differences of pairs
     moments.forces_cov = shrunk(moments.forces_cov, n // 2 if potential.posterior.paired else n - 1)
@@ -91,13 +95,46 @@ def _moments(
     return moments
 
 
+def _draws_that_fit(potential: BayesianPotential, batch: Batch, n: int, *, stress: bool) -> BatchMoments:
+    """Moments over the draws; one after the other where memory runs out with several in one call."""
+    try:
+        return moments_of_draws(potential, batch, n, stress=stress)
+    except Exception as error:
+        if batch.copies is None or not is_out_of_memory(error):
+            raise
+    release()
+    return moments_of_draws(potential, replace(batch, copies=None, parts=()), n, stress=stress)
+
+
+def predict_collated(potential: BayesianPotential, batch: Batch, *, n_draws: int) -> BatchMoments:
+    """:func:`predict_batch` without stress, for a batch that others have made; by halves where memory runs out.
+
+    Args:
+        potential: the model.
+        batch: from ``data.dataset.collate``, on the model's device.
+        n_draws: draws.
+    """
+    backbone, items = potential.backbone, batch.items
+
+    def work(some: range) -> BatchMoments:
+        whole = len(some) == batch.n_structures
+        piece = batch if whole else collate(backbone, items[some.start : some.stop]).to(backbone.device)
+        return predict_batch(potential, piece, n_draws=n_draws, stress=False)
+
+    if not items:  # a worker's batch cannot be divided
+        return predict_batch(potential, batch, n_draws=n_draws, stress=False)
+    sizes = batch.n_atoms.tolist()
+    return BatchMoments.concatenate(by_halves(work, range(len(sizes)), sizes, what="validation"))
+
+
 def predict_set(
     potential: BayesianPotential,
     dataset: FrameDataset,
     name: str,
     *,
     n_draws: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = batch_limits.STRUCTURES,
+    batch_atoms: int | None = None,
     stress: bool = True,
     method: Method = "draws",
     progress: Callable[[int], Any] | None = None,
@@ -110,19 +147,27 @@ def predict_set(
         name: of the set.
         n_draws: draws to use; 0 for the mean weights alone (no stds).
         batch_size: structures per call.
+        batch_atoms: atoms per call of more than one structure; by default what the device is good for
+            (``batch_limits``).
         stress: also predict stress.
         method: see :func:`predict_batch`.
         progress: called with the number of frames done after each batch.
+
+    A batch that does not fit into memory is halved.
     """
-    names = frame_names(dataset)
-    parts: list[SetPrediction] = []
-    for start in range(0, len(dataset), batch_size):
-        index = range(start, min(start + batch_size, len(dataset)))
+    names, backbone = frame_names(dataset), potential.backbone
+    sizes = dataset.sizes("atoms")
+    atoms = batch_limits.default_atoms(backbone.device) if batch_atoms is None else batch_atoms
+
+    def work(index: range) -> SetPrediction:
         items = [dataset[i] for i in index]
-        backbone = potential.backbone
         batch = collate(backbone, items, parts=width(backbone.device), copies=True).to(backbone.device)
         moments = predict_batch(potential, batch, n_draws=n_draws, stress=stress, method=method)
-        parts.append(_to_arrays(moments, batch, name, names[start : start + batch_size]))
+        return _to_arrays(moments, batch, name, names[index.start : index.stop])
+
+    parts: list[SetPrediction] = []
+    for index in batch_limits.ranges(sizes, structures=batch_size, atoms=atoms):
+        parts += by_halves(work, index, sizes[index.start : index.stop], what="predicting")
         if progress is not None:
             progress(len(index))
     return SetPrediction.concatenate(parts, name)
@@ -172,9 +217,11 @@ def predict_atoms(
     potential: BayesianPotential,
     atoms: Sequence[Atoms],
     *,
-    batch_size: int = 16,
+    batch_size: int = batch_limits.STRUCTURES,
+    batch_atoms: int | None = None,
     n_draws: int | None = None,
     method: Method = "draws",
+    graphs: Sequence[Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict structures; one dict each.
@@ -191,22 +238,50 @@ def predict_atoms(
     ``energies_std``; ``ood_score`` (n,), the distance of every atom from the training atoms in the model's
     features (``uncertainty.ood``), and ``ood_score_max``, the largest in the structure. What ``method``
     (:func:`predict_batch`) or the model does not give is absent.
+
+    Batches are bounded as in :func:`predict_set`, and halved where they do not fit into memory.
+
+    Args:
+        potential: the model.
+        atoms: structures.
+        batch_size: structures per call.
+        batch_atoms: atoms per call of more than one structure; by default what the device is good for.
+        n_draws: see :func:`predict_batch`.
+        method: likewise.
+        graphs: of the structures, where they are made already: structures are then not checked again.
+        progress: called with the number of structures done after each batch.
+
+    Raises:
+        DataError: the model cannot describe a structure, or has not the memory for it alone.
     """
+    backbone, sizes = potential.backbone, [len(a) for a in atoms]
+
+    def work(index: range) -> list[dict[str, Any]]:
+        some = slice(index.start, index.stop)
+        made = None if graphs is None else graphs[some]
+        batch = backbone.batch(atoms[some], graphs=made, parts=width(backbone.device)).to(backbone.device)
+        try:
+            moments = predict_batch(potential, batch, n_draws=n_draws, method=method)
+        except Exception as error:
+            if len(index) > 1 or not is_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{sizes[index.start]} atoms do not fit into memory",
+                remedy="--method energy or --draws 0 need less; or a device with more memory",
+            ) from error
+        return _split(moments, batch, potential.calibration or Calibration.identity())
+
     out: list[dict[str, Any]] = []
-    for group in _chunks(atoms, batch_size):
-        for a in group:
-            potential.backbone.check(a)
-        backbone = potential.backbone
-        batch = backbone.batch(group, parts=width(backbone.device)).to(backbone.device)
-        moments = predict_batch(potential, batch, n_draws=n_draws, method=method)
-        out += _split(moments, batch, potential.calibration or Calibration.identity())
+    limit = batch_limits.default_atoms(backbone.device) if batch_atoms is None else batch_atoms
+    for index in batch_limits.ranges(sizes, structures=batch_size, atoms=limit):
+        if graphs is None:
+            for i in index:
+                backbone.check(atoms[i])
+        for part in by_halves(work, index, sizes[index.start : index.stop], what="predicting"):
+            out += part
         if progress is not None:
-            progress(len(group))
+            progress(len(index))
     return out
-
-
-def _chunks(items: Sequence[Atoms], size: int) -> Iterable[Sequence[Atoms]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def _split(moments: BatchMoments, batch: Batch, calibration: Calibration) -> list[dict[str, Any]]:

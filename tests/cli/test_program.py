@@ -16,7 +16,19 @@ from blip_ft.backbones.registry import missing_backend
 from blip_ft.cli import doctor, inspect
 from blip_ft.errors import BlipError
 
-COMMANDS = ("fit", "check", "evaluate", "predict", "export", "inspect", "doctor", "recipes", "report")
+COMMANDS = (
+    "fit",
+    "check",
+    "evaluate",
+    "predict",
+    "export",
+    "inspect",
+    "doctor",
+    "recipes",
+    "report",
+    "runs",
+    "compare",
+)
 
 
 @pytest.mark.parametrize("argv", [["--help"], *[[c, "--help"] for c in COMMANDS]])

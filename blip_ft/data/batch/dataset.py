@@ -188,6 +188,8 @@ def collate(backbone: Backbone, items: Sequence[Item], *, parts: int = 1, copies
     """
     batch = backbone.collate([item.atoms for item in items], [item.graph for item in items])
     batch.keys = [item.key for item in items]
+    if torch.utils.data.get_worker_info() is None:  # between processes they would be sent beside the batch
+        batch.items = tuple(items)
     batch.labels = {
         "energy": torch.stack([item.labels["energy"] for item in items]),
         "forces": torch.cat([item.labels["forces"] for item in items]),

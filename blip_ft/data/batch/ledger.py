@@ -20,6 +20,7 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.data.batch.dataset import Item
 from blip_ft.errors import DataError
+from blip_ft.out_of_memory import by_halves
 
 Floats = NDArray[np.float64]
 
@@ -83,10 +84,20 @@ class Ledger:
             # a structure that comes twice is asked about once
             new = {key: item for key, item in zip(keys, chunk, strict=True) if key not in self._known}
             if new:
-                self._known.update(zip(new, self._predict(list(new.values())), strict=True))
+                self._known.update(zip(new, self._ask_model(list(new.values())), strict=True))
             out += [self._known[key] for key in keys]
             progress(len(chunk))
         return out
+
+    def _ask_model(self, items: Sequence[Item]) -> list[Known]:
+        """One call, or by halves where memory runs out."""
+
+        def work(some: range) -> list[Known]:
+            return self._predict(items[some.start : some.stop])
+
+        sizes = [len(item.atoms) for item in items]
+        made = by_halves(work, range(len(items)), sizes, what="predicting")
+        return [known for part in made for known in part]
 
     def _predict(self, items: Sequence[Item]) -> list[Known]:
         if self.closed:

@@ -19,7 +19,19 @@ from blip_ft.errors import DataError
 
 
 def read_extxyz(path: Path, name: str) -> Iterator[Atoms]:
-    """Extended XYZ frame by frame, in constant memory.
+    """Extended XYZ frame by frame, in constant memory: :func:`frames_or_errors`, whose first error is raised.
+
+    Raises:
+        DataError: cut short, or no extended XYZ; names the frame.
+    """
+    for atoms in frames_or_errors(path, name):
+        if isinstance(atoms, DataError):
+            raise atoms from atoms.__cause__
+        yield atoms
+
+
+def frames_or_errors(path: Path, name: str) -> Iterator[Atoms | DataError]:
+    """Extended XYZ frame by frame, in constant memory; for a frame that cannot be parsed the reason.
 
     ASE reads a whole file by seeking, which takes quadratic time in a compressed one, stops
     without a word at a blank line, does not say which frame is damaged, and loses keys behind an empty
@@ -27,7 +39,7 @@ def read_extxyz(path: Path, name: str) -> Iterator[Atoms]:
     :mod:`blip_ft.data.read.comment_line`.
 
     Raises:
-        DataError: cut short, or no extended XYZ; names the frame.
+        DataError: cut short, or no number of lines where one should be: where the next frame begins is then unknown.
     """
     frame = 0
     with _Lines(path, name) as lines:
@@ -64,13 +76,20 @@ def read_extxyz(path: Path, name: str) -> Iterator[Atoms]:
                 rows.append(following)
                 following = next(lines, None)
             lines.put_back(following)
-            try:
-                text = io.StringIO("".join([line, head, *rows]))
-                atoms = next(read_xyz(text, index=0, properties_parser=read_comment))
-            except Exception as error:
-                raise unreadable(name, error, "extxyz", frame) from error
-            yield atoms
+            yield _parsed([line, head, *rows], name, frame)
             frame += 1
+
+
+def _parsed(lines: list[str], name: str, frame: int) -> Atoms | DataError:
+    """One frame."""
+    try:
+        text = io.StringIO("".join(lines))
+        atoms: Atoms = next(read_xyz(text, index=0, properties_parser=read_comment))
+    except Exception as error:  # noqa: BLE001 whatever ASE raises for a damaged frame
+        problem = unreadable(name, error, "extxyz", frame)
+        problem.__cause__ = error
+        return problem
+    return atoms
 
 
 class _Lines(Iterator[str]):

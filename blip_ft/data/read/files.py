@@ -22,7 +22,7 @@ from ase.io.vasp import iread_vasp_out
 
 from blip_ft.data.read import convergence, tables
 from blip_ft.data.read.archives import npz_frames
-from blip_ft.data.read.extxyz import read_extxyz
+from blip_ft.data.read.extxyz import frames_or_errors
 from blip_ft.data.read.layouts import recognise
 from blip_ft.data.read.problems import unreadable
 from blip_ft.data.read.schema import RawFrame
@@ -36,13 +36,16 @@ _STEP_BY_STEP = frozenset({"bundletrajectory", "cp2k-dcd", "espresso-out", "onet
 _PLAIN = ("numbers", "positions")  # arrays that every ase.Atoms has
 
 
-def read_frames(path: Path, name: str, fields: Mapping[str, str] | None = None) -> Iterator[RawFrame]:
+def read_frames(
+    path: Path, name: str, fields: Mapping[str, str] | None = None, *, broken: bool = False
+) -> Iterator[RawFrame]:
     """All frames of a local file or folder.
 
     Args:
         path: the file or folder.
         name: how the user wrote it, for messages and the ``source`` column.
         fields: explicit names (``data.fields``): where tables keep the structure.
+        broken: give a frame of extended XYZ that cannot be parsed too (``RawFrame.broken``), instead of raising.
 
     Raises:
         DataError: empty, truncated, unreadable or not a structure file.
@@ -61,7 +64,7 @@ def read_frames(path: Path, name: str, fields: Mapping[str, str] | None = None) 
     kind = tables.kind_of(path)
     if kind is not None and not _is_ase_database(path):
         return tables.table_file(path, name, kind, fields or {})
-    return _ase(path, name)
+    return _ase(path, name, broken=broken)
 
 
 # ---- ASE ---------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def from_atoms(atoms: Atoms, source: str, frame: int, *, kind: str = "", converg
     return raw
 
 
-def _ase(path: Path, name: str) -> Iterator[RawFrame]:
+def _ase(path: Path, name: str, *, broken: bool = False) -> Iterator[RawFrame]:
     try:
         kind = filetype(str(path), read=True)
     except UnknownFileTypeError as error:
@@ -118,8 +121,15 @@ def _ase(path: Path, name: str) -> Iterator[RawFrame]:
     except Exception as error:  # damaged compression, undecodable text: any library's exception
         raise unreadable(name, error) from error
     if kind == "extxyz":
-        for frame, atoms in enumerate(read_extxyz(path, name)):
-            yield from_atoms(atoms, name, frame)
+        for frame, atoms in enumerate(frames_or_errors(path, name)):
+            if not isinstance(atoms, DataError):
+                yield from_atoms(atoms, name, frame)
+            elif broken:
+                nothing = from_atoms(Atoms(), name, frame)
+                nothing.broken = atoms
+                yield nothing
+            else:
+                raise atoms from atoms.__cause__
         return
     images, eager = _images(path, kind)
     flags = convergence.steps(path, kind)

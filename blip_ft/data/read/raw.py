@@ -38,6 +38,7 @@ class RawFrame:
         atoms: the frame as its library gave it, info and arrays included, where that is ASE.
         clash: a name that holds two different values; only labels are hurt by that.
         converged: False where the file says that the calculation did not converge.
+        broken: why there is no structure, where the reader was asked to go on behind a frame that it cannot read.
     """
 
     numbers: NDArray[np.int64]
@@ -52,6 +53,7 @@ class RawFrame:
     atoms: Atoms | None = None
     clash: str = ""
     converged: bool = True
+    broken: DataError | None = None
 
     def error(self, problem: str, *, field: str | None = None, remedy: str = "") -> DataError:
         """A :class:`DataError` that names this frame."""
@@ -60,6 +62,8 @@ class RawFrame:
 
 def check_geometry(raw: RawFrame) -> None:
     """Refuse a frame without atoms, with NaN, wrong shapes, or a cell without volume."""
+    if raw.broken is not None:
+        raise raw.broken
     n = len(raw.numbers)
     if n == 0:
         raise raw.error("the frame has no atoms", remedy="remove it")

@@ -89,9 +89,22 @@ def iterate_frames(spec: Source) -> Iterator[RawFrame]:
         DataError: as for :func:`load_source`, and a structure that is none; when it is reached.
     """
     for reading in plan(spec, labels=False, digest=False):
-        for raw in _frames(reading, Mapper({}, units.factors({}), require_labels=False)):
+        for raw in unchecked_frames(reading, broken=False):
             check_geometry(raw)
             yield raw
+
+
+def unchecked_frames(reading: Reading, *, broken: bool) -> Iterator[RawFrame]:
+    """Frames of a reading as they are, whether there is a structure in them or not (``check_geometry`` tells).
+
+    Args:
+        reading: what to read; its labels are not looked at.
+        broken: also frames that cannot be parsed, where the reader knows where the next one begins.
+
+    Raises:
+        DataError: as for :func:`load_source`.
+    """
+    yield from _frames(reading, Mapper({}, units.factors({}), require_labels=False), broken=broken)
 
 
 def file_rows(reading: Reading) -> Iterator[dict[str, Any]]:
@@ -150,7 +163,7 @@ def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
         mapper.finish(reading.source, names)
 
 
-def _frames(reading: Reading, mapper: Mapper) -> Iterator[RawFrame]:
+def _frames(reading: Reading, mapper: Mapper, *, broken: bool = False) -> Iterator[RawFrame]:
     """The frames of a reading that its selector names.
 
     Raises:
@@ -158,7 +171,7 @@ def _frames(reading: Reading, mapper: Mapper) -> Iterator[RawFrame]:
     """
     fields = dict(reading.fields)
     files: Iterable[Iterator[RawFrame]] = (
-        (readers.read_frames(Path(path), name, fields) for path, name in reading.paths)
+        (readers.read_frames(Path(path), name, fields, broken=broken) for path, name in reading.paths)
         if reading.paths
         else (tables.hub_frames(reading.source, fields, **dict(reading.hub)) for _ in range(1))
     )
