@@ -16,6 +16,7 @@ from typing import Any
 
 from blip_ft import commands
 from blip_ft.errors import BlipError
+from blip_ft.training.interrupts import Stopped
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt.
+        The exit code: 0, 2 after an error that the user can mend, 130 after an interrupt, 143 after SIGTERM.
     """
     parser = _parser()
     args, more = parser.parse_known_args(argv)
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
+    except Stopped as stopped:
+        return stopped.exit_code
     except BrokenPipeError:
         # The reader of our output has left (`| head`); the interpreter must not flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     fit = command("fit", commands.fit, "fine-tune by a recipe and write the run's folder")
     fit.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(fit)
+
+    resume = command("resume", commands.resume, "go on with a run that was ended, from what is kept of it")
+    resume.add_argument("run_folder", metavar="RUN", help="a run's folder")
+    _add_overrides(resume)
 
     check = command(
         "check", commands.check, "report on the data of a recipe, labels beside the pretrained model"

@@ -34,6 +34,14 @@ def fit(args: argparse.Namespace) -> None:
     run(recipe)
 
 
+def resume(args: argparse.Namespace) -> None:
+    """Go on with a run."""
+    announce(f"going on with {args.run_folder} ...")
+    from blip_ft.training.fit import resume as run
+
+    run(Path(args.run_folder), trust=args.trust, changes=args.overrides)
+
+
 def _overrides(args: argparse.Namespace) -> list[str]:
     """The ``KEY=VALUE`` arguments, with what ``--trust`` stands for."""
     return [*args.overrides, "model.trust=true"] if args.trust else list(args.overrides)

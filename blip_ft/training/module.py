@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from blip_ft.backbone import Batch
 from blip_ft.conservative import weights_only
+from blip_ft.data import FrameDataset
+from blip_ft.data.dataset import collate
 from blip_ft.objectives import gaussian_crps
+from blip_ft.training.broken import Place, Usual, broken, culprits, is_finite
 from blip_ft.training.objective import Objective
-from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.training.state import changing, numbers_of, set_numbers
+from blip_ft.uncertainty.predict import frame_names, predict_batch
 from blip_ft.variational.prior import PretrainedPrior
 
 #: draws per validation pass; few, as they only rank epochs against each other
@@ -40,8 +45,17 @@ class FineTuneModule(lightning.LightningModule):
         self.potential, self.likelihood = objective.potential, objective.likelihood
         self.recipe, self.plain = objective.recipe, objective.plain
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.strict_loading = False  # checkpoints lack what training does not change
+        self._batch: Batch | None = None
+        self.usual = Usual()
+        #: {key: name} of training frames that are left out, as they broke a step
+        self.left_out: dict[int, str] = {}
 
     # ---- training ------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """As an epoch that a resumed run begins in its midst is not begun."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """The order of an epoch is known: noise of structures that follow each other is made together."""
         loader: Any = self.trainer.train_dataloader
@@ -54,29 +68,108 @@ class FineTuneModule(lightning.LightningModule):
         self.potential.expect(())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of this rank's share of a step (``ElboScale.loss``)."""
+        """Loss of this rank's share of a step (``ElboScale.loss``).
+
+        Raises:
+            BrokenStepError: it is not finite, or explodes, and ``optimizer.broken`` is ``stop``.
+        """
+        self._batch = self._without_left_out(batch)
+        if self._batch is None:  # its only structures are left out; ranks need a gradient in every step
+            return torch.stack([0 * p.sum() for p in self._parameters_with_gradient()]).sum()
+        place = self._place(batch_idx)
         step = self.objective(
-            batch,
-            epoch=self.current_epoch,
-            batch_index=batch_idx,
-            step=self.global_step,
-            world=self.trainer.world_size,
+            self._batch,
+            epoch=place.epoch,
+            batch_index=place.batch_index,
+            step=place.step,
+            world=place.world,
         )
         loss = step.loss
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step}: lower optimizer.learning_rate or "
-                "posterior.init_std, and look at the data report for outliers"
-            )
+        finite = bool(torch.isfinite(loss))
+        if not finite or self.usual.exploded(float(step.data)):
+            self._answer("the loss is not finite" if not finite else "the loss explodes", batch_idx)
+            return self.training_step(batch, batch_idx)
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
         for name, value in step.parts.items():
             self._log(f"train/{name}", value, batch=batch)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing."""
+        """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing.
+
+        Raises:
+            BrokenStepError: one is not finite, and ``optimizer.broken`` is ``stop``.
+        """
+        inputs = self._parameters_with_gradient()
         with weights_only():
-            loss.backward(*args, inputs=[p for p in self.parameters() if p.requires_grad], **kwargs)  # type: ignore[misc]
+            loss.backward(*args, inputs=inputs, **kwargs)  # type: ignore[misc]
+        if is_finite([p.grad for p in inputs]):
+            return
+        batch, batch_idx = self._batch, self.trainer.fit_loop.batch_idx
+        self._answer("the gradient is not finite", batch_idx)
+        for parameter in inputs:
+            parameter.grad = None if self.trainer.world_size == 1 else torch.zeros_like(parameter)
+        if self.trainer.world_size == 1 and batch is not None:  # several ranks skip the step together
+            self.backward(self.training_step(batch, batch_idx), *args, **kwargs)
+
+    def _parameters_with_gradient(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _place(self, batch_idx: int) -> Place:
+        return Place(self.current_epoch, batch_idx, self.global_step, self.trainer.world_size)
+
+    def _answer(self, problem: str, batch_idx: int) -> None:
+        """Leave the frames out that break a step, where the recipe says so.
+
+        Raises:
+            BrokenStepError: it does not, or it is no single frame.
+        """
+        loader: Any = self.trainer.train_dataloader
+        frames = loader.dataset if isinstance(loader.dataset, FrameDataset) else None
+        batch = self._batch
+        bad: list[int] = []
+        if frames is not None and batch is not None:
+            bad = culprits(self.objective, frames, batch.keys, self._place(batch_idx))
+        others = self.trainer.world_size > 1 and problem.startswith(
+            "the gradient"
+        )  # another rank may have the frame
+        if self.recipe.optimizer.broken == "stop" or frames is None or not (bad or others):
+            raise broken(problem, frames, bad, self.global_step)
+        for index in bad:
+            name = frame_names(frames)[index]
+            self.left_out[frames.key(index)] = name
+            warnings.warn(
+                f"{problem} at step {self.global_step}: {name} is left out from here on", stacklevel=2
+            )
+
+    def _without_left_out(self, batch: Batch) -> Batch | None:
+        """A batch without the structures that are left out; ``None`` if none is left."""
+        if not self.left_out.keys() & set(batch.keys):
+            return batch
+        loader: Any = self.trainer.train_dataloader
+        frames = loader.dataset
+        number = {frames.key(i): i for i in range(len(frames))}
+        kept = [frames[number[key]] for key in batch.keys if key not in self.left_out]
+        backbone = self.potential.backbone
+        return collate(backbone, kept).to(self.device) if kept else None
+
+    # ---- checkpoints -----------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out, and a posterior of closed form, which is a piece of its own."""
+        closed = self.potential.posterior_config.closed_form
+        names = {f"potential.{name}" for name in changing(self.potential, posterior=not closed)}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            k: v for k, v in state.items() if k in names or k.startswith("likelihood.")
+        }
+        own = {"usual": self.usual.values, "left_out": list(self.left_out.items())}
+        checkpoint["blip_ft"] = numbers_of(self.potential) | own
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is no tensor."""
+        own = checkpoint["blip_ft"]
+        set_numbers(self.potential, own)
+        self.usual.values, self.left_out = own["usual"], dict(own["left_out"])
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)
@@ -95,8 +188,8 @@ class FineTuneModule(lightning.LightningModule):
         energy = (moments.mean.energy - batch.labels["energy"]) / batch.n_atoms
         self._validation.append((error.flatten().cpu(), spread.flatten().cpu(), energy.cpu()))
 
-    def on_validation_epoch_end(self) -> None:
-        """Log held-out scores, pooled over ranks."""
+    def held_out_scores(self) -> dict[str, Tensor]:
+        """Scores of what the validation steps have collected, pooled over ranks; forgets it."""
         error, spread, energy = (torch.cat(x) for x in zip(*self._validation, strict=True))
         self._validation.clear()
         known = ~torch.isnan(error)
@@ -127,7 +220,11 @@ class FineTuneModule(lightning.LightningModule):
             scores["val/force_mae"] = 1e3 * total[1] / total[2]
         if total[4] > 0:
             scores["val/energy_mae"] = 1e3 * total[3] / total[4]
-        for name, value in scores.items():
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out scores."""
+        for name, value in self.held_out_scores().items():
             self.log(name, value, prog_bar=name == "val/crps", rank_zero_only=False)
         # a family with a closed form does not learn its spread step by step: nothing to watch
         if not self.plain and self.potential.posterior.factorised:

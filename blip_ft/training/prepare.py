@@ -25,7 +25,7 @@ from blip_ft.data.dataset import GraphCache
 from blip_ft.data.examine import DataReport, examine, without_bad_labels
 from blip_ft.data.findings import Finding
 from blip_ft.data.leaks import group_leaks
-from blip_ft.data.ledger import Ledger
+from blip_ft.data.ledger import Known, Ledger
 from blip_ft.data.references import References
 from blip_ft.data.sources import mappings
 from blip_ft.data.stream import FrameStream, make_stream
@@ -36,6 +36,7 @@ from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.budget import fit_to_budget
 from blip_ft.training.memory import Probe, load_probe
+from blip_ft.training.options import try_options
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.rows import groups_of
 from blip_ft.training.scratch import initial
@@ -70,8 +71,13 @@ class Prepared:
     ledger: Ledger | None = None
 
 
-def prepare(recipe: Recipe, console: Console) -> Prepared:
+def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | None = None) -> Prepared:
     """Stages 1 to 3: load, check, convert, prove.
+
+    Args:
+        recipe: validated.
+        console: where findings are printed.
+        known: what the pretrained model has said in an earlier start of this run (``Ledger.known``).
 
     Raises:
         BlipError: anything that would make training meaningless.
@@ -80,6 +86,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
+    try_options(recipe, splits)
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
     if recipe.objective.use_stress and not backbone.has_stress:
         raise RecipeError(
@@ -102,6 +109,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     original = copy.deepcopy(backbone)  # for the vendor's calculator in float64, where that is needed
     backbone.arrange()
     cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
+    ledger.take(known or {})
     sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
     report: DataReport | None = None
     if not options.from_scratch:  # initial weights know no units and no labels to compare with
