@@ -124,6 +124,19 @@ def whole_path(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 #: file of a folder that is being written: who does
 WRITING = ".writing"
+#: locks of this process
+_HELD: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """A forked process (a loader's worker) holds no lock: it may live longer than this one."""
+    while _HELD:
+        with suppress(OSError):
+            os.close(_HELD.pop().fileno())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -145,6 +158,7 @@ def sole_writer(folder: Path) -> Iterator[Path]:
         if _locked(file, folder) and _is_at(file, path):
             break
         file.close()  # whoever held it has taken the file away
+    _HELD.add(file)
     with file:
         file.truncate(0)
         file.write(json.dumps(_this_process()))
@@ -152,6 +166,7 @@ def sole_writer(folder: Path) -> Iterator[Path]:
         try:
             yield path
         finally:
+            _HELD.discard(file)
             if _is_at(file, path):
                 path.unlink(missing_ok=True)
 

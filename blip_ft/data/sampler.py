@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +65,12 @@ class EpochBatchSampler(Sampler[list[int]]):
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        """All batches of the epoch, also those that :meth:`start_at` leaves out."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        for batch in np.array_split(order, self.steps)[_done(self.begun, self.epoch) :]:
+        for batch in np.array_split(order, self.steps):
             yield np.array_split(batch, self.world)[self.rank].tolist()
 
 
@@ -142,11 +147,15 @@ class PackedBatchSampler(Sampler[list[int]]):
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        """All batches of the epoch, also those that :meth:`start_at` leaves out."""
         rng = np.random.default_rng([self.seed, self.epoch])
         shuffled = rng.permutation(len(self.sizes))
         order = shuffled[np.argsort(-self._classes[shuffled], kind="stable")]
         batches, _ = self._fill(order, self.steps)
-        for step in rng.permutation(self.steps)[_done(self.begun, self.epoch) :]:
+        for step in rng.permutation(self.steps):
             yield batches[int(step) * self.world + self.rank]
 
     def _fill(self, order: NDArray[np.int64], steps: int) -> tuple[list[list[int]], int]:

@@ -86,7 +86,9 @@ class FrameDataModule(lightning.LightningDataModule):
             stream = self.stream(*self._ranks())
             stream.parts = self._parts()
             stream.start_at(*self._start)
-            return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+            return DataLoader(
+                stream, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
+            )
         sampler = self.sampler(*self._ranks())
         sampler.start_at(*self._start)
         return self._loader(self.train, batch_sampler=sampler)
@@ -109,6 +111,7 @@ class FrameDataModule(lightning.LightningDataModule):
             collate_fn=partial(_collate, self.backbone, self._parts()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # a loader that is begun anew takes nothing from torch's own
         )
 
 

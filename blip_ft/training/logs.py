@@ -94,7 +94,10 @@ def _take_over(table: CsvLog, folder: Path, step: int, last: Mapping[str, float]
                 rows = [r for r in csv.DictReader(file) if r["step"].isdecimal() and int(r["step"]) < step]
         if last and not any(int(r["step"]) == last["step"] and all(r.get(k) for k in last) for r in rows):
             rows.append(dict(last))
-        table.experiment.metrics.extend({k: v for k, v in row.items() if v not in (None, "")} for row in rows)
+        with warnings.catch_warnings():  # the file that Lightning's writer warns of has been moved away
+            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
+            writer = table.experiment
+        writer.metrics.extend({k: v for k, v in row.items() if v not in (None, "")} for row in rows)
         table.save()
         before.unlink(missing_ok=True)
     except (OSError, KeyError, ValueError, AttributeError) as error:  # the last three: lines that were cut

@@ -61,7 +61,9 @@ class FineTuneModule(lightning.LightningModule):
         loader: Any = self.trainer.train_dataloader
         if not self.plain and loader.batch_sampler is not None:  # a stream is not known
             items = loader.dataset
-            self.potential.expect([items.key(i) for batch in loader.batch_sampler for i in batch])
+            # all of it, also where a resumed run begins in its midst: what is made together is the same then
+            order = loader.batch_sampler.whole_epoch()
+            self.potential.expect([items.key(i) for batch in order for i in batch])
 
     def on_train_epoch_end(self) -> None:
         """Frees the noise."""

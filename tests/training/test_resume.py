@@ -108,6 +108,7 @@ def differences(one: Path, other: Path) -> list[str]:
     )
     for tree in [*receipts, *(row for h in histories for part in h.values() for row in part)]:
         tree.pop("seconds")
+        tree.pop("blip_ft", None)
     out += [name for name, (a, b) in {"history": histories, "receipt": receipts}.items() if a != b]
     for path in (one / "predictions").iterdir():
         with np.load(path) as a, np.load(other / "predictions" / path.name) as b:
