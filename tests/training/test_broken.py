@@ -14,8 +14,12 @@ from ase.io import read, write
 
 from blip_ft.checkpoint import load_model
 from blip_ft.cli import main
+from blip_ft.config import load_recipe
+from blip_ft.data import load_splits
+from blip_ft.fake import FakeModel
 from blip_ft.training.broken import Usual
 from blip_ft.training.callbacks import EXPLODED, KeepBest, StopWhenRising
+from blip_ft.training.module import FineTuneModule
 
 from .labelled import frames
 from .test_resume import PATHWISE, differences, prepare
@@ -31,38 +35,47 @@ def fit(folder: Path, name: str, *overrides: str) -> int:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, folder: Path, what: str) -> str:
-    """Make the model's answer for one training frame not finite, or its label huge; its name."""
-    from blip_ft.fake import FakeModel
-
-    atoms = read(folder / "train.extxyz", ":")
-    run = folder / "runs/clean"
-    chosen = json.loads((run / "splits.json").read_text())
-    text = json.dumps(chosen)
-    del text
-    from blip_ft.config import load_recipe
-    from blip_ft.data import load_splits
-
-    splits = load_splits(load_recipe(str(folder / "recipe.yaml")).data)
-    row = splits.train[3]
+    """Make the label of one training frame huge, or its loss or gradient not finite; ``file#frame``."""
+    row = load_splits(load_recipe(str(folder / "recipe.yaml")).data).train[3]
     number = int(row["frame"])
     if what == "label":
+        atoms = read(folder / "train.extxyz", ":")
         atoms[number].arrays["REF_forces"] *= 1e9
         write(folder / "train.extxyz", atoms)
-    else:
-        target = float(np.linalg.norm(np.asarray(row["positions"])[1] - np.asarray(row["positions"])[0]))
-        original = FakeModel.forward
+        return f"{row['source']}#{number}"
+    positions = np.asarray(row["positions"])
+    target = float(np.linalg.norm(positions[1] - positions[0]))
+    original, training_step = FakeModel.forward, FineTuneModule.training_step
+    training = [False]
 
-        def forward(self: Any, species: Any, edge_index: Any, distance: Any, *args: Any) -> Any:
-            energy, features = original(self, species, edge_index, distance, *args)
-            moved = any(bool(p.grad is not None) for p in self.parameters()) or broken[0]
-            if moved and bool(((distance - target).abs() < 1e-9).any()):
-                energy = energy + (
-                    torch.sqrt((distance - target).abs().sum() * 0) if what == "gradient" else torch.nan
-                )
-            return energy, features
+    def forward(self: Any, species: Any, edge_index: Any, distance: Any, *args: Any) -> Any:
+        energy, features = original(self, species, edge_index, distance, *args)
+        if training[0] and bool(((distance.detach() - target).abs() < 1e-9).any()):
+            trained = next(p for p in self.parameters() if p.requires_grad)
+            # a root at 0: the value is 0, its derivative is not finite
+            energy = energy + (torch.nan if what == "loss" else (0 * trained).abs().sum().sqrt())
+        return energy, features
 
-        broken = [False]
-        monkeypatch.setattr(FakeModel, "forward", forward)
+    def step(self: Any, *args: Any) -> Any:
+        training[0] = True
+        try:
+            return training_step(self, *args)
+        finally:
+            training[0] = False
+
+    monkeypatch.setattr(FakeModel, "forward", forward)
+    monkeypatch.setattr(FineTuneModule, "training_step", step)
+    if what == "gradient":  # frames are looked at one by one outside the step
+        answer = FineTuneModule._answer
+
+        def answering(self: Any, *args: Any) -> Any:
+            training[0] = True
+            try:
+                return answer(self, *args)
+            finally:
+                training[0] = False
+
+        monkeypatch.setattr(FineTuneModule, "_answer", answering)
     return f"{row['source']}#{number}"
 
 
@@ -125,7 +138,11 @@ def test_what_a_step_is_compared_with() -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_diverged_training_is_the_pretrained_model(plain: bool, folder: Path, capsys: Capture) -> None:
-    options = ["optimizer.learning_rate=30", f"plain={{enabled: {str(plain).lower()}}}"]
+    options = [
+        "optimizer.learning_rate=0.6",
+        "optimizer.warmup_fraction=0",
+        f"plain={{enabled: {str(plain).lower()}}}",
+    ]
     assert fit(folder, "run", *options) == 0
     message = " ".join(capsys.readouterr().err.split())
     assert "no epoch is better on the validation frames than the state at the start" in message
@@ -137,13 +154,30 @@ def test_a_diverged_training_is_the_pretrained_model(plain: bool, folder: Path, 
             assert found[key] <= 1.05 * metrics["pretrained"][name][key], model
 
 
+def test_a_training_that_explodes_stops(folder: Path, capsys: Capture) -> None:
+    assert fit(folder, "run", "optimizer.learning_rate=30") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "the loss explodes at step 1, by no single frame" in message
+    assert "lower optimizer.learning_rate" in message
+
+
 @pytest.mark.parametrize("family", ["weight", "channel"])
 def test_the_start_is_a_candidate_with_its_spread(family: str, folder: Path) -> None:
     options = [
         f"posterior={{family: {family}, prior_scale: 0.1, init_std: 0.05}}",
         "objective.temperature=1e-3",
     ]
-    assert fit(folder, "run", "optimizer.learning_rate=30", "optimizer.std_learning_rate=30", *options) == 0
+    assert (
+        fit(
+            folder,
+            "run",
+            "optimizer.learning_rate=0.3",
+            "optimizer.warmup_fraction=0",
+            "trainer.max_epochs=2",
+            *options,
+        )
+        == 0
+    )
     potential = load_model(folder / "runs/run")
     assert all(not d.any() for d in potential.converted.deltas.values())
     for name, std in potential.posterior.std().items():
@@ -165,6 +199,8 @@ def test_a_frame_that_breaks_the_training(
     if broken == "stop":
         assert code == 2, message
         assert f"{source}, frame {number}: training broke down" in message
+        problem = {"label": "the loss explodes", "loss": "the loss is not finite"}
+        assert problem.get(what, "the gradient is not finite") in message
         assert (folder / "runs/run/run.json").exists(), "what is done is kept"
         assert main(["resume", str(folder / "runs/run"), "optimizer.broken=leave_out"]) == 0
     else:
@@ -177,8 +213,6 @@ def test_a_frame_that_breaks_the_training(
 
 
 def test_leaving_out_survives_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from blip_ft.training import fit as module
-
     from .test_run_folder import Ended, ending
 
     assert fit(folder, "clean", *UNCHECKED) == 0
@@ -193,7 +227,6 @@ def test_leaving_out_survives_a_resume(folder: Path, monkeypatch: pytest.MonkeyP
             with pytest.raises(Ended):
                 fit(folder, "run", *options)
         assert main(["resume", str(folder / "runs/run")]) == 0
-    assert module is not None
     assert differences(folder / "runs/whole", folder / "runs/run") == []
 
 

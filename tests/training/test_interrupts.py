@@ -73,7 +73,7 @@ def test_the_exit_code_and_the_way_on(
     run = made / "runs" / tmp_path.name.replace("[", "").replace("]", "")
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        send_at(place, number, 6 if place != "writing" and place != "prepared" else 1, patch)
+        send_at(place, number, {"writing": 1, "prepared": 1, "rows": 2}.get(place, 6), patch)
         assert main(["fit", str(made / "recipe.yaml"), f"name={run.name}"]) == code
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     message = " ".join(capsys.readouterr().err.split())

@@ -54,7 +54,8 @@ def test_damage_is_seen_and_told(damage: str, pieces: Pieces, capsys: pytest.Cap
     assert "done again" in capsys.readouterr().err
     pieces.keep_tensors("one", {"a": torch.ones(2)}, {})
     found = pieces.tensors("one")
-    assert found is not None and torch.equal(found[0]["a"], torch.ones(2))
+    assert found is not None
+    assert torch.equal(found[0]["a"], torch.ones(2))
 
 
 def test_the_latest_two_are_kept(pieces: Pieces) -> None:

@@ -130,7 +130,10 @@ def test_killed_while_the_runs_change_places(
     if after == "first":
         monkeypatch.setattr(Path, "rename", once)
     else:
-        monkeypatch.setattr("blip_ft.training.run_folder.shutil.rmtree", ending)
+        rmtree = shutil.rmtree
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda path, **k: ending() if str(path).endswith(OLD) else rmtree(path, **k)
+        )
     with pytest.raises(Ended):
         fit(folder, "name=first", "overwrite=true", "seed=1")
     monkeypatch.undo()
