@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
@@ -120,28 +122,53 @@ def whole_path(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
             shutil.rmtree(target)
 
 
+#: file of a folder that is being written: who does
+WRITING = ".writing"
+#: locks of this process
+_HELD: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """A forked process (a loader's worker) holds no lock: it may live longer than this one."""
+    while _HELD:
+        with suppress(OSError):
+            os.close(_HELD.pop().fileno())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this program while a run is written there.
+def sole_writer(folder: Path) -> Iterator[Path]:
+    """Hold a folder for this program while a run is written there; the file that does says host and process.
+
+    Where the file system has no locks, a process of this host that has ended, or an earlier start of the same SLURM
+    job, holds nothing.
+
+    Yields:
+        The file; it may be renamed with the folder.
 
     Raises:
-        BlipError: another program, on this machine, holds it.
+        BlipError: another program holds it.
     """
-    if fcntl is None:
-        yield
-        return
-    path = folder / ".writing"
-    with path.open("w") as file:
+    path = folder / WRITING
+    while True:
+        file = path.open("a+")
+        if _locked(file, folder) and _is_at(file, path):
+            break
+        file.close()  # whoever held it has taken the file away
+    _HELD.add(file)
+    with file:
+        file.truncate(0)
+        file.write(json.dumps(_this_process()))
+        file.flush()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise in_use(folder) from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
+            yield path
         finally:
-            path.unlink(missing_ok=True)
+            _HELD.discard(file)
+            if _is_at(file, path):
+                path.unlink(missing_ok=True)
 
 
 def check_unused(folder: Path) -> None:
@@ -150,24 +177,77 @@ def check_unused(folder: Path) -> None:
     Raises:
         BlipError: it is.
     """
-    path = folder / ".writing"
-    if fcntl is None or not path.exists():
-        return
     try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise in_use(folder) from error
+        with (folder / WRITING).open() as file:
+            _locked(file, folder, shared=True)
     except OSError:
         return
 
 
-def in_use(folder: Path) -> BlipError:
+def _locked(file: IO[str], folder: Path, *, shared: bool = False) -> bool:
+    """Whether the lock was taken; where there are no locks, whether nobody else seems to hold it.
+
+    Raises:
+        BlipError: another program holds it.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "no locks on this system")
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise in_use(folder, _who(file)) from error
+    except OSError as error:  # a file system without locks
+        who = _who(file)
+        if who and not _has_ended(who):
+            raise in_use(folder, who) from error
+    return True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether a path still is that of an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _this_process() -> dict[str, str | int]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+
+
+def _who(file: IO[str]) -> dict[str, str | int]:
+    """What the holder has written; nothing for one that has only begun, or of an earlier version."""
+    try:
+        file.seek(0)
+        who = json.load(file)
+        return who if isinstance(who, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _has_ended(who: Mapping[str, str | int]) -> bool:
+    """Whether a holder is known to be gone."""
+    mine = _this_process()
+    if who.get("job") and who.get("job") == mine["job"]:
+        return True  # this job has been started again
+    if who.get("host") != mine["host"]:
+        return False
+    try:
+        os.kill(int(who["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, KeyError, ValueError, OverflowError):
+        return False
+    return int(who["process"]) == os.getpid()
+
+
+def in_use(folder: Path, who: Mapping[str, str | int] | None = None) -> BlipError:
     """The error for an output that another program writes."""
+    by = f" (process {who.get('process')} on {who.get('host')})" if who else ""
     return BlipError(
-        "another program is writing this output",
+        f"another program is writing this output{by}",
         file=folder,
-        remedy="wait until it has finished, or choose another name",
+        remedy=f"wait until it has finished, or choose another name; if it has ended, remove {WRITING} there",
     )
 
 

@@ -29,14 +29,16 @@ from blip_ft.cli import (
     predict,
     recipes,
     report,
+    resume,
     runs,
 )
 from blip_ft.errors import BlipError
-from blip_ft.signals import Terminated
+from blip_ft.signals import Stopped
 
 #: in the order of the help
 COMMANDS: tuple[Any, ...] = (
     fit,
+    resume,
     check,
     evaluate,
     predict,
@@ -52,7 +54,6 @@ COMMANDS: tuple[Any, ...] = (
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 #: failures of the machine rather than of the program: full disk, quota, no permission
 _USERS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -76,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = args.run(args)
         sys.stdout.flush()
-    except Terminated:
-        _complain("terminated")
-        return EXIT_TERMINATED
+    except Stopped as stopped:
+        return stopped.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED

@@ -41,14 +41,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict structures into a file; the exit code is 3 where some were left out."""
     from blip_ft.cli.kept_batches import how_to_go_on
-    from blip_ft.signals import terminable
+    from blip_ft.signals import Interrupts, Stopped
 
     potential = load(args)  # says so before the long imports
     from blip_ft.cli.predict_file import predict_file
     from blip_ft.cli.predict_progress import shown
 
     try:
-        with terminable(), shown() as progress:
+        with Interrupts().handled(), shown() as progress:
             done = predict_file(
                 potential,
                 args.source,
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
                 skip_bad=args.skip_bad,
                 progress=progress,
             )
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Stopped):
+            announce(f"{error}: ended")
         announce(how_to_go_on(Path(args.output)))
         raise
     for place, reason in done.left_out:

@@ -7,7 +7,7 @@ covariance, Gauss-Newton steps of the mean, and the Gauss-Newton matrix at draws
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class ClosedFormFitter:
         console: for progress.
         unlabelled: structures (``data.context``) for families that need context, beside perturbed training
             frames.
-        moved: called after every Gauss-Newton step of the mean.
+        moved: called with all steps so far after every Gauss-Newton step of the mean.
     """
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class ClosedFormFitter:
     sets: dict[str, FrameDataset]
     console: Console
     unlabelled: Sequence[Atoms] = ()
-    moved: Callable[[], object] | None = None
+    moved: Callable[[list[float]], object] | None = None
 
     def __post_init__(self) -> None:
         options, train = self.recipe.posterior, self.sets["train"]
@@ -96,24 +96,31 @@ class ClosedFormFitter:
         )
 
     # ---- fits ------------------------------------------------------------------------------
-    def fit(self, *, final: bool = False) -> dict[str, Any]:
+    def leave_out(self, keys: Collection[int]) -> None:
+        """Do without some training frames from here on: those that broke the training."""
+        if keys:
+            self.rows.leave_out(keys)
+
+    def fit(self, *, final: bool = False, done: Sequence[float] = ()) -> dict[str, Any]:
         """Gauss-Newton steps of the mean, then scales and covariance where they have led to.
 
         Args:
             final: with all rows, steps until one is refused, and an average over more draws. Else one step, after
                 the covariance.
+            done: steps that the mean has behind it, of a final fit that was ended.
         """
         wanted = self.options.most_mean_steps if self.mean_is_free else 0
         if not final:
             wanted = min(wanted, 1)
-        steps: list[float] = []
+        steps = list(done)
         rows: Rows | None = None
         report: dict[str, Any] = {}
         while True:
-            number = len(steps)
+            refused = bool(steps) and not steps[-1]
+            number = len(steps) - refused  # a refused step has left the mean, and the rows, as they were
             rows = None  # as large as all that follows: free it before the next
             rows = self._make_rows(number, final=final)
-            last = number == wanted
+            last = refused or number == wanted
             # gradients of another mean do not cancel where those of this one do: near the data a posterior from
             # before the step is too wide. In training it only steers the noise.
             if last or not final:
@@ -123,7 +130,7 @@ class ClosedFormFitter:
             scale = report["prior_scale"] if report else choose_scales(self._data(rows), {})[0]
             steps.append(self.move_mean(rows, scale))
             if self.moved is not None:
-                self.moved()
+                self.moved(steps)
             if not final:
                 break
             if not steps[-1]:

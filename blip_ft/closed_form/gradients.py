@@ -7,7 +7,7 @@ projections of them that stand for all (``uncertainty.jacobian.random_signs``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,12 @@ class GradientRows:
         self.labelled = [train[i] for i in range(len(train))]
         self.context = list(context)
         self.groups = groups_of(train)
+
+    def leave_out(self, keys: Collection[int]) -> None:
+        """Make no rows of some training frames from here on."""
+        kept = [i for i, item in enumerate(self.labelled) if item.key not in keys]
+        self.labelled = [self.labelled[i] for i in kept]
+        self.groups = [self.groups[i] for i in kept]
 
     def rows(
         self,

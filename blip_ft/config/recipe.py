@@ -121,6 +121,12 @@ class OptimizerConfig(Strict):
     ema_decay: Fraction | None = None
     """keep, validate and use an exponential moving average of the mean over the steps, with this decay
     (0.99 averages over some 100 steps); plain fine-tuning does the same"""
+    patience: Annotated[int, Field(ge=1)] | None = 10
+    """epochs in a row with a held-out score more than 2 % above the best one, after which training stops; ``null``:
+    it never does. The state of the best epoch, or the pretrained one if none is better, is used in any case"""
+    broken: Literal["stop", "leave_out"] = "stop"
+    """what to do about frames that make a loss or gradient not finite, or a million times larger than usual: stop and
+    name them, or leave them out from there on and list them in the receipt"""
 
 
 class PlainConfig(Strict):
@@ -161,7 +167,9 @@ class Recipe(Strict):
     output: PathText = "runs"
     """folder of all runs; ``~`` and ``$VARIABLES`` are replaced here, as in all paths of a recipe"""
     overwrite: bool = False
-    """replace an existing run of this name instead of refusing"""
+    """replace an existing run of this name instead of refusing, once the new one is whole"""
+    keep_pieces: bool = False
+    """keep what ``blip-finetune resume`` goes on from when the run is whole (``pieces/``)"""
     data: DataConfig
     model: ModelConfig
     posterior: PosteriorSection = Field(default_factory=PosteriorConfig)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning
@@ -20,6 +22,11 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.module import FineTuneModule
 from blip_ft.uncertainty.results import SetPrediction
 
+#: share above the best held-out score from which an epoch counts as one of a rising score
+RISEN = 0.02
+#: times the held-out score at the start: a training that is there will not come back
+EXPLODED = 30.0
+
 
 class SetEpoch(Callback):
     """Tell the batch sampler which epoch it is."""
@@ -33,36 +40,115 @@ class SetEpoch(Callback):
 
 
 class KeepBest(Callback):
-    """Remember the trained state of the epoch with the lowest held-out score.
+    """Remember the trained state of the epoch with the lowest held-out score; the state at the start is one of them.
 
     Args:
         monitor: logged value to minimise.
 
-    The state is kept in memory (mean, posterior, noise; not the frozen pretrained weights) and
-    put back by :meth:`restore`.
+    The state is kept in memory (mean, posterior, noise; not the frozen pretrained weights), goes into Lightning's
+    checkpoints, and is put back by :meth:`restore`.
+
+    Attributes:
+        best: the lowest score.
+        epoch: whose it is; -1 for the state at the start.
+        start: score of that.
+        last: score of the last validation, ``None`` before the first.
     """
 
     def __init__(self, monitor: str = "val/crps") -> None:
         self.monitor = monitor
-        self.best = float("inf")
+        self.best = self.start = float("inf")
         self.epoch = -1
+        self.last: float | None = None
         self.state: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: FineTuneModule) -> None:  # type: ignore[override]
+        """Score what training starts from, unless it goes on from a checkpoint."""
+        batches = sum(int(n) for n in trainer.num_val_batches)
+        if self.state or not batches:
+            return
+        with torch.no_grad():
+            for batch in islice(trainer.val_dataloaders, batches):  # type: ignore[arg-type]
+                pl_module.validation_step(batch.to(pl_module.device), 0)
+        self.start = float(pl_module.held_out_scores()[self.monitor])
+        self.best = self.start if math.isfinite(self.start) else float("inf")
+        self._take(pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """After each validation pass."""
         if trainer.sanity_checking:
             return
-        score = float(trainer.callback_metrics[self.monitor])
-        if score < self.best:
-            self.best, self.epoch = score, trainer.current_epoch
-            trained = {n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad}
-            self.state = copy.deepcopy(trained)
+        self.last = float(trainer.callback_metrics[self.monitor])
+        if self.last < self.best:
+            self.best, self.epoch = self.last, trainer.current_epoch
+            self._take(pl_module)
+
+    def _take(self, module: lightning.LightningModule) -> None:
+        trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+        self.state = copy.deepcopy(trained)
 
     def restore(self, module: FineTuneModule) -> None:
-        """Load the best state back into the module."""
+        """Load the best state back into the module; where nothing has been validated, it stays as it is."""
         parameters = dict(module.named_parameters())
-        for name, value in self.state.items():
+        for name, value in self.state.items() if self.last is not None else ():
             parameters[name].data.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints."""
+        return {k: getattr(self, k) for k in ("best", "start", "epoch", "last", "state")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoints."""
+        for key, value in state_dict.items():
+            setattr(self, key, value)
+
+
+class StopWhenRising(Callback):
+    """End a training that has left its best state behind.
+
+    Args:
+        best: knows the held-out scores; stands before this in the list of callbacks.
+        patience: epochs in a row with a score above the best one by more than :data:`RISEN`; ``None``: any number.
+
+    A score that is no number, or :data:`EXPLODED` times that at the start, ends it at once.
+
+    Attributes:
+        reason: why it was ended, in words; empty if it was not.
+    """
+
+    def __init__(self, best: KeepBest, patience: int | None) -> None:
+        self.best, self.patience = best, patience
+        self.risen = 0
+        self.reason = ""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A training that was ended stays so when its run is resumed."""
+        del pl_module
+        trainer.should_stop = bool(self.reason)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The score is the same on every rank, and so is what follows."""
+        del pl_module
+        if trainer.sanity_checking or self.best.last is None:
+            return
+        score, best = self.best.last, self.best.best
+        self.risen = self.risen + 1 if score > (1 + RISEN) * best else 0
+        start = self.best.start
+        if not math.isfinite(score) or (math.isfinite(start) and score > EXPLODED * max(start, 1e-9)):
+            self.reason = f"the held-out score has gone from {readable(start)} to {readable(score)}: lower optimizer.learning_rate"
+        elif self.patience is not None and self.risen >= self.patience:
+            self.reason = (
+                f"the held-out score has been above its best for {self.risen} epochs (optimizer.patience)"
+            )
+        trainer.should_stop = bool(self.reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints."""
+        return {"risen": self.risen, "reason": self.reason}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoints."""
+        self.risen, self.reason = state_dict["risen"], state_dict["reason"]
 
 
 class FitPosterior(Callback):
@@ -71,16 +157,25 @@ class FitPosterior(Callback):
     Args:
         fit: does it.
         epoch: when.
+        recall: puts back what an earlier start of this run has fitted, where there is that.
+        keep: called after a fit.
     """
 
-    def __init__(self, fit: Callable[[], object], epoch: int) -> None:
-        self._fit, self._epoch = fit, epoch
+    def __init__(
+        self,
+        fit: Callable[[], object],
+        epoch: int,
+        recall: Callable[[], bool] = lambda: False,
+        keep: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._fit, self._epoch, self._recall, self._keep = fit, epoch, recall, keep
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Before the first batch of the epoch; on every rank alike."""
         del pl_module
-        if trainer.current_epoch == self._epoch:
+        if trainer.current_epoch == self._epoch and not self._recall():
             self._fit()
+            self._keep()
 
 
 class AverageMean(Callback):
@@ -133,7 +228,11 @@ class AverageMean(Callback):
                 for live, average in self._pairs():
                     live.copy_(average)
         fit()
-        self._average.n_averaged.zero_()  # the next step starts a new average
+        self.forget()
+
+    def forget(self) -> None:
+        """The next step starts a new average."""
+        self._average.n_averaged.zero_()
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         return zip(self._live.parameters(), self._average.module.parameters(), strict=True)
@@ -187,6 +286,15 @@ class WatchPosterior(Callback):
             for name, value in (self.report or {}).items():
                 pl_module.log(f"posterior/{name}", value, rank_zero_only=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints, also of an epoch that is not at its end."""
+        return {"report": self.report, "counts": self.posterior.epoch_counts()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoints."""
+        self.report = state_dict["report"]
+        self.posterior.set_epoch_counts(state_dict["counts"])
+
 
 class History(Callback):
     """One row per epoch, for the report: means of the training losses, held-out scores.
@@ -208,6 +316,16 @@ class History(Callback):
         self._echo = echo
         self._steps: list[dict[str, float]] = []
         self._start = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoints, and for what is kept after the epochs."""
+        return {"rows": self.rows, "steps": self._steps, "seconds": time.monotonic() - self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From these."""
+        self.rows[:] = state_dict["rows"]
+        self._steps[:] = state_dict["steps"]
+        self._start = time.monotonic() - state_dict["seconds"]
 
     def after(self, validation: SetPrediction) -> None:
         """A further row, without training losses, for a step of the mean after the epochs.

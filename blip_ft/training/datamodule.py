@@ -48,6 +48,11 @@ class FrameDataModule(lightning.LightningDataModule):
         self.backbone, self.train, self.validation = backbone, train, validation
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.batch_by, self.stream = batch_by, stream
+        self._start = (0, 0)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Go on with an epoch of a training, of which so many batches have been taken."""
+        self._start = epoch, batch
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches move themselves; the vendor's graph inside is opaque to Lightning."""
@@ -80,8 +85,13 @@ class FrameDataModule(lightning.LightningDataModule):
             # new workers in every epoch: each holds a copy of the stream with its epoch
             stream = self.stream(*self._ranks())
             stream.parts = self._parts()
-            return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
-        return self._loader(self.train, batch_sampler=self.sampler(*self._ranks()))
+            stream.start_at(*self._start)
+            return DataLoader(
+                stream, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
+            )
+        sampler = self.sampler(*self._ranks())
+        sampler.start_at(*self._start)
+        return self._loader(self.train, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every ``world``-th batch of the validation frames."""
@@ -101,6 +111,7 @@ class FrameDataModule(lightning.LightningDataModule):
             collate_fn=partial(_collate, self.backbone, self._parts()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # a loader that is begun anew takes nothing from torch's own
         )
 
 

@@ -13,16 +13,20 @@ from rich.console import Console
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger
+from blip_ft.files import file_name
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
 from blip_ft.progress import progress
 from blip_ft.training.device import device_of
+from blip_ft.training.pieces import Pieces
 from blip_ft.uncertainty.calibration import calibrate, rmse_calibration
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.predict import frame_names, predict_set
 from blip_ft.uncertainty.results import SetPrediction
 
+#: batches of predictions in one piece
+KEPT = 8
 #: sets that are not judged on
 ROLES = ("train", "validation", "calibration")
 
@@ -45,6 +49,7 @@ def judge(
     console: Console,
     what: str,
     ledger: Ledger | None = None,
+    pieces: Pieces | None = None,
 ) -> Judgement:
     """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames.
 
@@ -58,6 +63,7 @@ def judge(
         console: for progress.
         what: name of the model, for progress.
         ledger: where the model is the pretrained one, with ``draws=0``: what it has already said.
+        pieces: where predictions are kept, and are from an earlier start of the run.
     """
     potential.to(device_of(recipe))
     wanted = {n: d for n, d in sets.items() if n != "train" and len(d)}
@@ -67,13 +73,9 @@ def judge(
             if ledger is not None:
                 predictions[name] = remembered(potential, dataset, name, ledger, progress=advance)
                 continue
-            predictions[name] = predict_set(
-                potential,
-                dataset,
-                name,
-                n_draws=draws_of(recipe, name, draws),
-                batch_size=recipe.uncertainty.batch_size,
-                progress=advance,
+            n_draws, batch_size = draws_of(recipe, name, draws), recipe.uncertainty.batch_size
+            predictions[name] = predict_kept(
+                potential, dataset, name, n_draws, batch_size, pieces, what=what, progress=advance
             )
     calibration = (
         calibrate(predictions["calibration"]).for_new_frames()
@@ -82,6 +84,46 @@ def judge(
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
     return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
+
+
+def predict_kept(
+    potential: BayesianPotential,
+    dataset: FrameDataset,
+    name: str,
+    n_draws: int,
+    batch_size: int,
+    pieces: Pieces | None,
+    *,
+    what: str,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> SetPrediction:
+    """What ``predict_set`` gives, :data:`KEPT` batches at a time, each kept as a piece.
+
+    Args:
+        potential: the model.
+        dataset: labelled frames.
+        name: of the set.
+        n_draws: see ``predict_set``.
+        batch_size: structures per call.
+        pieces: where; ``None``: nowhere.
+        what: name of the model, for the pieces.
+        progress: called with the number of frames done.
+    """
+    parts: list[SetPrediction] = []
+    for number, start in enumerate(range(0, len(dataset), KEPT * batch_size)):
+        index = range(start, min(start + KEPT * batch_size, len(dataset)))
+        piece = f"predictions-{what}-{file_name(name)}-{number}"
+        found = None if pieces is None else pieces.file(piece)
+        if found is not None:
+            parts.append(SetPrediction.load(found[0]))
+            progress(len(index))
+            continue
+        some = dataset if len(index) == len(dataset) else dataset.select(index)
+        part = predict_set(potential, some, name, n_draws=n_draws, batch_size=batch_size, progress=progress)
+        if pieces is not None:
+            pieces.keep(piece, ".npz", part.save, {})
+        parts.append(part)
+    return SetPrediction.concatenate(parts, name)
 
 
 def remembered(

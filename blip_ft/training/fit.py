@@ -1,7 +1,6 @@
 """``blip-finetune fit``: from a recipe to a trained, calibrated and judged potential.
 
-Stages, each of which must succeed before the next starts; nothing is written before the last
-check has passed:
+Stages, each of which must succeed before the next starts; what fails before training leaves nothing:
 
 1. load the pretrained model and the frames; check every frame;
 2. compare labels with the pretrained model (units, signs);
@@ -10,7 +9,8 @@ check has passed:
    (families that come after it: the covariance around the plain model);
 5. fit the error bars on the calibration frames, judge on the test frames, write the run.
 
-Stages 1 to 3 are :mod:`blip_ft.training.prepare`.
+Stages 1 to 3 are :mod:`blip_ft.training.prepare`. What each stage leaves for ``blip-finetune resume``:
+:mod:`blip_ft.training.pieces`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
+import signal
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +32,43 @@ from rich.console import Console
 
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.closed_form.gradients import groups_of
-from blip_ft.config import Recipe
+from blip_ft.config import Recipe, apply_override, parse_recipe
 from blip_ft.data.split import splits_file
-from blip_ft.errors import BlipError, RecipeError
-from blip_ft.files import check_unused, file_name, remedy_of, sole_writer, whole_file
+from blip_ft.errors import BlipError, CheckpointError, RecipeError
+from blip_ft.files import file_name, remedy_of, whole_file
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.potential.checkpoint import require_space, save_model
+from blip_ft.potential.checkpoint import save_model
 from blip_ft.ranks import is_rank_zero
+from blip_ft.signals import Interrupts, Stopped, requeue
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
+from blip_ft.training.kept_ledger import check_data, keep_ledger, recall_ledger
 from blip_ft.training.memory import describe
+from blip_ft.training.pieces import Pieces
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.training.receipt import make_receipt
+from blip_ft.training.run_folder import (
+    RECORD,
+    VARIABLE,
+    RunFolder,
+    followed,
+    new_run,
+    old_run,
+    read_record,
+    requeued,
+)
+from blip_ft.training.stages import Run
+from blip_ft.training.state import keep_state, recall_state
 from blip_ft.uncertainty.ood import fit_distance
 
-#: disk space that a run may take, bytes
-RUN_BYTES = 300_000_000
+#: keys of a recipe that may change when a run goes on: they change how it works, not what it comes to
+CHANGEABLE = frozenset(
+    {"optimizer.broken", "keep_pieces", "data.num_workers", "data.cache_gb", "trainer.enable_progress_bar"}
+)
 
 
 def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
-    """Run a recipe.
+    """Run a recipe; where an earlier start of the same SLURM job has begun it, go on.
 
     Args:
         recipe: a validated recipe (``blip_ft.config.load_recipe``).
@@ -59,59 +79,136 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         Empty on ranks other than 0.
 
     Raises:
-        BlipError: bad input; nothing has been written. An error while writing names the file.
+        BlipError: bad input; before training has begun nothing is left. An error while writing names the file.
+        Stopped: a signal has ended the run; what is done is kept.
     """
     console = console or Console(stderr=True, quiet=not is_rank_zero())
-    folder = recipe.folder
-    if is_rank_zero():
-        check_folder(folder, overwrite=recipe.overwrite)
-    seed_everything(recipe.seed)
-    prepared = prepare(recipe, console)
     if not is_rank_zero():
-        return _run(prepared.recipe, prepared, folder, console)
-    _make_folder(folder, console, overwrite=recipe.overwrite)
-    try:
-        with sole_writer(folder):
-            return _run(prepared.recipe, prepared, folder, console)
-    except OSError as error:
-        raise BlipError(
-            f"writing failed: {error}",
-            file=folder,
-            remedy=f"{remedy_of(error)}; what was written so far is kept",
-        ) from error
+        return _run(recipe, followed(recipe, None), console)
+    if requeued(recipe):
+        return resume(recipe.folder, console)
+    with new_run(recipe) as run:
+        if run.folder != run.final:
+            console.print(f"replacing the earlier run in {run.final} once this one is whole", markup=False)
+        return _run(recipe, run, console)
 
 
-def _make_folder(folder: Path, console: Console, *, overwrite: bool) -> None:
-    """An empty folder for the run. That of an earlier one is replaced only if it may be: minutes after the first look
-    another program may have made it.
+def resume(
+    folder: Path, console: Console | None = None, *, trust: bool = False, changes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Go on with a run that was ended, from the last whole piece.
+
+    Args:
+        folder: of the run.
+        console: where progress is printed; by default standard error.
+        trust: open the pickled file that its recipe trusts.
+        changes: ``key=value`` of :data:`CHANGEABLE`.
+
+    Returns:
+        As :func:`fit`.
 
     Raises:
-        RecipeError: it exists.
-        BlipError: another program writes there, or it cannot be made.
+        BlipError: no run, or its data have changed.
+        Stopped: as :func:`fit`.
     """
+    console = console or Console(stderr=True, quiet=not is_rank_zero())
+    if not is_rank_zero():
+        place = followed(None, folder)
+        with chdir((read_record(place) or {}).get("directory", ".")):
+            return _run(changed(place, changes), place, console)
+    with old_run(folder) as run:
+        recipe = changed(run.folder, changes)
+        if recipe.model.trust and not trust and requeued(recipe) is False:
+            raise CheckpointError(
+                "its recipe opens a pickled file, which can run code",
+                file=run.folder,
+                field="model.trust",
+                remedy=f"blip-finetune resume {folder} --trust, if the file is from somebody you trust",
+            )
+        if run.whole:
+            run.finish()
+            console.print(f"this run is whole: {run.final / 'report.html'}", markup=False)
+            return dict(json.loads((run.final / "metrics.json").read_text(encoding="utf-8")))
+        with chdir(run.record["directory"]):
+            return _run(recipe, run, console)
+
+
+def changed(folder: Path, changes: Sequence[str]) -> Recipe:
+    """The recipe of a run, with what may change when it goes on.
+
+    Raises:
+        RecipeError: another key.
+        CheckpointError: no run.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise CheckpointError("no run", file=folder, remedy="give the folder of a run")
+    tree = record["recipe"]
+    for change in changes:
+        if (key := change.partition("=")[0]) not in CHANGEABLE:
+            raise RecipeError(
+                f"'{key}' is what the run was begun with",
+                field=key,
+                remedy=f"these may change: {', '.join(sorted(CHANGEABLE))}; for others begin another run",
+            )
+        apply_override(tree, change)
+    return parse_recipe(tree, file=folder / RECORD)
+
+
+def _run(recipe: Recipe, run: RunFolder | Path, console: Console) -> dict[str, Any]:
+    """A run from its beginning, or from what there is of it.
+
+    Args:
+        recipe: options.
+        run: its folder; a path on ranks other than 0.
+        console: for progress.
+    """
+    folder = run if isinstance(run, Path) else run.folder
+    interrupts = Interrupts()
+    with interrupts.handled(), told_to_ranks(folder), said_when_stopped(folder, console):
+        seed_everything(recipe.seed)
+        pieces = Pieces(folder, console, writes=isinstance(run, RunFolder))
+        known, before = recall_ledger(pieces)
+        prepared = prepare(recipe, console, known)
+        check_data(prepared, before)
+
+        def begun() -> None:
+            if isinstance(run, RunFolder):
+                run.begun = True
+
+        return _train_and_judge(prepared.recipe, prepared, run, console, Run(pieces, interrupts, begun))
+
+
+@contextmanager
+def said_when_stopped(folder: Path, console: Console) -> Iterator[None]:
+    """Say what is kept when a signal ends a run, and how to go on; SIGUSR1 gives it a place in SLURM's queue."""
     try:
-        if overwrite and folder.exists():
-            check_unused(folder)
-            console.print(f"replacing the earlier run in {folder}")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise _exists(folder, "a run of this name has appeared since this one started") from error
-    except OSError as error:
-        raise BlipError(
-            f"cannot write the run: {error}",
-            file=folder,
-            remedy=remedy_of(error),
-        ) from error
+        yield
+    except Stopped as stopped:
+        if is_rank_zero():
+            console.print(
+                f"{stopped}: ended; what is done is kept in {folder}. Go on with: blip-finetune resume {folder}",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
+            if stopped.number == getattr(signal, "SIGUSR1", None):
+                console.print(requeue(), markup=False, soft_wrap=True)
+        raise
 
 
-def _exists(folder: Path, problem: str) -> RecipeError:
-    return RecipeError(
-        problem,
-        file=folder,
-        field="name",
-        remedy="choose another name=..., or give overwrite=true to replace it",
-    )
+@contextmanager
+def told_to_ranks(folder: Path) -> Iterator[None]:
+    """Tell the ranks that Lightning starts on this machine where the run is."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before
 
 
 def seed_everything(seed: int) -> None:
@@ -122,32 +219,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise if a run exists already and may not be replaced, or if it cannot be written.
-
-    Raises:
-        RecipeError: it exists.
-        BlipError: another program writes there.
-        CheckpointError: no permission or no space.
-    """
-    if folder.exists() and not overwrite:
-        raise _exists(folder, "a run of this name exists already")
-    check_unused(folder)
-    require_space(folder, RUN_BYTES)
-
-
-def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> dict[str, Any]:
+def _train_and_judge(
+    recipe: Recipe, prepared: Prepared, run: RunFolder | Path, console: Console, of: Run
+) -> dict[str, Any]:
     """Stages 4 and 5."""
     # here, because Lightning takes seconds to import: bad data are told before
     from blip_ft.training.loop import train
 
     started = time.monotonic()
-    potential, sets = prepared.potential, prepared.sets
+    folder = run if isinstance(run, Path) else run.folder
+    potential, sets, pieces = prepared.potential, prepared.sets, of.pieces
+    assert pieces is not None
     results: dict[str, Judgement] = {}
     if is_rank_zero():
         results["pretrained"] = judge(
             recipe, potential, sets, draws=0, console=console, what="pretrained", ledger=prepared.ledger
         )
+        keep_ledger(pieces, prepared)
     if prepared.ledger is not None:
         prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
@@ -157,12 +245,25 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
     if compared or posthoc:
         logs = folder / "plain" if compared else folder
         history["plain"] = train(
-            recipe, potential, sets, logs, console, plain=True, stream=prepared.stream, frames=prepared.frames
+            recipe,
+            potential,
+            sets,
+            logs,
+            console,
+            plain=True,
+            stream=prepared.stream,
+            frames=prepared.frames,
+            run=of,
         )
         if compared and is_rank_zero():
-            results["plain"] = judge(recipe, potential, sets, draws=0, console=console, what="plain")
+            results["plain"] = judge(
+                recipe, potential, sets, draws=0, console=console, what="plain", pieces=pieces
+            )
             drift |= _drift(prepared, "plain", console)
-    if posthoc:
+    whole = recall_state(pieces, "posterior", potential)
+    if whole is not None:
+        history["blip"] = whole["history"]
+    elif posthoc:
         potential.to(device_of(recipe))  # Lightning has moved it to the CPU
         ClosedFormFitter(recipe, potential, sets, console).fit(final=True)
         history["blip"] = history["plain"]
@@ -178,23 +279,65 @@ def _run(recipe: Recipe, prepared: Prepared, folder: Path, console: Console) -> 
             frames=prepared.frames,
             context=prepared.context,
             stream=prepared.stream,
+            run=of,
         )
-    if not is_rank_zero():
+    if isinstance(run, Path):
         return {}
-    train_frames = sets["train"]
-    potential.ood = fit_distance(potential.to(device_of(recipe)), train_frames, groups_of(train_frames))
+    potential.to(device_of(recipe))
+    if whole is None:
+        train_frames = sets["train"]
+        potential.ood = fit_distance(potential, train_frames, groups_of(train_frames))
+        keep_state(pieces, "posterior", potential, history=history["blip"])
     results["blip"] = judge(
-        recipe, potential, sets, draws=recipe.uncertainty.n_draws, console=console, what="BLIP"
+        recipe,
+        potential,
+        sets,
+        draws=recipe.uncertainty.n_draws,
+        console=console,
+        what="BLIP",
+        pieces=pieces,
     )
     drift |= _drift(prepared, "blip", console)
-    if drift:
-        with whole_file(folder / "drift.json") as file:
-            json.dump(drift, file, indent=1)
     potential.calibration = results["blip"].calibration
     linearity = linearity_of(recipe, potential, sets, console)
-    save_model(potential, folder / "model")
     receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
-    return write_run(recipe, prepared, results, history, receipt, folder, console, drift, linearity)
+
+    def write(place: Path) -> dict[str, Any]:
+        if drift:
+            with whole_file(place / "drift.json") as file:
+                json.dump(drift, file, indent=1)
+        save_model(potential, place / "model")
+        return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
+
+    metrics = write_or_elsewhere(write, run)
+    if not recipe.keep_pieces:
+        pieces.clear()
+    run.finish()
+    console.print(f"report: {run.final / 'report.html'}   model: {run.final / 'model'}")
+    return metrics
+
+
+def write_or_elsewhere(write: Callable[[Path], dict[str, Any]], run: RunFolder) -> dict[str, Any]:
+    """Write what a run has led to; where its folder cannot take it, into a temporary one.
+
+    Raises:
+        BlipError: it could not be written where it belongs; says where it is.
+    """
+    try:
+        return write(run.folder)
+    except (OSError, BlipError) as error:
+        problem = error.problem if isinstance(error, BlipError) else f"writing failed: {error}"
+        why = error.remedy if isinstance(error, BlipError) else remedy_of(error)
+        place = "nothing of the results could be written elsewhere"
+        with suppress(OSError, BlipError):
+            other = Path(tempfile.mkdtemp(prefix=f"{run.final.name}-"))
+            write(other)
+            place = f"model, metrics and report are in {other}"
+        raise BlipError(
+            f"{problem}; {place}",
+            file=run.folder,
+            remedy=f"{why}; then blip-finetune resume {run.final} writes the run where it belongs",
+        ) from error
 
 
 def _drift(prepared: Prepared, model: str, console: Console) -> dict[str, dict[str, float]]:
@@ -272,5 +415,4 @@ def write_run(
             f"{signature.severity}: {signature.message}\n  What to do: {signature.remedy}", style="yellow"
         )
     Console().print(demo_table(metrics))
-    console.print(f"report: {folder / 'report.html'}   model: {folder / 'model'}")
     return metrics

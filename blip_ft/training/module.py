@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor
 
 from blip_ft.backbones.conservative import weights_only
 from blip_ft.backbones.protocol import Batch
+from blip_ft.data.batch.dataset import FrameDataset, collate
 from blip_ft.objectives import gaussian_crps
+from blip_ft.training.broken import Place, Usual, broken, culprits, is_finite
 from blip_ft.training.objective import Objective, StepLoss
-from blip_ft.uncertainty.predict import predict_collated
+from blip_ft.training.state import changing, numbers_of, set_numbers
+from blip_ft.uncertainty.predict import frame_names, predict_collated
 from blip_ft.variational.prior import PretrainedPrior
 
 #: draws per validation pass; few, as they only rank epochs against each other
@@ -51,45 +56,56 @@ class FineTuneModule(lightning.LightningModule):
         self.recipe, self.plain = objective.recipe, objective.plain
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
         self._step: _Taken | None = None
+        self.strict_loading = False  # checkpoints lack what training does not change
+        self.usual = Usual()
+        #: {key: name} of training frames that are left out, as they broke a step
+        self.left_out: dict[int, str] = {}
 
     # ---- training ------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """As an epoch that a resumed run begins in its midst is not begun."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """The order of an epoch is known: noise of structures that follow each other is made together."""
         loader: Any = self.trainer.train_dataloader
         if not self.plain and loader.batch_sampler is not None:  # a stream is not known
             items = loader.dataset
-            self.potential.expect([items.key(i) for batch in loader.batch_sampler for i in batch])
+            # all of it, also where a resumed run begins in its midst: what is made together is the same then
+            order = loader.batch_sampler.whole_epoch()
+            self.potential.expect([items.key(i) for batch in order for i in batch])
 
     def on_train_epoch_end(self) -> None:
         """Frees the noise."""
         self.potential.expect(())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of this rank's share of a step (``ElboScale.loss``), whose graph :meth:`backward` has."""
-        step = self._objective(batch, batch_idx)
+        """Loss of this rank's share of a step (``ElboScale.loss``), whose graph :meth:`backward` has.
+
+        Raises:
+            BrokenStepError: it is not finite, or explodes, and ``optimizer.broken`` is ``stop``.
+        """
+        kept = self._without_left_out(batch)
+        if kept is None:  # its only structures are left out; ranks need a gradient in every step
+            self._step = None
+            return torch.stack([0 * p.sum() for p in self._parameters_with_gradient()]).sum()
+        step = self._objective(kept, batch_idx)
         loss = step.loss
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.global_step}: lower optimizer.learning_rate or "
-                "posterior.init_std, and look at the data report for outliers"
-            )
+        finite = bool(torch.isfinite(loss))
+        if not finite or self.usual.exploded(float(step.data)):
+            self._answer("the loss is not finite" if not finite else "the loss explodes", kept, batch_idx)
+            return self.training_step(batch, batch_idx)
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
         for name, value in step.parts.items():
             self._log(f"train/{name}", value, batch=batch)
-        self._step = _Taken(loss, batch, batch_idx)
+        self._step = _Taken(loss, kept, batch_idx)
         return loss.detach().requires_grad_(True)
 
     def _objective(self, batch: Batch, batch_idx: int) -> StepLoss:
         """Loss of a batch; in parts where it does not fit into memory (``halving``)."""
         while True:
             try:
-                return self.objective(
-                    batch,
-                    epoch=self.current_epoch,
-                    batch_index=batch_idx,
-                    step=self.global_step,
-                    world=self.trainer.world_size,
-                )
+                return self.objective(batch, **asdict(self._place(batch_idx)))
             except Exception as error:  # noqa: BLE001 raised again unless memory has run out
                 self.objective.limit.retry(error, batch, "a training step")
 
@@ -98,17 +114,37 @@ class FineTuneModule(lightning.LightningModule):
 
         Lightning holds ``loss`` until the step is over, and with it would hold the graph: it is given another tensor, so
         that a graph that does not fit can be let go.
+
+        Raises:
+            BrokenStepError: one is not finite, and ``optimizer.broken`` is ``stop``.
         """
         step, self._step = self._step, None
-        assert step is not None
+        inputs = self._parameters_with_gradient()
+        if step is None:  # all structures of the batch are left out
+            loss.backward(*args, inputs=inputs, **kwargs)  # type: ignore[misc]
+            return
         # what Lightning has made of the loss: divided by accumulate_grad_batches, scaled for half precision
         factor = torch.where(step.loss.detach() == 0, 1.0, loss.detach() / step.loss.detach())
-        wanted = [p for p in self.parameters() if p.requires_grad]
-        before = [None if p.grad is None else p.grad.clone() for p in wanted]
+        before = [None if p.grad is None else p.grad.clone() for p in inputs]
+        self._differentiate(step, factor, before, *args, **kwargs)
+        if is_finite([p.grad for p in inputs]):
+            return
+        self._answer("the gradient is not finite", step.batch, step.index)
+        alone = self.trainer.world_size == 1
+        for parameter, grad in zip(inputs, before, strict=True):
+            parameter.grad = grad if alone else torch.zeros_like(parameter)
+        if alone:  # several ranks skip the step together
+            self.backward(self.training_step(step.batch, step.index) * factor, *args, **kwargs)
+
+    def _differentiate(
+        self, step: _Taken, factor: Tensor, before: Sequence[Tensor | None], *args: Any, **kwargs: Any
+    ) -> None:
+        """Add the gradients of a step to ``before``; in parts where they do not fit into memory (``halving``)."""
+        inputs = self._parameters_with_gradient()
         while True:
             try:
                 with weights_only():
-                    (step.loss * factor).backward(*args, inputs=wanted, **kwargs)  # type: ignore[misc]
+                    (step.loss * factor).backward(*args, inputs=inputs, **kwargs)  # type: ignore[misc]
             except Exception as error:
                 if self.trainer.world_size > 1:  # the others are waiting for these gradients
                     raise
@@ -116,9 +152,67 @@ class FineTuneModule(lightning.LightningModule):
                 self.objective.limit.retry(error, step.batch, "the gradient of a training step")
             else:
                 return
-            for parameter, grad in zip(wanted, before, strict=True):
+            for parameter, grad in zip(inputs, before, strict=True):
                 parameter.grad = None if grad is None else grad.clone()
             step.loss = self._objective(step.batch, step.index).loss
+
+    def _parameters_with_gradient(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _place(self, batch_idx: int) -> Place:
+        return Place(self.current_epoch, batch_idx, self.global_step, self.trainer.world_size)
+
+    def _answer(self, problem: str, batch: Batch, batch_idx: int) -> None:
+        """Leave the frames out that break a step, where the recipe says so.
+
+        Raises:
+            BrokenStepError: it does not, or it is no single frame.
+        """
+        loader: Any = self.trainer.train_dataloader
+        frames = loader.dataset if isinstance(loader.dataset, FrameDataset) else None
+        bad: list[int] = []
+        if frames is not None:
+            bad = culprits(self.objective, frames, batch.keys, self._place(batch_idx))
+        others = self.trainer.world_size > 1 and problem.startswith(
+            "the gradient"
+        )  # another rank may have the frame
+        if self.recipe.optimizer.broken == "stop" or frames is None or not (bad or others):
+            raise broken(problem, frames, bad, self.global_step)
+        for index in bad:
+            name = frame_names(frames)[index]
+            self.left_out[frames.key(index)] = name
+            warnings.warn(
+                f"{problem} at step {self.global_step}: {name} is left out from here on", stacklevel=2
+            )
+
+    def _without_left_out(self, batch: Batch) -> Batch | None:
+        """A batch without the structures that are left out; ``None`` if none is left."""
+        if not self.left_out.keys() & set(batch.keys):
+            return batch
+        loader: Any = self.trainer.train_dataloader
+        frames = loader.dataset
+        number = {frames.key(i): i for i in range(len(frames))}
+        kept = [frames[number[key]] for key in batch.keys if key not in self.left_out]
+        backbone = self.potential.backbone
+        return collate(backbone, kept).to(self.device) if kept else None
+
+    # ---- checkpoints -----------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out, and a posterior of closed form, which is a piece of its own."""
+        closed = self.potential.posterior_config.closed_form
+        names = {f"potential.{name}" for name in changing(self.potential, posterior=not closed)}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            k: v for k, v in state.items() if k in names or k.startswith("likelihood.")
+        }
+        own = {"usual": self.usual.values, "left_out": list(self.left_out.items())}
+        checkpoint["blip_ft"] = numbers_of(self.potential) | own
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is no tensor."""
+        own = checkpoint["blip_ft"]
+        set_numbers(self.potential, own)
+        self.usual.values, self.left_out = own["usual"], dict(own["left_out"])
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)
@@ -137,8 +231,8 @@ class FineTuneModule(lightning.LightningModule):
         energy = (moments.mean.energy - batch.labels["energy"]) / batch.n_atoms
         self._validation.append((error.flatten().cpu(), spread.flatten().cpu(), energy.cpu()))
 
-    def on_validation_epoch_end(self) -> None:
-        """Log held-out scores, pooled over ranks."""
+    def held_out_scores(self) -> dict[str, Tensor]:
+        """Scores of what the validation steps have collected, pooled over ranks; forgets it."""
         error, spread, energy = (torch.cat(x) for x in zip(*self._validation, strict=True))
         self._validation.clear()
         known = ~torch.isnan(error)
@@ -169,7 +263,11 @@ class FineTuneModule(lightning.LightningModule):
             scores["val/force_mae"] = 1e3 * total[1] / total[2]
         if total[4] > 0:
             scores["val/energy_mae"] = 1e3 * total[3] / total[4]
-        for name, value in scores.items():
+        return scores
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out scores."""
+        for name, value in self.held_out_scores().items():
             self.log(name, value, prog_bar=name == "val/crps", rank_zero_only=False)
         # a family with a closed form does not learn its spread step by step: nothing to watch
         if not self.plain and self.potential.posterior.factorised:

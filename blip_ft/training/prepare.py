@@ -23,7 +23,7 @@ from blip_ft.closed_form.gradients import groups_of
 from blip_ft.config import Recipe
 from blip_ft.config.checks import check_noise
 from blip_ft.data.batch.dataset import FrameDataset, GraphCache
-from blip_ft.data.batch.ledger import Ledger
+from blip_ft.data.batch.ledger import Known, Ledger
 from blip_ft.data.batch.stream import FrameStream, make_stream
 from blip_ft.data.check.examine import DataReport, examine, without_bad_labels
 from blip_ft.data.check.leaks import group_leaks
@@ -40,6 +40,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.memory import Probe, load_probe
+from blip_ft.training.options import try_options
 from blip_ft.training.reference_sets import fit_reference_sets, of_set
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.scratch import initial
@@ -74,8 +75,13 @@ class Prepared:
     ledger: Ledger | None = None
 
 
-def prepare(recipe: Recipe, console: Console) -> Prepared:
+def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | None = None) -> Prepared:
     """Stages 1 to 3: load, check, convert, prove.
+
+    Args:
+        recipe: validated.
+        console: where findings are printed.
+        known: what the pretrained model has said in an earlier start of this run (``Ledger.known``).
 
     Raises:
         BlipError: anything that would make training meaningless.
@@ -84,6 +90,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     keep_memory()
     options = recipe.model
     splits = load_splits(recipe.data)
+    try_options(recipe, splits)
     backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
     if recipe.objective.use_stress and not backbone.has_stress:
         raise RecipeError(
@@ -106,6 +113,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     original = copy.deepcopy(backbone)  # for the vendor's calculator in float64, where that is needed
     backbone.arrange()
     cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
+    ledger.take(known or {})
     sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
     report: DataReport | None = None
     dropped: Dropped | None = None

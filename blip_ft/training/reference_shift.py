@@ -120,7 +120,7 @@ def choose(
     mode = config.references
     if mode == "shift":
         return fitted, []
-    energies = dict(isolated) if mode == "isolated_atoms" else _given(config)
+    energies = dict(isolated) if mode == "isolated_atoms" else given_energies(config)
     alone = lone_atoms(potential, {*fitted.elements, *energies})
     if mode == "refit":
         return refit_references(numbers, residual, alone), []
@@ -135,7 +135,12 @@ def choose(
     return references, [Finding("label", "warning", [], message, remedy)]
 
 
-def _given(config: DataConfig) -> dict[int, float]:
+def given_energies(config: DataConfig) -> dict[int, float]:
+    """``data.reference_energies`` by atomic number, eV.
+
+    Raises:
+        DataError: one of them is of no element.
+    """
     for symbol in config.reference_energies:
         if symbol not in atomic_numbers:
             raise DataError(

@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from blip_ft.cli import predict_file as module
-from blip_ft.signals import Terminated
+from blip_ft.signals import Stopped
 
 from .structures import leftovers, structure
 
@@ -81,7 +81,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseExcepti
 
 @pytest.mark.parametrize(
     ("error", "code", "text"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(), 143, "terminated")],
+    [(KeyboardInterrupt(), 130, "interrupted"), (Stopped(signal.SIGTERM), 143, "SIGTERM: ended")],
 )
 def test_what_is_stopped_goes_on_to_the_same_file(
     monkeypatch: pytest.MonkeyPatch,

@@ -14,13 +14,14 @@ import lightning.pytorch.loggers
 import pytest
 import yaml
 from ase.io import write
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from blip_ft import cli
 from blip_ft.config import parse_recipe
 from blip_ft.config.loggers import chosen_loggers, require_loggers
 from blip_ft.errors import RecipeError
 from blip_ft.training.loggers import make_loggers
+from blip_ft.training.logs import CsvLog, TensorBoardLog
 
 from .labelled import frames
 
@@ -90,9 +91,9 @@ def test_an_absent_package_is_told_before_anything_is_read(
 
 def test_metrics_are_always_written_as_a_table(tmp_path: Path):
     recipe = parse_recipe(tree_of(tmp_path, None))
-    assert [type(x) for x in make_loggers(recipe, tmp_path / "run")] == [CSVLogger, TensorBoardLogger]
+    assert [type(x) for x in make_loggers(recipe, tmp_path / "run")] == [CsvLog, TensorBoardLog]
     recipe = parse_recipe(tree_of(tmp_path, False))
-    assert [type(x) for x in make_loggers(recipe, tmp_path / "run")] == [CSVLogger]
+    assert [type(x) for x in make_loggers(recipe, tmp_path / "run")] == [CsvLog]
 
 
 class Recorded(Logger):

@@ -7,7 +7,7 @@ predictions. Whoever asks first has them made, and all use the graphs of the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,15 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def known(self) -> dict[bytes, Known]:
+        """All predictions so far, by :func:`exact_key`."""
+        return dict(self._known)
+
+    def take(self, known: Mapping[bytes, Known]) -> None:
+        """Predictions that the same model has made before."""
+        self._known.update(known)
 
     def close(self) -> None:
         """Answer from memory alone from now on: the model is no longer the pretrained one."""

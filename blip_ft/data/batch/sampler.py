@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,17 +50,25 @@ class EpochBatchSampler(Sampler[list[int]]):
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.world, self.rank = world, rank
-        self.epoch = 0
+        self.epoch, self.begun = 0, (0, 0)
         self.steps = max(1, min(-(-n // (batch_size * world)), n // world))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation; Lightning calls it before each epoch."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin with an epoch, without so many of its batches; those after it are whole."""
+        self.epoch, self.begun = epoch, (epoch, batch)
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        """All batches of the epoch, also those that :meth:`start_at` leaves out."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for batch in np.array_split(order, self.steps):
             yield np.array_split(batch, self.world)[self.rank].tolist()
@@ -112,6 +121,7 @@ class PackedBatchSampler(Sampler[list[int]]):
                 remedy="raise it, or leave the structure out",
             )
         self.limit, self.seed, self.world, self.rank, self.epoch = limit, seed, world, rank, 0
+        self.begun = (0, 0)
         self._classes = np.minimum(_rounded_up(self.sizes), limit)
         order = np.argsort(-self._classes, kind="stable")
         steps = max(1, -(-int(self._classes.sum()) // (limit * world)))
@@ -129,10 +139,18 @@ class PackedBatchSampler(Sampler[list[int]]):
         """Choose what the batches hold."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin with an epoch, without so many of its batches; those after it are whole."""
+        self.epoch, self.begun = epoch, (epoch, batch)
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        """All batches of the epoch, also those that :meth:`start_at` leaves out."""
         rng = np.random.default_rng([self.seed, self.epoch])
         shuffled = rng.permutation(len(self.sizes))
         order = shuffled[np.argsort(-self._classes[shuffled], kind="stable")]
@@ -149,6 +167,11 @@ class PackedBatchSampler(Sampler[list[int]]):
             batches[k].append(index)
             heapq.heappush(heap, (load + int(self._classes[index]), k))
         return batches, max(load for load, _ in heap)
+
+
+def _done(begun: tuple[int, int], epoch: int) -> int:
+    """Batches of an epoch that are not wanted."""
+    return begun[1] if begun[0] == epoch else 0
 
 
 def _rounded_up(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

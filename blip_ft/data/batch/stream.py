@@ -74,7 +74,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
         self.sets, self.left_out = sets, left_out
-        self.epoch = 0
+        self.epoch, self.begun = 0, (0, 0)
         #: parts of a batch that are worked on at the same time
         self.parts = 1
         if frames < world:
@@ -96,13 +96,20 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         """Choose the order."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin with an epoch, without so many of its batches, whose rows are only read."""
+        self.epoch, self.begun = epoch, (epoch, batch)
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        needed = {step % len(self.grid) for step in range(worker, self.steps, workers)}
+        done = self.begun[1] if self.begun[0] == self.epoch else 0
+        # workers are asked in turn, the first of them for the first batch that is wanted
+        mine = set(range(done + worker, self.steps, workers))
+        needed = {step % len(self.grid) for step in mine}
         own = self._own_parts()
         opened = {(g, p): self._shuffled(g, p) for g in sorted(needed) for p in own}
         for step in range(self.steps):
@@ -110,7 +117,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             if group not in needed:
                 continue
             drawn = [row for p in own for row in self._piece(opened[group, p], self.grid[group][p], turn)]
-            if step % workers == worker:
+            if step in mine:
                 # all parts of the step were drawn unless they are divided among ranks already
                 alone = len(own) < len(self.grid[group])
                 share = (

@@ -200,6 +200,12 @@ class AdaptivePosterior(Posterior):
         """``clamped_message`` and ``clamped_update``: :meth:`clamped`."""
         return {f"clamped_{kind}": share for kind, share in self.clamped().items()}
 
+    def epoch_counts(self) -> dict[str, Any]:  # noqa: D102
+        return {kind: list(counts) for kind, counts in self._clamped.items()}
+
+    def set_epoch_counts(self, counts: Mapping[str, Any]) -> None:  # noqa: D102
+        self._clamped = {kind: list(values) for kind, values in counts.items()}
+
     def describe_epoch(self, report: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
         """Shares by kind of block, and a sentence where the clamp binds."""
         shares = {key.removeprefix("clamped_"): share for key, share in report.items()}

@@ -123,6 +123,14 @@ class Posterior(nn.Module, ABC):
         """Numbers of the epoch that has ended, for the log; ``None`` for families without any. Called once an epoch."""
         return None
 
+    def epoch_counts(self) -> dict[str, Any]:
+        """What :meth:`epoch_report` has counted so far, as numbers, lists and mappings: for checkpoints."""
+        return {}
+
+    def set_epoch_counts(self, counts: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`epoch_counts`."""
+        del counts
+
     def describe_epoch(self, report: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
         """What of the last epoch's report goes into the receipt, and sentences that the user should read."""
         return dict(report), []
