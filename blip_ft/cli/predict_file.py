@@ -1,20 +1,10 @@
 """Predict every structure of a source into a file, in constant memory.
 
 Input is whatever ``fit`` and ``evaluate`` read (:mod:`blip_ft.data.read.sources`), with or without labels. Output
-is extended XYZ with
+is extended XYZ: energy, forces and stress as ASE's results, everything else of the table in
+:mod:`blip_ft.uncertainty.outputs` in ``info`` (per structure) and ``arrays`` (per atom).
 
-==========================  ==============================================================
-ASE results                 ``energy`` eV, ``energies`` (n,) eV, ``forces`` (n, 3) eV/Å, ``stress``
-                            (6,) eV/Å^3 (ASE sign and Voigt order; only for periodic structures)
-``info``                    ``energy_std`` eV, ``stress_std`` (6,) eV/Å^3; ``std_sampling_error``
-                            of the stds of forces and stress, relative; ``ood_score_max``
-``arrays``                  ``energies_std`` (n,) eV; ``forces_std`` (n, 3) eV/Å, in the lab frame;
-                            ``forces_std_norm`` (n,) eV/Å, invariant under rotation;
-                            ``ood_score`` (n,), see ``uncertainty.ood``
-==========================  ==============================================================
-
-The stds are epistemic; the same names with ``_aleatoric`` are the scatter of the labels, in ``info`` as it is one number
-for all components, with ``_total`` both; neither is written for what no calibration frame had a label of. Other info,
+Aleatoric and total stds are not written for what no calibration frame had a label of. Other info,
 arrays and results of the input are kept; its own energies, forces and stress are replaced. Numbers have all their digits, and
 what ASE cannot write so that it reads it again is written in another way (:mod:`blip_ft.data.write.extxyz`).
 """
@@ -44,23 +34,11 @@ from blip_ft.files import check_target
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.fingerprint import fingerprint
 from blip_ft.uncertainty import batch_limits
+from blip_ft.uncertainty.outputs import IN_ARRAYS, IN_INFO, STANDARD
 from blip_ft.uncertainty.predict import Method, predict_atoms
 
-RESULTS = ("energy", "energies", "forces", "stress")
 #: results of the input that belong to its own energy
-_REPLACED = (*RESULTS, "free_energy", "stresses", "virial")
-PER_STRUCTURE = (
-    "energy_std",
-    "energy_std_aleatoric",
-    "energy_std_total",
-    "forces_std_aleatoric",
-    "stress_std",
-    "stress_std_aleatoric",
-    "stress_std_total",
-    "std_sampling_error",
-    "ood_score_max",
-)
-PER_ATOM = ("energies_std", "forces_std", "forces_std_norm", "forces_std_total", "ood_score")
+_REPLACED = (*STANDARD, "free_energy", "stresses", "virial")
 
 
 @dataclass(frozen=True)
@@ -288,15 +266,15 @@ def _per_atom(array: np.ndarray, n: int) -> bool:
 def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
     """A copy of ``atoms`` that carries a prediction of :func:`predict_atoms`; see the module's table."""
     out = atoms.copy()
-    _forget(out.info, RESULTS + PER_STRUCTURE)
-    _forget(out.arrays, RESULTS + PER_ATOM)
-    results = {key: prediction[key] for key in RESULTS if prediction.get(key) is not None}
+    _forget(out.info, STANDARD + IN_INFO)
+    _forget(out.arrays, STANDARD + IN_ARRAYS)
+    results = {key: prediction[key] for key in STANDARD if prediction.get(key) is not None}
     own = {} if atoms.calc is None else dict(atoms.calc.results)
-    _forget(own, _REPLACED + PER_STRUCTURE + PER_ATOM)
+    _forget(own, _REPLACED + IN_INFO + IN_ARRAYS)
     out.calc = SinglePointCalculator(out, **results)
     out.calc.results |= own
-    out.info.update({k: prediction[k] for k in PER_STRUCTURE if prediction.get(k) is not None})
-    for key in PER_ATOM:
+    out.info.update({k: prediction[k] for k in IN_INFO if prediction.get(k) is not None})
+    for key in IN_ARRAYS:
         if prediction.get(key) is not None:
             out.new_array(key, prediction[key])
     return cast("Atoms", out)

@@ -9,28 +9,8 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 
 from blip_ft.backbones import electrons
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.uncertainty.outputs import OURS, STANDARD
 from blip_ft.uncertainty.predict import Method, predict_atoms
-
-#: standard ASE properties; the others in ``results`` are ours
-STANDARD = ["energy", "free_energy", "energies", "forces", "stress"]
-#: what ``results`` holds beside them; units as the property's, ASE's ``stress`` sign and order
-UNCERTAIN = [
-    "energy_std",
-    "forces_std",
-    "forces_std_norm",
-    "forces_cov",
-    "stress_std",
-    "energies_std",
-    "energy_std_aleatoric",
-    "forces_std_aleatoric",
-    "stress_std_aleatoric",
-    "energy_std_total",
-    "forces_std_total",
-    "stress_std_total",
-    "std_sampling_error",
-    "ood_score",
-    "ood_score_max",
-]
 
 
 class BlipCalculator(Calculator):
@@ -41,22 +21,8 @@ class BlipCalculator(Calculator):
     found on the calibration frames, ``*_std_total`` both. Where no calibration frame had a label of a property, its
     scatter is unknown: there is no ``*_std_aleatoric`` and no ``*_std_total`` of it.
 
-    ========================  =========  ==================================================
-    ``results`` key           shape      unit
-    ========================  =========  ==================================================
-    ``energy_std``            scalar     eV, of the total energy
-    ``energy_std_aleatoric``  scalar     eV, of the total energy
-    ``forces_std``            (n, 3)     eV/Å, each component in the lab frame
-    ``forces_std_aleatoric``  scalar     eV/Å, of every component
-    ``forces_std_norm``       (n,)       eV/Å, root of the trace of the covariance; invariant
-    ``forces_cov``            (n, 3, 3)  (eV/Å)^2
-    ``stress_std``            (6,)       eV/Å^3
-    ``stress_std_aleatoric``  scalar     eV/Å^3, of every component
-    ``energies_std``          (n,)       eV, of each atom's energy
-    ``std_sampling_error``    scalar     1, relative, of stds of forces and stress from few draws or directions
-    ``ood_score``             (n,)       1, distance from the training atoms, ``uncertainty.ood``
-    ``ood_score_max``         scalar     1, largest of the structure's atoms
-    ========================  =========  ==================================================
+    ``results`` holds the rows of :data:`blip_ft.uncertainty.outputs.OUTPUTS` that the method gives, with their shapes and
+    units.
 
     Args:
         potential: from ``blip_ft.load``.
@@ -74,7 +40,7 @@ class BlipCalculator(Calculator):
     ``PropertyNotImplementedError``.
     """
 
-    implemented_properties = [*STANDARD, *UNCERTAIN]
+    implemented_properties = ["free_energy", *STANDARD, *OURS]
 
     def __init__(
         self,

@@ -226,18 +226,11 @@ def predict_atoms(
 ) -> list[dict[str, Any]]:
     """Predict structures; one dict each.
 
-    Keys: ``energy`` (eV), ``forces`` (n, 3) eV/Å, ``stress`` (6,) eV/Å^3 or None where the
-    structure is not periodic; epistemic stds, multiplied by the calibration's scale if there is
-    one: ``energy_std``, ``forces_std`` (n, 3), ``forces_std_norm`` (n,), ``stress_std`` (6,);
-    aleatoric stds, the scatter of the labels that the calibration found: ``energy_std_aleatoric``,
-    ``forces_std_aleatoric`` and ``stress_std_aleatoric``, each one number for all components; total stds, the
-    roots of the sums of both squares: ``energy_std_total``, ``forces_std_total``, ``stress_std_total``; aleatoric and
-    total stds are absent where no calibration frame had a label of the property, as its scatter is then unknown;
-    ``std_sampling_error``, the relative std of ``forces_std`` and ``stress_std`` that comes from few draws or
-    directions, 0 where they are exact; ``energies`` (n,) eV per atom and their epistemic
-    ``energies_std``; ``ood_score`` (n,), the distance of every atom from the training atoms in the model's
-    features (``uncertainty.ood``), and ``ood_score_max``, the largest in the structure. What ``method``
-    (:func:`predict_batch`) or the model does not give is absent.
+    Keys, shapes and units are those of :data:`blip_ft.uncertainty.outputs.OUTPUTS`; ``stress`` is ``None`` where the
+    structure is not periodic. Epistemic stds are multiplied by the calibration's scale if there is one; aleatoric stds
+    are the scatter of the labels that the calibration found, total ones the roots of the sums of both squares, and
+    both are absent where no calibration frame had a label of the property, as its scatter is then unknown. What
+    ``method`` (:func:`predict_batch`) or the model does not give is absent too.
 
     Batches are bounded as in :func:`predict_set`, and halved where they do not fit into memory.
 

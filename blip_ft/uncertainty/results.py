@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from blip_ft.errors import CheckpointError
+from blip_ft.uncertainty.outputs import BY_NAME, Output
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 #: what reading a file of another kind raises (no such array, wrong type, wrong shape)
 _FOREIGN = (ValueError, KeyError, TypeError, AttributeError)
+#: fields that are no outputs of a model
+_OWN = ("name", "n_atoms", "numbers", "frames")
 _OPTIONAL = ("energy_std", "forces_std", "stress_std", "forces_std_norm", "ood_score")
 
 
@@ -80,9 +83,7 @@ class SetPrediction:
         self.frames = [str(f) for f in self.frames]
         F, n = self.n_atoms.size, int(self.n_atoms.sum())
         shapes: dict[str, tuple[int, ...]] = {"n_atoms": (F,), "numbers": (n,)}
-        for suffix in ("", "_label", "_std"):
-            shapes |= {f"energy{suffix}": (F,), f"forces{suffix}": (n, 3), f"stress{suffix}": (F, 6)}
-        shapes["forces_std_norm"] = shapes["ood_score"] = (n,)
+        shapes |= {key: _output(key).size(F, n) for key in self.__dataclass_fields__ if key not in _OWN}
         if self.forces_std_norm is None and self.forces_std is not None:
             self.forces_std_norm = np.sqrt((np.asarray(self.forces_std, dtype=np.float64) ** 2).sum(axis=1))
         for key, shape in shapes.items():
@@ -149,12 +150,12 @@ class SetPrediction:
         starts = np.concatenate([[0], np.cumsum(self.n_atoms)[:-1]]).astype(np.int64)
         blocks = [np.arange(starts[i], starts[i] + self.n_atoms[i]) for i in index]
         atoms = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
-        per_atom = {"numbers", "forces", "forces_label", "forces_std", "forces_std_norm", "ood_score"}
         parts: dict[str, object] = {"name": self.name, "frames": [self.frames[i] for i in index]}
         for f in fields(self):
             if f.name not in parts:
                 value = getattr(self, f.name)
-                rows = atoms if f.name in per_atom else index
+                per_atom = f.name == "numbers" or (f.name not in _OWN and _output(f.name).per == "atom")
+                rows = atoms if per_atom else index
                 parts[f.name] = None if value is None else value[rows]
         return SetPrediction(**parts)  # type: ignore[arg-type]
 
@@ -212,3 +213,8 @@ class SetPrediction:
             raise CheckpointError(
                 f"not a file of predictions, or damaged ({error})", file=path, remedy=remedy
             ) from error
+
+
+def _output(field: str) -> Output:
+    """What a field holds; a label is shaped like its property."""
+    return BY_NAME[field.removesuffix("_label")]

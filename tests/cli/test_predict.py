@@ -15,12 +15,12 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from blip_ft.cli.predict_file import PER_ATOM, PER_STRUCTURE
 from blip_ft.config import PosteriorConfig
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.uncertainty import one_pass
 from blip_ft.uncertainty.draws import sampling_error
+from blip_ft.uncertainty.outputs import IN_ARRAYS, IN_INFO
 from blip_ft.uncertainty.predict import predict_atoms
 
 from .structures import labelled, leftovers, potential_of, structure
@@ -43,10 +43,10 @@ def test_predict_writes_what_the_model_says(call: Any, run: Path, frames: Path, 
             np.testing.assert_allclose(after.get_stress(), want["stress"], atol=1e-7)
         assert want["std_sampling_error"] == pytest.approx(sampling_error(4))
         np.testing.assert_allclose(after.calc.results["energies"], want["energies"], atol=1e-7)
-        for key in PER_STRUCTURE:
+        for key in IN_INFO:
             if key in want:
                 np.testing.assert_allclose(after.info[key], want[key], atol=1e-7)
-        for key in PER_ATOM:
+        for key in IN_ARRAYS:
             if key == "ood_score":  # this model has none
                 assert key not in after.arrays
                 continue
