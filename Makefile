@@ -31,7 +31,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-a test-b test-quick test-full test-full-a test-full-b test-gpu test-data data-given
-.PHONY: lint docs venv-a venv-b environments clean
+.PHONY: release-check test-lowest lint docs venv-a venv-b environments clean
 
 help:
 	@echo "make demo            fine-tune SevenNet-0 on SiO2, print the comparison, write runs/demo/"
@@ -41,6 +41,8 @@ help:
 	@echo "make test-gpu        the tests that compare a GPU with the CPU; needs a CUDA build of torch"
 	@echo "make test-data DATA=DIR   the tests on outside data sets in DIR"
 	@echo "make lint            ruff and mypy"
+	@echo "make test-lowest     the quick tests with the lowest allowed versions"
+	@echo "make release-check   build, check and install the wheel, before a tag"
 	@echo "make docs            write docs/recipes.md from the recipe's schema"
 	@echo "make clean           remove the environments and caches (runs/ stays)"
 
@@ -79,6 +81,35 @@ test-data: data-given venv-b
 data-given:
 	@test -n "$(DATA)" || { echo "say where the data sets lie: make test-data DATA=DIR"; exit 2; }
 	@test -d "$(DATA)" || { echo "there is no folder '$(DATA)'"; exit 2; }
+
+# before a tag: the built wheel passes, opens in an environment that has nothing else, and knows its version
+release-check: .venv-release/.installed
+	rm -rf dist build && .venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
+	version=$$(.venv-release/bin/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
+	grep -q "^## \[$$version\]" CHANGELOG.md || { echo "CHANGELOG.md has no section $$version"; exit 2; }; \
+	grep -q "^version: $$version$$" CITATION.cff || { echo "CITATION.cff is of another version"; exit 2; }; \
+	rm -rf .venv-release/empty && $(PYTHON) -m venv .venv-release/empty && \
+	.venv-release/empty/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints/b.txt)" && \
+	.venv-release/empty/bin/pip install -q --disable-pip-version-check -c constraints/b.txt dist/blip_ft-$$version-*.whl && \
+	cd .venv-release && empty/bin/blip-finetune --version | grep -F "$$version" && empty/bin/blip-finetune recipes && \
+	empty/bin/blip-finetune doctor
+
+.venv-release/.installed: pyproject.toml
+	test -x .venv-release/bin/pip || $(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install -q --disable-pip-version-check "build>=1.2" "twine>=6"
+	@touch $@
+
+# the lowest versions that pyproject.toml allows, without a backend
+test-lowest: .venv-lowest/.installed
+	BLIP_FT_BACKENDS= $(call PYTEST,lowest) -m quick $(ARGS)
+
+.venv-lowest/.installed: pyproject.toml constraints/lowest.txt
+	test -x .venv-lowest/bin/pip || $(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints/lowest.txt)"
+	.venv-lowest/bin/python -m pip install -q --disable-pip-version-check -c constraints/lowest.txt -e ".[test]"
+	@rm -rf blip_ft.egg-info
+	@touch $@
 
 lint: venv-b
 	.venv-b/bin/ruff check .
@@ -125,4 +156,4 @@ endef
 export REQUIREMENTS
 
 clean:
-	rm -rf .venv-a .venv-b build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis blip_ft.egg-info
+	rm -rf .venv-a .venv-b .venv-lowest .venv-release build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis blip_ft.egg-info

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip_ft.config import Recipe, load_recipe
     from blip_ft.errors import BlipError
-    from blip_ft.library import Potential, load
+    from blip_ft.library import Potential, bayesian, load, load_backbone, load_frames
     from blip_ft.training.fit import fit
     from blip_ft.version import __version__
 
@@ -26,13 +26,26 @@ _PUBLIC = {
     "BlipError": ("blip_ft.errors", "BlipError"),
     "Recipe": ("blip_ft.config", "Recipe"),
     "fit": ("blip_ft.training.fit", "fit"),
-    "Potential": ("blip_ft.library", "Potential"),
-    "load": ("blip_ft.library", "load"),
+    **{
+        name: ("blip_ft.library", name)
+        for name in ("Potential", "bayesian", "load", "load_backbone", "load_frames")
+    },
     "load_recipe": ("blip_ft.config", "load_recipe"),
     "__version__": ("blip_ft.version", "__version__"),
 }
 
-__all__ = ["BlipError", "Potential", "Recipe", "__version__", "fit", "load", "load_recipe"]
+__all__ = [
+    "BlipError",
+    "Potential",
+    "Recipe",
+    "__version__",
+    "bayesian",
+    "fit",
+    "load",
+    "load_backbone",
+    "load_frames",
+    "load_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,11 @@ import os
 import hypothesis
 import pytest
 
+# the contract of adapters lies in the package, and asserts as tests do
+pytest.register_assert_rewrite(
+    *(f"blip_ft.testing.{name}" for name in ("contract", "conservative", "variational", "vendor", "helpers"))
+)
+
 RINGS = ("quick", "default", "full")
 #: marks of tests that belong to no ring
 APART = ("gpu", "outside_data")

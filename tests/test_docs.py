@@ -7,11 +7,13 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from blip_ft import cli
+from blip_ft import bayesian, cli, load_backbone, load_frames
 from blip_ft.cli import fit
 from blip_ft.config import ModelConfig, PosteriorConfig, load_recipe
 from blip_ft.potential.bayesian import BayesianPotential
@@ -79,3 +81,39 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
     scope = runpy.run_path(str(tmp_path / "snippet.py"))
     assert scope["atoms"].calc.results["forces_std_norm"].shape == (2,)
+
+
+def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny"),
+        PosteriorConfig(family="weight", prior_scale=0.1),
+        n_draws=2,
+    )
+    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    for name, count in (("train", 12), ("calibration", 8), ("held_out", 4)):
+        frames = []
+        for _ in range(count):
+            atoms = bulk("Si", cubic=True)
+            atoms.rattle(0.1, rng=rng)
+            atoms.calc = FakeBackbone.load("tiny", seed=1).stock_calculator()
+            forces, energy = atoms.get_forces(), atoms.get_potential_energy()
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+            frames.append(atoms)
+        write(tmp_path / f"{name}.extxyz", frames)
+    monkeypatch.chdir(tmp_path)
+    use, train = blocks(ROOT / "docs" / "python.md", "python")
+    (tmp_path / "use.py").write_text(use, encoding="utf-8")
+    (tmp_path / "train.py").write_text(train, encoding="utf-8")
+    scope = runpy.run_path(str(tmp_path / "use.py"))
+    assert scope["result"]["forces_std_norm"].shape == (8,)
+    assert scope["metrics"]["n_structures"] == 4
+    before = load_backbone("fake", "tiny", dtype="float64")
+    scope = runpy.run_path(str(tmp_path / "train.py"))
+    held_out = load_frames("held_out.extxyz")
+    plain = bayesian(before, prior_scale=0.1)
+    plain.fit_references(load_frames("train.extxyz"))
+    trained, start = (p.evaluate(held_out)["force_mae_mev_per_ang"] for p in (scope["again"], plain))
+    assert trained < 0.9 * start
+    assert scope["again"].evaluate(held_out)["coverage90"] > 0.5

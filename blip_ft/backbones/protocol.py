@@ -128,7 +128,7 @@ class Backbone(nn.Module, ABC):
 
     A subclass sets the class attributes, builds its vendor model as ``self.model`` and fulfils
     the abstract methods. It must not change the vendor model's numbers: the adapter contract
-    (``tests/adapters/contract.py``) compares it with the vendor's own calculator.
+    (``blip_ft/testing/contract.py``) compares it with the vendor's own calculator.
     """
 
     #: name of the adapter, as in the entry point

@@ -20,13 +20,12 @@ from blip_ft.data.check.sets import check_units
 from blip_ft.data.read.sources import load_source
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.potential.export import export_native
+from blip_ft.testing.conservative import ConservativeContract
+from blip_ft.testing.helpers import array, close, evaluate, evaluate_all, same
+from blip_ft.testing.variational import VariationalContract, bayesian
+from blip_ft.testing.vendor import VendorContract
 from blip_ft.training.gates import stock_predictions
 from blip_ft.uncertainty.predict import predict_atoms
-
-from .conservative import ConservativeContract
-from .helpers import array, close, evaluate, evaluate_all, same
-from .variational import VariationalContract, bayesian
-from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("chgnet")
 

@@ -26,15 +26,15 @@ from blip_ft.data.read.sources import load_source
 from blip_ft.errors import BlipError, CheckpointError, DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import export_native
+from blip_ft.testing.conservative import ConservativeContract
+from blip_ft.testing.contract import AdapterContract
+from blip_ft.testing.helpers import array, close, evaluate, evaluate_all, same
+from blip_ft.testing.variational import VariationalContract
+from blip_ft.testing.vendor import VendorContract
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
 from . import tiny_uma
-from .conservative import ConservativeContract
-from .contract import AdapterContract
-from .helpers import array, close, evaluate, evaluate_all, same
-from .variational import VariationalContract
-from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("fairchem")
 

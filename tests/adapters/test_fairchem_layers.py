@@ -19,11 +19,11 @@ from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import load_model, save_model
+from blip_ft.testing.helpers import close, evaluate, evaluate_all
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.variational import NoiseState, Rows, Site, convert, unload
 
 from . import tiny_uma
-from .helpers import close, evaluate, evaluate_all
 
 pytestmark = pytest.mark.backend("fairchem")
 

@@ -7,11 +7,10 @@ import torch
 
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import RecipeError
+from blip_ft.testing.conservative import ConservativeContract
 from blip_ft.testing.fake import FakeBackbone
-
-from .conservative import ConservativeContract
-from .helpers import evaluate
-from .variational import VariationalContract
+from blip_ft.testing.helpers import evaluate
+from blip_ft.testing.variational import VariationalContract
 
 
 class TestFake(ConservativeContract, VariationalContract):

@@ -26,14 +26,14 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import CheckpointError, ConversionError, GateError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import export_native, member
+from blip_ft.testing.conservative import ConservativeContract
+from blip_ft.testing.helpers import close, evaluate, same
+from blip_ft.testing.variational import VariationalContract, bayesian, turned
+from blip_ft.testing.vendor import VendorContract
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import plan
 
-from .conservative import ConservativeContract
-from .helpers import close, evaluate, same
 from .mace_files import ELEMENTS, KINDS, architecture, load, path_of
-from .variational import VariationalContract, bayesian, turned
-from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("mace")
 SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

@@ -25,14 +25,14 @@ from blip_ft.data.read.sources import load_source
 from blip_ft.errors import CheckpointError, ConversionError, DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import export_native
+from blip_ft.testing.conservative import ConservativeContract
+from blip_ft.testing.helpers import array, close, evaluate
+from blip_ft.testing.variational import VariationalContract
+from blip_ft.testing.vendor import VendorContract
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
 
-from .conservative import ConservativeContract
-from .helpers import array, close, evaluate
 from .orb_files import SIZES, write_orb
-from .variational import VariationalContract
-from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("orb")
 

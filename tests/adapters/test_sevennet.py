@@ -16,13 +16,12 @@ from blip_ft.adapters.sevennet.backbone import SevenNetBackbone
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.errors import CheckpointError, RecipeError
 from blip_ft.potential.export import export_native
+from blip_ft.testing.conservative import ConservativeContract
+from blip_ft.testing.helpers import close, evaluate, same
+from blip_ft.testing.variational import VariationalContract, bayesian
+from blip_ft.testing.vendor import VendorContract
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import plan
-
-from .conservative import ConservativeContract
-from .helpers import close, evaluate, same
-from .variational import VariationalContract, bayesian
-from .vendor import VendorContract
 
 pytestmark = pytest.mark.backend("sevennet")
 

@@ -31,10 +31,18 @@ from scipy.spatial.transform import Rotation
 
 from blip_ft.backbones.protocol import Backbone, Prediction
 from blip_ft.errors import CheckpointError, DataError
+from blip_ft.testing.helpers import (
+    array,
+    close,
+    evaluate,
+    evaluate_all,
+    is_linear,
+    rotation_defect,
+    same,
+    tensors,
+)
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
-
-from .helpers import array, close, evaluate, evaluate_all, is_linear, rotation_defect, same, tensors
 
 
 def _moved(atoms: Atoms, images: int) -> Atoms:

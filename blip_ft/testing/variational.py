@@ -22,11 +22,10 @@ from blip_ft.potential.checkpoint import save_model
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.potential.export import member
 from blip_ft.side_by_side import side_by_side
+from blip_ft.testing.helpers import array, close, evaluate, rotation_defect, same
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
-
-from .helpers import array, close, evaluate, rotation_defect, same
 
 #: relative size of the perturbation of all weights by a draw, and of the trained mean's change
 SPREAD, MOVED = 0.03, 0.02

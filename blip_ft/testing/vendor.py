@@ -19,10 +19,9 @@ from blip_ft.errors import CheckpointError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.potential.checks import sealed
+from blip_ft.testing.contract import AdapterContract
+from blip_ft.testing.helpers import evaluate, same
 from blip_ft.variational.convert import convert
-
-from .contract import AdapterContract
-from .helpers import evaluate, same
 
 #: a harmless class that no adapter knows
 FOREIGN = "collections.OrderedDict"

@@ -10,10 +10,9 @@ import torch
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.testing.contract import AdapterContract
+from blip_ft.testing.helpers import array, close, energies, evaluate, same, trainable
 from blip_ft.uncertainty import one_pass
-
-from .contract import AdapterContract
-from .helpers import array, close, energies, evaluate, same, trainable
 
 
 class ConservativeContract(AdapterContract):

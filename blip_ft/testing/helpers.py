@@ -31,6 +31,7 @@ def energies(backbone: Backbone, frames: Sequence[Atoms]) -> torch.Tensor:
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
+    """As numpy has it."""
     return tensor.detach().cpu().numpy()
 
 
@@ -43,6 +44,7 @@ def close(one: torch.Tensor | None, two: torch.Tensor | None, tolerance: float) 
 
 
 def same(one: Prediction, two: Prediction, tolerance: float) -> None:
+    """Equal in energy, forces and stress to a tolerance."""
     close(one.energy, two.energy, tolerance)
     close(one.forces, two.forces, tolerance)
     close(one.stress, two.stress, tolerance)
