@@ -133,8 +133,8 @@ def examine(
             for i, reason in wrong.items():
                 role, index = chosen[i]
                 frames_of.setdefault(role, {})[index] = reason
-        if findings is None and judged.certain:  # one wrong label makes all forces seem not to correlate
-            units_found, _ = units([i for i in range(len(rows)) if i not in judged.certain])
+        if findings is None and judged.bad:  # a few wrong labels make all forces seem not to correlate
+            units_found, _ = units([i for i in range(len(rows)) if i not in judged.bad])
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
