@@ -13,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from blip_ft.config import DataConfig
 from blip_ft.data import load_splits
 from blip_ft.data.checks import unit_findings
+from blip_ft.data.examine import _units
 from blip_ft.data.label_faults import check_labels
 from blip_ft.data.leaks import group_leaks
 
@@ -83,3 +84,31 @@ def test_two_frames_of_a_structure_that_the_model_describes_badly(second: float,
         frames[i] = replace(frames[i], energy=energy + off * len(frames[i].atoms), group="EWO")
     faults = check_labels(frames).faults
     assert [f.index for f in faults if f.cause != "group"] == named
+
+
+@pytest.mark.parametrize(
+    ("source", "factor", "said"),
+    [
+        ("q.xyz", 0.0, []),
+        ("other.xyz", 0.0, ["warning label"]),
+        ("q.xyz", 23.06, ["error unit"]),
+        ("other.xyz", 23.06, ["error unit"]),
+    ],
+)
+def test_a_few_frames_of_the_training_file(source: str, factor: float, said: list[str]) -> None:
+    """That they correlate with nothing is no news; of another file it is, and another unit always is."""
+    rng = np.random.default_rng(0)
+    names, rows, compared = [], [], []
+    for i in range(14):
+        one = frame(i, rng)
+        forces = one.forces
+        assert forces is not None
+        if i >= 10:
+            forces = factor * forces if factor else rng.permuted(forces)
+        names.append("train" if i < 10 else "validation")
+        compared.append(replace(one, forces=forces))
+        rows.append({"source": "q.xyz" if i < 10 else source, "numbers": [14] * 6, "energy": None})
+        rows[-1] |= {"forces": forces, "stress": None, "pbc": [True] * 3}
+    found, _ = _units(names, rows, compared, use_stress=True, by_state=False)
+    assert [f"{f.severity} {f.kind}" for f in found] == said
+    assert all(f.message.startswith("validation: the forces") for f in found)
