@@ -38,6 +38,7 @@ from blip_ft.data.dataset import to_atoms
 from blip_ft.data.division import by_block, by_group, by_random, fractions
 from blip_ft.data.duplicates import first_same
 from blip_ft.data.readings import as_text, label_options
+from blip_ft.data.reference_sets import check_sets
 from blip_ft.data.set_aside import SetAside
 from blip_ft.data.sources import load_source
 from blip_ft.data.splits_file import from_file
@@ -90,7 +91,7 @@ def load_splits(config: DataConfig) -> Splits:
 
     Raises:
         DataError: a source cannot be read, a role that was asked for would be empty, a test set
-            has a reserved name, or a frame stands in two roles.
+            has a reserved name, a frame stands in two roles, or names no reference set of the recipe's.
     """
     sets = config.reference_sets
     aside = SetAside(by=None if sets is None else sets.by)
@@ -138,6 +139,8 @@ def load_splits(config: DataConfig) -> Splits:
         isolated_of=aside.of_sets,
     )
     check_disjoint(splits, divided)
+    if sets is not None:
+        check_sets(sets, splits.roles())
     return splits
 
 

@@ -14,7 +14,7 @@ from blip_ft.data.findings import Finding
 from blip_ft.data.ledger import Ledger
 from blip_ft.data.reference_sets import ReferenceSets, sets_of
 from blip_ft.data.references import References, fit_references
-from blip_ft.errors import DataError, nearest
+from blip_ft.errors import DataError
 from blip_ft.potential import BayesianPotential
 from blip_ft.training.reference_shift import choose
 
@@ -43,23 +43,11 @@ def fit_reference_sets(
         The sets, and the references of each whose compositions leave something open (none where energies are given).
 
     Raises:
-        DataError: a frame that names no set; a default or given energies of a set that no frame is of; an element
-            without a given energy.
+        DataError: an element without a given energy.
     """
     options = config.reference_sets
     assert options is not None
     members = sets_of(train.frames, options.by)
-    if "" in members:
-        raise ReferenceSets("", {name: {} for name in members if name}, options.by).unknown(
-            train.frames[members[""][0]]
-        )
-    for name, key in [(options.default, "default"), *((n, "energies") for n in options.energies)]:
-        if name not in members:
-            raise DataError(
-                f"no training frame with an energy is of the set '{name}'; there are {', '.join(members) or 'none'}",
-                field=f"data.reference_sets.{key}",
-                remedy=nearest(name, members) if members else "give frames with energies",
-            )
     shifts: dict[str, dict[int, float]] = {}
     fits: dict[str, References] = {}
     for name, index in members.items():

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import blip_ft
 from blip_ft import cli
+from blip_ft.check_data import check_data
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.errors import BlipError, DataError, RecipeError
 from blip_ft.fake import FakeBackbone
@@ -314,6 +315,9 @@ def test_a_frame_that_names_no_set_or_one_that_is_not_trained_on(tmp_path: Path)
     recipe = recipe_of(tmp_path, reference_sets={"default": "pbe"})
     with pytest.raises(DataError, match=r"frame 7.*names no reference set"):
         prepare(recipe, Console(quiet=True))
+    (told,) = check_data(recipe).findings
+    assert told.severity == "error"
+    assert "names no reference set" in told.message
     write(tmp_path / "two.extxyz", two_sets())
     held = frames(6, seed=5)
     for atoms in held:
