@@ -24,7 +24,7 @@ from blip_ft.backbones.parts import evaluate_parts
 from blip_ft.backbones.parts_in_turn import evaluate_in_turn
 from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig
-from blip_ft.data.batch.reference_sets import ReferenceSets
+from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.base.posterior import RowRecorder

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from blip_ft.allocator import keep_memory
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.data.batch.reference_sets import ReferenceSets
+from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import CheckpointError
 from blip_ft.families.registry import FAMILIES, without_foreign_keys
 from blip_ft.files import is_full, remedy_of

@@ -20,7 +20,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from blip_ft.data.batch.reference_sets import ReferenceSets
+from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.potential.probes import probes_of
 

@@ -24,11 +24,11 @@ from ase import Atoms
 from blip_ft.backbones.protocol import Batch
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import Item, collate, make_item
-from blip_ft.data.batch.reference_sets import sets_of
 from blip_ft.data.check.replay import beside, judge_replay, replayed_rows
 from blip_ft.data.findings import Finding
 from blip_ft.data.frame import to_atoms
 from blip_ft.data.references import fit_references
+from blip_ft.data.split.reference_sets import sets_of
 from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential

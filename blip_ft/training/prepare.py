@@ -41,7 +41,7 @@ from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.memory import Probe, load_probe
 from blip_ft.training.options import try_options
-from blip_ft.training.reference_sets import fit_reference_sets, of_set
+from blip_ft.training.reference_sets import fit_reference_sets, of_set, warn_outside_sets
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
@@ -184,7 +184,10 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
     )
     own = None
     if recipe.data.reference_sets is not None:
-        own = fit_reference_sets(recipe.data, potential, sets["train"], splits.isolated_of, console, ledger)
+        own, fits = fit_reference_sets(
+            recipe.data, potential, sets["train"], splits.isolated_of, console, ledger
+        )
+        findings += warn_outside_sets(own, fits, sets)
         sets = {name: own.align(dataset) for name, dataset in sets.items()}
         potential.reference_sets = own
     references, check, notes = set_references(

@@ -11,9 +11,10 @@ from rich.console import Console
 from blip_ft.config import DataConfig
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger
-from blip_ft.data.batch.reference_sets import ReferenceSets, sets_of
+from blip_ft.data.findings import Finding
 from blip_ft.data.references import References, fit_references
-from blip_ft.errors import DataError, nearest
+from blip_ft.data.split.reference_sets import ReferenceSets, sets_of
+from blip_ft.errors import DataError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.reference_shift import choose
 
@@ -25,7 +26,7 @@ def fit_reference_sets(
     isolated: Mapping[str, Mapping[int, float]],
     console: Console,
     ledger: Ledger,
-) -> ReferenceSets:
+) -> tuple[ReferenceSets, dict[str, References]]:
     """References of every set of the training frames, as ``data.references`` says, relative to those of the default.
 
     With ``keep`` the default has the pretrained model's zero, and the others are fitted to it.
@@ -38,25 +39,17 @@ def fit_reference_sets(
         console: where the fits are described.
         ledger: of the pretrained model.
 
+    Returns:
+        The sets, and the references of each whose compositions leave something open (none where energies are given).
+
     Raises:
-        DataError: a frame that names no set; a default or given energies of a set that no frame is of; an element
-            without a given energy.
+        DataError: an element without a given energy.
     """
     options = config.reference_sets
     assert options is not None
     members = sets_of(train.frames, options.by)
-    if "" in members:
-        raise ReferenceSets("", {name: {} for name in members if name}, options.by).unknown(
-            train.frames[members[""][0]]
-        )
-    for name, key in [(options.default, "default"), *((n, "energies") for n in options.energies)]:
-        if name not in members:
-            raise DataError(
-                f"no training frame with an energy is of the set '{name}'; there are {', '.join(members) or 'none'}",
-                field=f"data.reference_sets.{key}",
-                remedy=nearest(name, members) if members else "give frames with energies",
-            )
     shifts: dict[str, dict[int, float]] = {}
+    fits: dict[str, References] = {}
     for name, index in members.items():
         items = [train[i] for i in index]
         known = ledger.ask(items)
@@ -65,12 +58,39 @@ def fit_reference_sets(
         shifts[name] = {} if references is None else dict(references.shift)
         if references is not None:
             console.print(f"{name}: {references.describe()}", markup=False)
+            fits[name] = references
     base = shifts[options.default]
     relative = {
         name: {} if name == options.default else {z: e - base.get(z, 0.0) for z, e in shift.items()}
         for name, shift in shifts.items()
     }
-    return ReferenceSets(options.default, relative, options.by)
+    return ReferenceSets(options.default, relative, options.by), fits
+
+
+def warn_outside_sets(
+    own: ReferenceSets, fits: Mapping[str, References], sets: Mapping[str, FrameDataset]
+) -> list[Finding]:
+    """A warning for compositions whose reference energy the training frames of a set leave open.
+
+    For a frame of another set than the default that is open if either set leaves it open: its label is brought onto a zero
+    that nothing determines.
+
+    Args:
+        own: the sets.
+        fits: references of each.
+        sets: the roles, for the names and compositions of their frames.
+    """
+    seen: dict[tuple[str, str], None] = {}
+    for role, dataset in sets.items():
+        for row in dataset.frames.select_columns(["numbers", "energy", own.by]):
+            name = row[own.by] or ""
+            if row["energy"] is None:
+                continue
+            for side in dict.fromkeys((name, own.default)):
+                note = fits[side].warn_outside_span(row["numbers"]) if side in fits else None
+                if note is not None and (side != own.default or name != own.default):
+                    seen[role, f"{role}, energies of '{name}': for the set '{side}' {note}"] = None
+    return [Finding("coverage", "warning", [role], message) for role, message in seen]
 
 
 def _of_set(

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import blip_ft
 from blip_ft import cli
+from blip_ft.cli.check_data import check_data
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.errors import BlipError, DataError, RecipeError
 from blip_ft.testing.fake import FakeBackbone
@@ -31,7 +32,7 @@ def two_sets(n: int = 60, key: str = "head", names: tuple[str, str] = ("pbe", "r
     """Frames of the fake potential's own labels, every second of another set."""
     out = frames(n)
     for i, atoms in enumerate(out):
-        atoms.info |= {key: names[i % 2], "trajectory": f"run{i // 2 % 4}"}  # all trajectories have both
+        atoms.info |= {key: names[i % 2], "trajectory": f"run{i // 4 % 4}"}  # all trajectories have both
         atoms.info["REF_energy"] += (BASE + OFFSET * (i % 2)) * len(atoms)
     return out
 
@@ -220,6 +221,26 @@ def test_references_of_every_kind(tmp_path: Path, mode: str) -> None:
             assert dataset.frames[i]["energy"] == float(item.labels["energy"])
 
 
+def test_compositions_that_one_set_alone_has(tmp_path: Path) -> None:
+    """What the frames of one level of theory do not tell about another composition is said."""
+    labelled, calculator = two_sets(), FakeBackbone.load("tiny").stock_calculator()
+    for atoms in labelled[1::4]:  # of r2scan only
+        del atoms[2]
+        atoms.calc = calculator
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        atoms.calc = None
+        atoms.info["REF_energy"] = energy + (BASE + OFFSET) * len(atoms)
+        atoms.arrays["REF_forces"] = forces
+    write(tmp_path / "two.extxyz", labelled)
+    done = prepare(recipe_of(tmp_path, reference_sets={"default": "pbe"}), Console(quiet=True))
+    said = [f.message for f in done.findings if f.message.startswith("train, energies of 'r2scan'")]
+    assert len(said) == 1
+    assert "for the set 'pbe' the composition O1Si1" in said[0]
+    quiet = prepare(recipe_of(tmp_path, reference_sets={"default": "r2scan"}), Console(quiet=True))
+    said = [f.message for f in quiet.findings if "energies of '" in f.message]
+    assert said == []
+
+
 def test_a_replayed_source_has_references_of_its_own_for_each_set(tmp_path: Path) -> None:
     write(tmp_path / "two.extxyz", two_sets())
     replayed = two_sets(20)
@@ -294,6 +315,9 @@ def test_a_frame_that_names_no_set_or_one_that_is_not_trained_on(tmp_path: Path)
     recipe = recipe_of(tmp_path, reference_sets={"default": "pbe"})
     with pytest.raises(DataError, match=r"frame 7.*names no reference set"):
         prepare(recipe, Console(quiet=True))
+    (told,) = check_data(recipe).findings
+    assert told.severity == "error"
+    assert "names no reference set" in told.message
     write(tmp_path / "two.extxyz", two_sets())
     held = frames(6, seed=5)
     for atoms in held:

@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 from numpy.typing import ArrayLike
 
+from blip_ft.config import ReferenceSetsConfig
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.read.hub import quiet
 from blip_ft.errors import BlipError, DataError, nearest
@@ -166,8 +167,9 @@ class ReferenceSets:
         name = row.get(self.by) or ""
         key, known = self.by, ", ".join(self.shifts)
         if not name:
+            others = f"the training frames have energies of {known}" if known else "no training frame does"
             return DataError(
-                f"the frame names no reference set ({key}); the training frames have energies of {known}",
+                f"the frame names no reference set ({key}); {others}",
                 file=row["source"],
                 frame=row["frame"],
                 field=key,
@@ -180,6 +182,34 @@ class ReferenceSets:
             field=key,
             remedy=f"{nearest(name, self.shifts)}; or train on frames of it, or remove the frame",
         )
+
+
+def check_sets(options: ReferenceSetsConfig, roles: Mapping[str, datasets.Dataset]) -> None:
+    """Refuse frames and options of sets that no training frame has an energy of.
+
+    Args:
+        options: the recipe's ``data.reference_sets``.
+        roles: frames by role, ``train`` among them.
+
+    Raises:
+        DataError: a frame that names no set, or one that is not trained on; a default or given energies of such a set.
+    """
+    members = sets_of(roles["train"], options.by)
+    known = ReferenceSets(options.default, {name: {} for name in members if name}, options.by)
+    if "" in members:
+        raise known.unknown(roles["train"][members[""][0]])
+    for name, key in [(options.default, "default"), *((n, "energies") for n in options.energies)]:
+        if name not in members:
+            raise DataError(
+                f"no training frame with an energy is of the set '{name}'; there are {', '.join(members) or 'none'}",
+                field=f"data.reference_sets.{key}",
+                remedy=nearest(name, members) if members else "give frames with energies",
+            )
+    columns = ["energy", "numbers", options.by, "source", "frame"]
+    for frames in roles.values():
+        for row in frames.select_columns(columns):
+            if row["energy"] is not None:
+                known.offset(row)
 
 
 def sets_of(frames: datasets.Dataset | Sequence[Row], by: str) -> dict[str, list[int]]:

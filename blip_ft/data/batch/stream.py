@@ -20,10 +20,10 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.batch.dataset import collate, make_item
-from blip_ft.data.batch.reference_sets import ReferenceSets
 from blip_ft.data.batch.shards import Grid, Lane, make_grid, smallest, turns
 from blip_ft.data.frame import KEY_COLUMNS, row_key, to_atoms
 from blip_ft.data.read.plan import label_options, plan
+from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.data.split.sample import Dropped, rows_of
 from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError

@@ -133,8 +133,8 @@ def examine(
             for i, reason in wrong.items():
                 role, index = chosen[i]
                 frames_of.setdefault(role, {})[index] = reason
-        if findings is None and judged.certain:  # one wrong label makes all forces seem not to correlate
-            units_found, _ = units([i for i in range(len(rows)) if i not in judged.certain])
+        if findings is None and judged.bad:  # a few wrong labels make all forces seem not to correlate
+            units_found, _ = units([i for i in range(len(rows)) if i not in judged.bad])
         if 0 < len(compared) < MIN_FRAMES:
             message = f"{len(compared)} frames are too few to tell a wrong label from an error of the model"
             found.append(Finding("coverage", "info", [], message))
@@ -342,12 +342,15 @@ def _units(
 ) -> tuple[list[Finding], bool]:
     """Findings on units and signs per role, and whether energies or forces are in a wrong unit.
 
-    What holds for train is not repeated for the other roles.
+    What holds for train is not repeated for the other roles, and of a role that was divided off the sources of train only what
+    is an error is told: that a few frames of one kind hardly correlate says little, where those of the whole file do.
     """
     found: list[Finding] = []
     wrong: set[str] = set()
+    sources = {row["source"] for name, row in zip(names, rows, strict=True) if name == "train"}
     for role in dict.fromkeys(names):
         members = [i for i, name in enumerate(names) if name == role]
+        divided = role != "train" and all(rows[i]["source"] in sources for i in members)
         predictions = [
             {
                 "energy": compared[i].model_energy,
@@ -360,7 +363,7 @@ def _units(
             [rows[i] for i in members], predictions, use_stress=use_stress, by_state=by_state
         )
         for quantity, finding in by_quantity.items():
-            if quantity not in wrong:
+            if quantity not in wrong and not (divided and finding.severity != "error"):
                 found.append(replace(finding, message=f"{role}: {finding.message}"))
             if finding.severity == "error":
                 wrong.add(quantity)

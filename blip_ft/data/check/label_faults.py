@@ -314,17 +314,18 @@ def _shared_residual(frames: Sequence[Compared], members: Ints, residual: Floats
     """(m,) median residual of the other frames of the same group and atoms, and their spread.
 
     A structure that the model and the smooth functions describe badly is off in all its frames.
-    Both are 0 where there are fewer than three others.
+    Both are 0 where there are fewer than three others, except that in a group with a name one or two others say what
+    they have in common, within :data:`ENERGY_FLOOR`.
     """
     alike: dict[tuple[str, bytes], list[int]] = {}
     for k, i in enumerate(members):
         alike.setdefault((frames[i].group, np.sort(frames[i].atoms.numbers).tobytes()), []).append(k)
     shared, own = np.zeros(len(members)), np.zeros(len(members))
-    for group in alike.values():
-        if len(group) > 3:
+    for (name, _), group in alike.items():
+        if len(group) > 3 or (name and len(group) > 1):
             for k in group:
                 others = residual[[other for other in group if other != k]]
-                shared[k], own[k] = np.median(others), spread(others)
+                shared[k], own[k] = np.median(others), spread(others) if len(group) > 3 else 0.0
     return shared, own
 
 

@@ -189,7 +189,10 @@ def _order(compared: Comparison) -> Suspicion | None:
     else:
         order = " ".join(("yz", "xz", "xy")[best.index(i)] for i in range(3))
         text = f"stresses with their shear components in the order {order}"
-        remedy = "give the stress as 3 x 3 numbers, or in the order xx yy zz yz xz xy"
+        remedy = (
+            "write the components in the order xx yy zz yz xz xy, of 3 x 3 numbers those in their places; if only "
+            "some of the frames (a group, a source) are so, in these"
+        )
     return Suspicion(text, remedy, scores[best])
 
 

@@ -136,8 +136,8 @@ def judge_replay(
         use_stress=use_stress,
         sets_by=None if sets is None else sets.by,
     )
-    if judged.certain and not wrong:  # one wrong label makes all forces seem not to correlate
-        found = units([i for i in range(len(rows)) if i not in judged.certain])
+    if judged.bad and not wrong:  # a few wrong labels make all forces seem not to correlate
+        found = units([i for i in range(len(rows)) if i not in judged.bad])
     if judged.bad and raises and recipe.data.bad_labels == "stop":
         index, reason = next(iter(judged.bad.items()))
         raise DataError(

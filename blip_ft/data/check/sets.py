@@ -41,6 +41,9 @@ UNIT_FRAMES = 16
 CORRELATED = 0.8
 #: predictions and labels of a smaller rms are zero by symmetry and have no slope: eV/Å, eV/Å^3, eV
 _ZERO = {"forces": 1e-3, "stress": 1e-5, "energy": 1e-6}
+#: rms differences from a model that are usual, eV/Å and eV/Å^3 (1 GPa): labels so near to it are not remarkable whatever their
+#: slope, as those of relaxed structures, which are zero and hardly correlate with anything
+_NEAR = {"forces": 0.1, "stress": 0.00624, "energy": 0.0}
 #: slopes from fewer values say so
 _FEW = 5
 #: slopes outside this range are remarkable even if no unit explains them
@@ -276,6 +279,8 @@ def _judge(quantity: str, compared: Comparison) -> Finding | None:
         return Finding(
             kind, "error", [], f"the {quantity} labels look like {found.text} ({seen})", found.remedy
         )
+    if float(np.sqrt(np.mean((compared.label - compared.model) ** 2))) <= _NEAR[quantity]:
+        return None
     if abs(correlation) <= CORRELATED:
         if quantity == "energy":  # a few meV between similar frames: no news
             return None

@@ -40,6 +40,7 @@ from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.division import by_block, by_group, by_random, fractions
 from blip_ft.data.split.duplicates import first_same
+from blip_ft.data.split.reference_sets import check_sets
 from blip_ft.data.split.sample import sample_of
 from blip_ft.data.split.splits_file import from_file
 from blip_ft.errors import DataError
@@ -90,7 +91,7 @@ def load_splits(config: DataConfig) -> Splits:
 
     Raises:
         DataError: a source cannot be read, a role that was asked for would be empty, a test set
-            has a reserved name, or a frame stands in two roles.
+            has a reserved name, a frame stands in two roles, or names no reference set of the recipe's.
     """
     sets = config.reference_sets
     aside = SetAside(by=None if sets is None else sets.by)
@@ -138,6 +139,8 @@ def load_splits(config: DataConfig) -> Splits:
         isolated_of=aside.of_sets,
     )
     check_disjoint(splits, divided)
+    if sets is not None:
+        check_sets(sets, splits.roles())
     return splits
 
 
