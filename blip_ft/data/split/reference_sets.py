@@ -14,20 +14,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import datasets
 import numpy as np
 from numpy.typing import ArrayLike
 
 from blip_ft.config import ReferenceSetsConfig
-from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.read.hub import quiet
 from blip_ft.errors import BlipError, DataError, nearest
 
 Row = Mapping[str, Any]
 #: columns of the schema that may tell sets apart
 COLUMNS = ("theory", "group")
+
+
+class Relabelled(Protocol):
+    """A set of frames that keeps what was made of them when their labels change (``FrameDataset``)."""
+
+    @property
+    def frames(self) -> datasets.Dataset:
+        """Rows of the schema."""
+
+    def relabelled(self, frames: datasets.Dataset) -> Self:
+        """The same structures with these labels."""
+
+
+D = TypeVar("D", bound=Relabelled)
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class ReferenceSets:
             )
         return aligned.select_columns(order)
 
-    def align(self, dataset: FrameDataset) -> FrameDataset:
+    def align(self, dataset: D) -> D:
         """A set with its energies on the zero of the default, and the graphs that exist.
 
         Raises:
