@@ -37,6 +37,7 @@ from blip_ft.training.device import device_of
 from blip_ft.training.loggers import close_loggers, make_loggers
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.objective import make_objective
+from blip_ft.training.precision import matrix_products
 from blip_ft.training.terms import Start
 from blip_ft.uncertainty.predict import predict_set
 
@@ -137,7 +138,8 @@ def train(
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
             # the log folder of the plain training lies inside that of the run
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
-            trainer.fit(module, datamodule=data)
+            with matrix_products(tf32=recipe.model.tf32):
+                trainer.fit(module, datamodule=data)
             close_loggers(trainer.loggers)
     except FloatingPointError as error:
         raise BlipError(
