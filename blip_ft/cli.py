@@ -100,12 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(fit)
 
     check = command(
-        "check", commands.check, "report on the data of a recipe, labels beside the pretrained model"
+        "check",
+        commands.check,
+        "report on the data of a recipe, labels beside the pretrained model, and predict what fit would take",
     )
     check.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     _add_overrides(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--html", metavar="FILE", help="also write the report with its plots as an HTML page")
+    check.add_argument(
+        "--no-cost", action="store_true", help="do not time steps to predict time, memory and disk of fit"
+    )
     check.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
     evaluate = command("evaluate", commands.evaluate, "compare a trained model with labelled structures")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip_ft.console import announce, metrics_table, module_table, new_table, show, show_json
+from blip_ft.console import announce, cost_table, metrics_table, module_table, new_table, show, show_json
 from blip_ft.errors import BlipError
 
 #: an output that is whole but for frames that could not be predicted
@@ -56,24 +56,32 @@ def check(args: argparse.Namespace) -> None:
     page = None if args.html is None else check_target(args.html, overwrite=True)
     model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
     announce(f"loading {model} ...")
-    from blip_ft.check_data import check_data
+    from blip_ft.check_data import check_run
     from blip_ft.report.data_tables import print_report
 
     console = Console(stderr=True)
     columns = TextColumn("comparing frames with the model"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
+        checked = check_run(
+            recipe,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            cost=not args.no_cost,
+        )
+    report, cost = checked.report, checked.cost
     if page is not None:
         from blip_ft.report import write_data_report
 
         write_data_report(page, name=recipe.name, model=model, report=report)
         print(f"data report: {page}", file=sys.stderr)
     if args.json:
-        show_json({"recipe": recipe.name, "model_name": model, **report.to_json()})
+        tree = {"recipe": recipe.name, "model_name": model, **report.to_json()}
+        show_json(tree | {"cost": None if cost is None else cost.to_json()})
     else:
         out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
         print_report(out, f"{recipe.name}, {model}", report.summary, report.model, report.findings)
+        if cost is not None:
+            show(cost_table(cost.to_json()))
     errors = [f for f in report.findings if f.severity == "error"]
     if errors and (args.strict or not report.summary):
         where = f"{errors[0].frames[0]}: " if errors[0].frames else ""

@@ -72,6 +72,28 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def cost_table(cost: Mapping[str, Any]) -> Table:
+    """What a run would take: ``Cost.to_json``."""
+    table = new_table("stage", "time", title=f"what fit would take on {cost['device']}")
+    for name, seconds in cost["stages"].items():
+        table.add_row(name, duration(seconds))
+    table.add_row("all", duration(cost["seconds"]), style="bold")
+    table.add_row("memory at most", f"{cost['memory_bytes'] / 1e9:.1f} GB")
+    table.add_row("disk", f"{cost['disk_bytes'] / 1e6:.0f} MB")
+    return table
+
+
+def duration(seconds: float | None) -> str:
+    """In hours, minutes and seconds; a dash where it is not known."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 def show(table: Table) -> None:
     """Print a table; one line per row where the output is a file or a pipe."""
     from rich.console import Console

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from blip_ft.console import duration
 from blip_ft.predict_file import Say
 
 #: least seconds between two lines
@@ -64,10 +65,4 @@ def line(done: int, total: int | None, kept: int, seconds: float) -> str:
     if total is None:
         return f"predicting: {done} structures, {rate:.3g} per second"
     left = (total - done) / rate
-    return f"predicting: {done}/{total} structures, {_duration(left)} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    return f"predicting: {done}/{total} structures, {duration(left)} left"
