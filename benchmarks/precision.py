@@ -87,10 +87,10 @@ def evaluate(backbone: Backbone, frames: list[Atoms], within: Callable[[], Any])
     return {"energy": np.concatenate(energies), "forces": np.concatenate(forces), "gradient": gradient}
 
 
-def errors(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str, float]:
-    """Root mean squares and largest errors; meV/atom and meV/Å."""
+def errors(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """Root mean squares and largest errors, meV/atom and meV/Å; ``None`` for what has overflowed."""
     energy, force = (1e3 * (got[k] - want[k]) for k in ("energy", "forces"))
-    return {
+    found = {
         "energy_rms_mev_per_atom": float(np.sqrt(np.mean(energy**2))),
         "energy_max_mev_per_atom": float(np.abs(energy).max()),
         "forces_rms_mev_per_ang": float(np.sqrt(np.mean(force**2))),
@@ -99,6 +99,7 @@ def errors(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str,
             np.linalg.norm(got["gradient"] - want["gradient"]) / np.linalg.norm(want["gradient"])
         ),
     }
+    return {key: value if np.isfinite(value) else None for key, value in found.items()}
 
 
 def frames_of(n: int) -> list[Atoms]:

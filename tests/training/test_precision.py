@@ -28,7 +28,7 @@ def recipe(**sections: Any) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "bf16", "16-mixed", "16-true", "16", 16])
 def test_half_precisions_are_refused_with_the_reason(precision: Any):
-    with pytest.raises(RecipeError, match=r"is refused: .*(meV/Å|float16)") as caught:
+    with pytest.raises(RecipeError, match=r"is refused: .*meV/Å") as caught:
         check_precision(recipe(trainer={"precision": precision}), FakeBackbone)
     assert caught.value.field == "trainer.precision"
 
