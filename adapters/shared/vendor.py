@@ -65,9 +65,34 @@ def import_backend(adapter: str, package: str) -> None:
         raise
 
 
+#: parts of the names of options by which vendors' programs are told to use fused kernels
+_ACCELERATORS = {
+    "cueq": "cuequivariance",
+    "cuequivariance": "cuequivariance",
+    "oeq": "openequivariance",
+    "openequivariance": "openequivariance",
+    "flash": "FlashTP",
+}
+
+
+def _refuse_accelerator(name: str, adapter: str) -> None:
+    """Raise a :class:`RecipeError` for an option that asks for fused kernels, with the reason."""
+    for part in name.lower().split("_"):
+        if part in _ACCELERATORS:
+            raise RecipeError(
+                f"kernels of {_ACCELERATORS[part]} are not used: training and error bars differentiate forces by the weights, and "
+                "give each structure weights of its own, which fused kernels take once for all; their second "
+                "derivatives have not been shown to be right for that",
+                remedy=f"leave '{name}' out; models that were trained with such kernels open without them, and exported "
+                f"ones run with them in {adapter}'s own programs",
+                field=f"model.options.{name}",
+            )
+
+
 def refuse_options(options: Mapping[str, Any], adapter: str, known: Sequence[str] = ()) -> None:
     """Raise a :class:`RecipeError` for loading options that an adapter does not know."""
     for name in options:
+        _refuse_accelerator(name, adapter)
         raise RecipeError(
             f"the {adapter} adapter has no option '{name}'",
             remedy=nearest(name, known) if known else "it takes no options",

@@ -146,6 +146,8 @@ class Backbone(nn.Module, ABC):
     has_stress: bool = True
     #: whether the model turns with the structure by construction; one that has learned to says ``False``
     equivariant: ClassVar[bool] = True
+    #: ``{precision: reason}`` of what training must not compute in; ``tf32`` is known
+    refused_precisions: ClassVar[Mapping[str, str]] = {}
     #: how files in the vendor's format end (``.pth``); empty if the adapter cannot write any
     native_suffix: ClassVar[str] = ""
     #: whether :meth:`rearrange` was called

@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from blip_ft.cli.arguments import add_overrides, overrides
-from blip_ft.cli.console import announce, show_json
+from blip_ft.cli.console import announce, cost_table, show, show_json
 from blip_ft.errors import BlipError
 
 #: what `blip-finetune --help` says
-HELP = "report on the data of a recipe, labels beside the pretrained model"
+HELP = "report on the data of a recipe, labels beside the pretrained model, and predict what fit would take"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", metavar="FILE", help="also write the report with its plots as an HTML page")
+    parser.add_argument(
+        "--no-cost", action="store_true", help="do not time steps to predict time, memory and disk of fit"
+    )
     parser.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
 
@@ -34,24 +37,32 @@ def run(args: argparse.Namespace) -> None:
     page = None if args.html is None else check_target(args.html, overwrite=True)
     model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
     announce(f"loading {model} ...")
-    from blip_ft.cli.check_data import check_data
+    from blip_ft.cli.check_data import check_run
     from blip_ft.report.data_tables import print_report
 
     console = Console(stderr=True)
     columns = TextColumn("comparing frames with the model"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        report = check_data(recipe, lambda done, total: bar.update(task, completed=done, total=total))
+        checked = check_run(
+            recipe,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            cost=not args.no_cost,
+        )
+    report, cost = checked.report, checked.cost
     if page is not None:
         from blip_ft.report import write_data_report
 
         write_data_report(page, name=recipe.name, model=model, report=report)
         print(f"data report: {page}", file=sys.stderr)
     if args.json:
-        show_json({"recipe": recipe.name, "model_name": model, **report.to_json()})
+        tree = {"recipe": recipe.name, "model_name": model, **report.to_json()}
+        show_json(tree | {"cost": None if cost is None else cost.to_json()})
     else:
         out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
         print_report(out, f"{recipe.name}, {model}", report.summary, report.model, report.findings)
+        if cost is not None:
+            show(cost_table(cost.to_json()))
     errors = [f for f in report.findings if f.severity == "error"]
     if errors and (args.strict or not report.summary):
         where = f"{errors[0].frames[0]}: " if errors[0].frames else ""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blip_ft.errors import readable
+from blip_ft.progress import duration
 from blip_ft.ranks import is_rank_zero
 
 if TYPE_CHECKING:
@@ -64,6 +65,17 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
         count = basis(metrics, key)
         few = f"  (of {count})" if value is not None and count is not None and count < FEW else ""
         table.add_row(key, readable(value, ".4g") + few)
+    return table
+
+
+def cost_table(cost: Mapping[str, Any]) -> Table:
+    """What a run would take: ``Cost.to_json``."""
+    table = new_table("stage", "time", title=f"what fit would take on {cost['device']}")
+    for name, seconds in cost["stages"].items():
+        table.add_row(name, duration(seconds))
+    table.add_row("all", duration(cost["seconds"]), style="bold")
+    table.add_row("memory at most", f"{cost['memory_bytes'] / 1e9:.1f} GB")
+    table.add_row("disk", f"{cost['disk_bytes'] / 1e6:.0f} MB")
     return table
 
 

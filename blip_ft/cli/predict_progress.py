@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from blip_ft.cli.predict_file import Say
+from blip_ft.progress import duration
 
 #: least seconds between two lines
 EVERY = 60.0
@@ -64,10 +65,4 @@ def line(done: int, total: int | None, kept: int, seconds: float) -> str:
     if total is None:
         return f"predicting: {done} structures, {rate:.3g} per second"
     left = (total - done) / rate
-    return f"predicting: {done}/{total} structures, {_duration(left)} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    return f"predicting: {done}/{total} structures, {duration(left)} left"

@@ -37,6 +37,9 @@ class ModelConfig(Strict):
     block keeps its initial value"""
     dtype: Literal["float32", "float64"] = "float32"
     """precision of weights and training"""
+    tf32: bool = False
+    """train with float32 matrix products in TF32, on GPUs that have it: 10 bits of mantissa in place of 23. Refused
+    where the model's forces do not survive it (docs/adapters.md, "Precision")"""
     train: str | list[str] = "all"
     """converted modules whose mean is trained: a preset of the adapter (``all``, ``scalar``,
     ``readout``), regular expressions on module names, or ``none``; ``rest`` trains all of them and

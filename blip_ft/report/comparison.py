@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blip_ft.files import whole_file
+from blip_ft.progress import duration
 from blip_ft.report.compare_runs import Comparison, Difference, Figure
 from blip_ft.report.run_folders import FIGURES, Run
 from blip_ft.report.tables import COLUMNS, MODELS, format_value
@@ -124,17 +125,6 @@ def values(difference: Difference) -> tuple[str, str]:
         for i, value in enumerate((difference.one, difference.other))
     )
     return one, other
-
-
-def duration(seconds: float | None) -> str:
-    """In hours, minutes and seconds; a dash where it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _digits(value: Any) -> str:

@@ -43,6 +43,7 @@ from blip_ft.training.device import device_of
 from blip_ft.training.loggers import close_loggers, make_loggers
 from blip_ft.training.module import FineTuneModule
 from blip_ft.training.objective import make_objective
+from blip_ft.training.precision import matrix_products
 from blip_ft.training.saving import RandomState, SaveTraining
 from blip_ft.training.stages import Run
 from blip_ft.training.state import keep_state, recall_state
@@ -263,9 +264,13 @@ class _Epochs:
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
                 # the loader begins where the checkpoint ends (`FrameDataModule.start_at`)
                 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-                trainer.fit(
-                    module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None
-                )
+                with matrix_products(tf32=self.recipe.model.tf32):
+                    trainer.fit(
+                        module,
+                        datamodule=data,
+                        ckpt_path=checkpoint,
+                        weights_only=True if checkpoint else None,
+                    )
                 close_loggers(trainer.loggers)
         except Stopped:
             if trainer.strategy.launcher is not None:  # the ranks that it has started
@@ -329,6 +334,7 @@ def make_trainer(
     terminal: bool = False,
     step: int = 0,
     last: Mapping[str, float] | None = None,
+    logs: bool = True,
 ) -> lightning.Trainer:
     """A Trainer with the recipe's options over defaults that fit interatomic potentials.
 
@@ -339,6 +345,7 @@ def make_trainer(
         terminal: whether there is one, for a progress bar.
         step: with which a resumed training goes on.
         last: row of the log before it.
+        logs: start the loggers, which tell services of a run.
 
     Raises:
         RecipeError: an option that cannot work, or that Lightning refuses.
@@ -356,7 +363,7 @@ def make_trainer(
         "max_epochs": DEFAULT_EPOCHS,
         "devices": 1,
         "accelerator": "auto",
-        "logger": make_loggers(recipe, folder, step, last),
+        "logger": make_loggers(recipe, folder, step, last) if logs else False,
         "default_root_dir": folder,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,

@@ -78,7 +78,7 @@ def try_trainer(recipe: Recipe) -> int:
     from blip_ft.training.loop import make_trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        return int(make_trainer(recipe, Path(folder), []).world_size)
+        return int(make_trainer(recipe, Path(folder), [], logs=False).world_size)
 
 
 def try_sampler(recipe: Recipe, splits: Splits, world: int) -> None:

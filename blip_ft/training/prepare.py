@@ -41,6 +41,7 @@ from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import gates
 from blip_ft.training.memory import Probe, load_probe
 from blip_ft.training.options import try_options
+from blip_ft.training.precision import check_precision
 from blip_ft.training.reference_sets import fit_reference_sets, of_set, warn_outside_sets
 from blip_ft.training.reference_shift import set_references, warn_outside
 from blip_ft.training.scratch import initial
@@ -89,9 +90,11 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
     check_noise(recipe)
     keep_memory()
     options = recipe.model
+    adapter = get_adapter(options.adapter)
+    check_precision(recipe, adapter)
     splits = load_splits(recipe.data)
     try_options(recipe, splits)
-    backbone = get_adapter(options.adapter).load(options.checkpoint, trust=options.trust, **options.options)
+    backbone = adapter.load(options.checkpoint, trust=options.trust, **options.options)
     if recipe.objective.use_stress and not backbone.has_stress:
         raise RecipeError(
             f"'{options.checkpoint}' predicts no stress, so it cannot be trained on stress labels",

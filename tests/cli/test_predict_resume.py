@@ -316,7 +316,7 @@ def test_a_line_a_minute_with_the_time_left(
     assert lines == [
         "predicting: 3/11 structures, 3 min 20 s left",
         "predicting: 6/11 structures, 2 min 05 s left",
-        "predicting: 9/11 structures, 0 min 50 s left",
+        "predicting: 9/11 structures, 50 s left",
     ]
 
 

@@ -20,7 +20,7 @@ from blip_ft import cli
 from blip_ft.config import parse_recipe
 from blip_ft.config.loggers import chosen_loggers, require_loggers
 from blip_ft.errors import RecipeError
-from blip_ft.training.loggers import make_loggers
+from blip_ft.training.loggers import OURS, make_loggers
 from blip_ft.training.logs import CsvLog, TensorBoardLog
 
 from .labelled import frames
@@ -145,7 +145,7 @@ def test_what_lightning_refuses_is_an_error_of_the_recipe(monkeypatch: pytest.Mo
     def refuses(**options: Any) -> None:
         raise TypeError("unexpected keyword argument 'projct'")
 
-    monkeypatch.setattr(lightning.pytorch.loggers, "TensorBoardLogger", refuses)
+    monkeypatch.setitem(OURS, "tensorboard", refuses)
     recipe = parse_recipe(tree_of(tmp_path, {"tensorboard": {"projct": "x"}}))
     with pytest.raises(RecipeError, match="projct") as caught:
         make_loggers(recipe, tmp_path / "run")
