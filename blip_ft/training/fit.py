@@ -255,11 +255,12 @@ def _train_and_judge(
             frames=prepared.frames,
             run=of,
         )
-        if compared and is_rank_zero():
+        if compared:
             results["plain"] = judge(
                 recipe, potential, sets, draws=0, console=console, what="plain", pieces=pieces
             )
-            drift |= _drift(prepared, "plain", console)
+            if is_rank_zero():
+                drift |= _drift(prepared, "plain", console)
     whole = recall_state(pieces, "posterior", potential)
     if whole is not None:
         history["blip"] = whole["history"]
@@ -281,8 +282,6 @@ def _train_and_judge(
             stream=prepared.stream,
             run=of,
         )
-    if isinstance(run, Path):
-        return {}
     potential.to(device_of(recipe))
     if whole is None:
         train_frames = sets["train"]
@@ -297,6 +296,8 @@ def _train_and_judge(
         what="BLIP",
         pieces=pieces,
     )
+    if isinstance(run, Path):
+        return {}
     drift |= _drift(prepared, "blip", console)
     potential.calibration = results["blip"].calibration
     linearity = linearity_of(recipe, potential, sets, console)

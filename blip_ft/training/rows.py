@@ -22,6 +22,7 @@ from blip_ft.families.base.linear import Rows
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential import BayesianPotential
 from blip_ft.side_by_side import side_by_side, width
+from blip_ft.training import ranks
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
 
 #: structures whose graphs are held at the same time
@@ -39,7 +40,7 @@ class _Outputs:
 
 
 class GradientRows:
-    """Makes the rows of one run's frames at the present mean.
+    """Makes the rows of one run's frames at the present mean; ranks divide them, and have all in the end.
 
     Args:
         objective: has the noise of the labels.
@@ -104,7 +105,9 @@ class GradientRows:
             progress(len(part))
             return outputs
 
-        done = side_by_side(work, self._parts(frames), threads=width(backbone.device))
+        parts = self._parts(frames)
+        done = ranks.divided(lambda some: side_by_side(work, some, threads=width(backbone.device)), parts)
+        ranks.exchange([gradients[ends[part.start] : ends[part.stop]] for part in parts])
         labels = np.concatenate([d.targets for d in done])
         counted = np.concatenate([d.scored for d in done])
         if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
@@ -172,8 +175,10 @@ class GradientRows:
                 total += (g.T @ g).cpu().numpy()
             return total
 
-        parts = side_by_side(work, self._parts(self.labelled), threads=width(self.potential.backbone.device))
-        out: np.ndarray = np.sum(parts, axis=0)
+        threads = width(self.potential.backbone.device)
+        parts = self._parts(self.labelled)
+        matrices = ranks.divided(lambda some: side_by_side(work, some, threads=threads), parts)
+        out: np.ndarray = np.sum(matrices, axis=0)
         return out
 
     def _change(self, batch: Batch, directions: Sequence[Tensor]) -> list[Tensor]:
