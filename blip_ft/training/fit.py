@@ -125,8 +125,8 @@ def resume(
                 field="model.trust",
                 remedy=f"blip-finetune resume {folder} --trust, if the file is from somebody you trust",
             )
-        if run.whole:
-            run.finish()
+        if run.whole:  # it was ended between its last file and its last name
+            _end(recipe, run, Pieces(run.folder, console))
             console.print(f"this run is whole: {run.final / 'report.html'}", markup=False)
             return dict(json.loads((run.final / "metrics.json").read_text(encoding="utf-8")))
         with chdir(run.record["directory"]):
@@ -311,11 +311,17 @@ def _train_and_judge(
         return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
 
     metrics = write_or_elsewhere(write, run)
+    run.write_record(state="whole")  # before its pieces go
+    _end(recipe, run, pieces)
+    console.print(f"report: {run.final / 'report.html'}   model: {run.final / 'model'}")
+    return metrics
+
+
+def _end(recipe: Recipe, run: RunFolder, pieces: Pieces) -> None:
+    """What is left to do for a run that is whole."""
     if not recipe.keep_pieces:
         pieces.clear()
     run.finish()
-    console.print(f"report: {run.final / 'report.html'}   model: {run.final / 'model'}")
-    return metrics
 
 
 def write_or_elsewhere(write: Callable[[Path], dict[str, Any]], run: RunFolder) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def differences(one: Path, other: Path) -> list[str]:
         with np.load(path) as a, np.load(other / "predictions" / path.name) as b:
             out += [f"{path.name} {k}" for k in a.files if a[k].tobytes() != b[k].tobytes()]
     for name in ("metrics.csv", "plain/metrics.csv"):
-        if (one / name).exists() and rows(one / name) != rows(other / name):
+        if (one / name).exists() and (not (other / name).exists() or rows(one / name) != rows(other / name)):
             out.append(name)
     if sorted(p.name for p in one.iterdir()) != sorted(p.name for p in other.iterdir()):
         out.append("files")
