@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip_ft import divided
 from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
@@ -40,7 +41,7 @@ class _Outputs:
 
 
 class GradientRows:
-    """Makes the rows of one run's frames at the present mean.
+    """Makes the rows of one run's frames at the present mean; ranks divide them, and have all in the end.
 
     Args:
         objective: has the noise of the labels.
@@ -110,7 +111,9 @@ class GradientRows:
             progress(len(part))
             return merged(made)
 
-        done = side_by_side(work, self._parts(frames), threads=width(backbone.device))
+        parts = self._parts(frames)
+        done = divided.divided(lambda some: side_by_side(work, some, threads=width(backbone.device)), parts)
+        divided.exchange([gradients[ends[part.start] : ends[part.stop]] for part in parts])
         labels = np.concatenate([d.targets for d in done])
         counted = np.concatenate([d.scored for d in done])
         if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
@@ -190,10 +193,10 @@ class GradientRows:
             halves = by_halves(work, part, sizes, what="gradient rows")
             return sum(halves[1:], halves[0])
 
-        parts = side_by_side(
-            by_part, self._parts(self.labelled), threads=width(self.potential.backbone.device)
-        )
-        out: np.ndarray = np.sum(parts, axis=0)
+        threads = width(self.potential.backbone.device)
+        parts = self._parts(self.labelled)
+        matrices = divided.divided(lambda some: side_by_side(by_part, some, threads=threads), parts)
+        out: np.ndarray = np.sum(matrices, axis=0)
         return out
 
     def _change(self, batch: Batch, directions: Sequence[Tensor]) -> list[Tensor]:

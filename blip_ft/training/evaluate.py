@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from blip_ft import divided
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger
@@ -51,7 +52,7 @@ def judge(
     ledger: Ledger | None = None,
     pieces: Pieces | None = None,
 ) -> Judgement:
-    """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames.
+    """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames; on every rank alike.
 
     Args:
         recipe: options.
@@ -97,7 +98,7 @@ def predict_kept(
     what: str,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> SetPrediction:
-    """What ``predict_set`` gives, :data:`KEPT` batches at a time, each kept as a piece.
+    """What ``predict_set`` gives; ranks divide it, :data:`KEPT` batches at a time at most, each kept as a piece.
 
     Args:
         potential: the model.
@@ -109,21 +110,25 @@ def predict_kept(
         what: name of the model, for the pieces.
         progress: called with the number of frames done.
     """
-    parts: list[SetPrediction] = []
-    for number, start in enumerate(range(0, len(dataset), KEPT * batch_size)):
-        index = range(start, min(start + KEPT * batch_size, len(dataset)))
-        piece = f"predictions-{what}-{file_name(name)}-{number}"
+    per_rank = -(-len(dataset) // (batch_size * divided.world_size()))
+    size = batch_size * max(1, min(KEPT, per_rank))
+
+    def work(starts: list[int]) -> list[SetPrediction]:
+        return [part(range(start, min(start + size, len(dataset)))) for start in starts]
+
+    def part(index: range) -> SetPrediction:
+        piece = f"predictions-{what}-{file_name(name)}-{index.start}"
         found = None if pieces is None else pieces.file(piece)
-        if found is not None:
-            parts.append(SetPrediction.load(found[0]))
+        if found is not None and found[1] == {"frames": len(index), "draws": n_draws}:
             progress(len(index))
-            continue
+            return SetPrediction.load(found[0])
         some = dataset if len(index) == len(dataset) else dataset.select(index)
-        part = predict_set(potential, some, name, n_draws=n_draws, batch_size=batch_size, progress=progress)
+        made = predict_set(potential, some, name, n_draws=n_draws, batch_size=batch_size, progress=progress)
         if pieces is not None:
-            pieces.keep(piece, ".npz", part.save, {})
-        parts.append(part)
-    return SetPrediction.concatenate(parts, name)
+            pieces.keep(piece, ".npz", made.save, {"frames": len(index), "draws": n_draws}, any_rank=True)
+        return made
+
+    return SetPrediction.concatenate(divided.divided(work, range(0, len(dataset), size)), name)
 
 
 def remembered(

@@ -125,8 +125,8 @@ def resume(
                 field="model.trust",
                 remedy=f"blip-finetune resume {folder} --trust, if the file is from somebody you trust",
             )
-        if run.whole:
-            run.finish()
+        if run.whole:  # it was ended between its last file and its last name
+            _end(recipe, run, Pieces(run.folder, console))
             console.print(f"this run is whole: {run.final / 'report.html'}", markup=False)
             return dict(json.loads((run.final / "metrics.json").read_text(encoding="utf-8")))
         with chdir(run.record["directory"]):
@@ -255,11 +255,12 @@ def _train_and_judge(
             frames=prepared.frames,
             run=of,
         )
-        if compared and is_rank_zero():
+        if compared:
             results["plain"] = judge(
                 recipe, potential, sets, draws=0, console=console, what="plain", pieces=pieces
             )
-            drift |= _drift(prepared, "plain", console)
+            if is_rank_zero():
+                drift |= _drift(prepared, "plain", console)
     whole = recall_state(pieces, "posterior", potential)
     if whole is not None:
         history["blip"] = whole["history"]
@@ -281,8 +282,6 @@ def _train_and_judge(
             stream=prepared.stream,
             run=of,
         )
-    if isinstance(run, Path):
-        return {}
     potential.to(device_of(recipe))
     if whole is None:
         train_frames = sets["train"]
@@ -297,6 +296,8 @@ def _train_and_judge(
         what="BLIP",
         pieces=pieces,
     )
+    if isinstance(run, Path):
+        return {}
     drift |= _drift(prepared, "blip", console)
     potential.calibration = results["blip"].calibration
     linearity = linearity_of(recipe, potential, sets, console)
@@ -310,11 +311,17 @@ def _train_and_judge(
         return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
 
     metrics = write_or_elsewhere(write, run)
+    run.write_record(state="whole")  # before its pieces go
+    _end(recipe, run, pieces)
+    console.print(f"report: {run.final / 'report.html'}   model: {run.final / 'model'}")
+    return metrics
+
+
+def _end(recipe: Recipe, run: RunFolder, pieces: Pieces) -> None:
+    """What is left to do for a run that is whole."""
     if not recipe.keep_pieces:
         pieces.clear()
     run.finish()
-    console.print(f"report: {run.final / 'report.html'}   model: {run.final / 'model'}")
-    return metrics
 
 
 def write_or_elsewhere(write: Callable[[Path], dict[str, Any]], run: RunFolder) -> dict[str, Any]:

@@ -117,6 +117,7 @@ class Pieces:
         about: Mapping[str, Any],
         *,
         latest: int = 1,
+        any_rank: bool = False,
     ) -> None:
         """Keep a file.
 
@@ -126,8 +127,9 @@ class Pieces:
             write: writes it at the path that it is given.
             about: what belongs to it, as JSON has it.
             latest: how many are kept, this one included.
+            any_rank: no two ranks keep a piece of this name, and each may.
         """
-        if not self.writes:
+        if not (self.writes or any_rank):
             return
         started = time.monotonic()
         temporary = self.folder / f".{name}.{os.getpid()}.part{suffix}"

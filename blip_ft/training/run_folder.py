@@ -76,13 +76,11 @@ class RunFolder:
             json.dump(self.record, file, indent=1)
 
     def finish(self) -> None:
-        """Say that it is whole, and take the place of the run that it replaces.
+        """Let a whole run take the place of the one that it replaces.
 
         Raises:
-            BlipError: a file cannot be written or a folder not be renamed; nothing is lost, and ``resume`` ends it.
+            BlipError: a folder cannot be renamed; nothing is lost, and ``resume`` ends it.
         """
-        if not self.whole:
-            self.write_record(state="whole")
         if self.folder == self.final:
             return
         old = self.final.with_name(self.final.name + OLD)

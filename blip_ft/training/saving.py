@@ -55,7 +55,8 @@ class SaveTraining(Checkpoint):
         ended = self._interrupts.received is not None
         if stepped and whole and not last and (ended or self._due(trainer, batch_idx)):
             self._save(trainer, trainer.current_epoch, batch_idx + 1, "train/")
-        self._interrupts.check()
+        if not last:  # else the validation is finished first, and the epoch kept
+            self._interrupts.check()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """After the validation."""

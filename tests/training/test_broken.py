@@ -139,8 +139,9 @@ def test_what_a_step_is_compared_with() -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_diverged_training_is_the_pretrained_model(plain: bool, folder: Path, capsys: Capture) -> None:
     options = [
-        "optimizer.learning_rate=0.6",
+        "optimizer.learning_rate=0.3",
         "optimizer.warmup_fraction=0",
+        "trainer.max_epochs=2",
         f"plain={{enabled: {str(plain).lower()}}}",
     ]
     assert fit(folder, "run", *options) == 0

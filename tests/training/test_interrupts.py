@@ -80,8 +80,8 @@ def test_the_exit_code_and_the_way_on(
     assert f"{signal.Signals(number).name}: ended; what is done is kept in {run}" in message
     assert f"blip-finetune resume {run}" in message
     assert main(["resume", str(run)]) == 0
-    if place == "a step":  # the step is finished, and what it led to is kept
-        assert "going on after 0 epochs and" in capsys.readouterr().err
+    if place == "a step":  # the last of an epoch: it is finished, and what it led to is kept
+        assert "going on after 2 epochs and 0 batches" in capsys.readouterr().err
     assert differences(made / "runs/whole", run) == []
 
 
