@@ -58,7 +58,7 @@ def _conversion(spec: str, changes: list[str]) -> tuple[Backbone, ConversionRepo
             apply_override(tree, change)
         model = parse_recipe(tree).model
     elif spec in shipped() or Path(spec).exists():
-        model = load_recipe(spec, changes).model
+        model = load_recipe(spec, changes, frames=False).model
     else:
         raise BlipError(
             f"'{spec}' is neither a recipe nor a run nor a model",

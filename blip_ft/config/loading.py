@@ -37,10 +37,13 @@ def recipe_summary(path: Path) -> tuple[str, str]:
     text = path.read_text(encoding="utf-8")
     model = yaml.safe_load(text)["model"]
     words = takewhile(lambda line: line.startswith("# "), text.splitlines())
-    return f"{model['adapter']}:{model['checkpoint']}", " ".join(line[2:].strip() for line in words)
+    about = " ".join(line[2:].strip() for line in words)
+    return f"{model['adapter']}:{model['checkpoint']}", re.sub(r",? then$", ".", about)
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, finished: bool = False) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: list[str] | None = None, *, finished: bool = False, frames: bool = True
+) -> Recipe:
     """Read a recipe and apply ``key.subkey=value`` overrides (values are YAML).
 
     Args:
@@ -48,6 +51,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, finish
         overrides: applied in turn.
         finished: it is that of a finished run, perhaps of an earlier version of the program, which wrote the keys of
             all posterior families: those of others are dropped.
+        frames: it must say what to train on, which recipes for a user's own system leave open.
 
     Raises:
         RecipeError: no such recipe, not YAML, unknown key (with the nearest valid name), or a
@@ -73,6 +77,15 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, finish
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         apply_override(tree, override)
+    if isinstance(data := tree.setdefault("data", {}), dict) and data.get("train") is None:
+        if frames:
+            raise RecipeError(
+                "the recipe does not say what to train on",
+                file=path,
+                field="data.train",
+                remedy=f"blip-finetune fit {name_or_path} data.train=frames.extxyz (any file that ASE reads)",
+            )
+        data["train"] = "-"
     if finished and isinstance(tree.get("posterior"), dict):
         tree["posterior"] = without_foreign_keys(tree["posterior"])
     return parse_recipe(tree, file=path)

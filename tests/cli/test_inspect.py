@@ -84,7 +84,7 @@ def test_recipes_lists_every_recipe(call: Any):
 
     _, out, _ = call("recipes")
     for name in shipped():
-        model = load_recipe(name).model
+        model = load_recipe(name, frames=False).model
         assert any(name in row and f"{model.adapter}:{model.checkpoint}" in row for row in out.splitlines())
 
 

@@ -13,6 +13,7 @@ from blip_ft.cli import main
 from blip_ft.config import load_recipe, shipped
 from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
+from blip_ft.errors import RecipeError
 from blip_ft.families.registry import options_class
 
 MODELS = ("pretrained", "plain", "blip")
@@ -93,10 +94,34 @@ def predict(folder: Path) -> None:
     assert a.info["stress_std"].shape == (6,)
 
 
+#: for a user's own system, with the settings of a recipe that is tested here
+OWN = {
+    "sevennet": "sio2_sevennet",
+    "chgnet": "sio2_chgnet",
+    "mace": "sio2_mace_mp",
+    "orb": "sio2_orb",
+    "uma": "sio2_uma",
+}
+
+
 def test_every_recipe_is_tested_here() -> None:
-    ours = {n for n in shipped() if not n.endswith("_paper")}
-    assert ours == {"sio2_sevennet", "sio2_chgnet", "sio2_mace_mp", "sio2_orb", "sio2_uma"}
-    assert set(shipped()) - ours == {"ammonia_paper", "silica_glass_paper"}  # test_paper_recipes.py
+    ours = {n for n in shipped() if not n.endswith("_paper")} - OWN.keys()
+    assert ours == set(OWN.values())
+    assert set(shipped()) - ours - OWN.keys() == {
+        "ammonia_paper",
+        "silica_glass_paper",
+    }  # test_paper_recipes.py
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_recipes_for_a_users_system_have_the_tested_settings(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"fit {name} data.train="):
+        load_recipe(name)
+    own = load_recipe(name, ["data.train=sio2_polymorphs"])
+    assert own.name == name
+    assert not own.plain.enabled
+    tested = load_recipe(OWN[name], [f"name={name}", "plain.enabled=false"])
+    assert own == tested
 
 
 @pytest.mark.backend("sevennet")
@@ -179,7 +204,7 @@ def test_sio2_uma(tmp_path: Path) -> None:
     predict(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in shipped() if not n.endswith("_paper")))
+@pytest.mark.parametrize("name", sorted(OWN.values()))
 def test_recipes_do_not_look_at_test_frames(name: str) -> None:
     """The embedded set's own split decides; a recipe that names test frames elsewhere is a defect."""
     recipe = load_recipe(name)
