@@ -38,6 +38,7 @@ from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.fit import prepare
 from blip_ft.uncertainty.predict import Method, predict_batch
+from blip_ft.variational.noise import OFF, Noise
 
 OUT = Path(__file__).parent / "results" / "cost.json"
 STAND_INS = Path(__file__).parents[1] / "tests" / "models"
@@ -167,7 +168,7 @@ def step(potential: BayesianPotential, batch: Batch, mode: str) -> Callable[[], 
     likelihood = Likelihood(ObjectiveConfig()).to(potential.backbone.device)
 
     def call() -> None:
-        prediction = potential(batch, mode=mode, create_graph=True)
+        prediction = potential(batch, Noise(mode), create_graph=True)
         loss = likelihood(prediction, batch).total.sum() + potential.kl()
         loss.backward()
         potential.zero_grad(set_to_none=True)
@@ -190,7 +191,7 @@ def measure(
     console.print(f"{name}, batch of {size}: calls")
     calls = {
         "untouched": lambda: backbone(batch, stress=False),
-        "converted, no noise": lambda: subspace(batch, mode="off"),
+        "converted, no noise": lambda: subspace(batch, OFF),
         "energy_std in one pass": predict(subspace, "energy"),
         "energy_std in one pass, channel": predict(channel, "energy"),
         "8 draws": predict(subspace, "draws"),

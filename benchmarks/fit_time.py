@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,32 +45,48 @@ def since(module: str, name: str) -> Any:
         return None
 
 
+def either(name: str, *modules: str) -> Any:
+    """A name from the first of the modules that has it: revisions keep it in different places."""
+    found = (since(module, name) for module in modules)
+    return next(value for value in found if value is not None)
+
+
 def stages() -> dict[str, Callable[[], Any]]:
     """What a fit is made of, on frames of the recipe; runs on either revision."""
     import torch
 
-    from blip_ft.closed_form.fitter import ClosedFormFitter
     from blip_ft.config import ObjectiveConfig, load_recipe
-    from blip_ft.data.batch.dataset import collate
     from blip_ft.objectives import Likelihood
     from blip_ft.training.prepare import prepare
     from blip_ft.uncertainty.jacobian import all_components, output_gradients
     from blip_ft.uncertainty.predict import predict_batch
 
+    fitter = either("ClosedFormFitter", "blip_ft.closed_form.fitter", "blip_ft.training.closed_form")
+    collate = either("collate", "blip_ft.data.batch.dataset", "blip_ft.data.dataset")
+    noise = since("blip_ft.variational.noise", "Noise")
     if (keep_memory := since("blip_ft.allocator", "keep_memory")) is not None:
         keep_memory()
-    weights_only = since("blip_ft.backbones.conservative", "weights_only")
+    weights_only = since("blip_ft.backbones.conservative", "weights_only") or since(
+        "blip_ft.conservative", "weights_only"
+    )
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, quiet = load_recipe(RECIPE, []), Console(quiet=True)
     prepared = prepare(recipe, quiet)
     potential, train = prepared.potential, prepared.sets["train"]
     four, six = (collate(potential.backbone, [train[i] for i in some]) for some in (range(4), range(10, 16)))
     likelihood = Likelihood(ObjectiveConfig())
-    ClosedFormFitter(recipe, potential, prepared.sets, quiet).rows.rows(1)
+    fitter(recipe, potential, prepared.sets, quiet).rows.rows(1)
     potential.posterior.directions.normal_(std=1e-4)
 
-    def step(mode: Any) -> None:
-        out = potential(four, mode=mode, create_graph=True)
+    def evaluate(mode: str, **options: Any) -> Any:
+        """With noise as a value, or as options."""
+        draw = {"draw": options.pop("draw")} if "draw" in options else {}
+        if noise is None:
+            return potential(four, mode=mode, **draw, **options)
+        return potential(four, noise(mode, **draw), **options)
+
+    def step(mode: str) -> None:
+        out = evaluate(mode, create_graph=True)
         loss = likelihood(out, four).total.sum() + potential.kl()
         if weights_only is None:
             loss.backward()
@@ -78,17 +95,17 @@ def stages() -> dict[str, Callable[[], Any]]:
                 loss.backward(inputs=potential.mean_parameters)
         potential.zero_grad(set_to_none=True)
 
-    def call(**options: Any) -> None:
+    def call(mode: str, **options: Any) -> None:
         with torch.no_grad():
-            potential(four, stress=False, **options)
+            evaluate(mode, stress=False, **options)
 
     def rows() -> None:
         """Gradients of the energy and of eight force components."""
         list(itertools.islice(output_gradients(potential, six, all_components(six)[:8]), 9))
 
     return {
-        "energy+forces": lambda: call(mode="off"),
-        "draw": lambda: call(mode="draw", draw=0),
+        "energy+forces": lambda: call("off"),
+        "draw": lambda: call("draw", draw=0),
         "energy_std": lambda: predict_batch(potential, four, method="energy", stress=False),
         "plain": lambda: step("off"),
         "elbo": lambda: step("structure"),
@@ -128,6 +145,15 @@ def importable(tree: Path, folder: Path) -> Path:
     for path in (*(tree / "blip_ft").iterdir(), tree / "adapters", tree / "recipes"):
         if path.name != "__pycache__":
             (package / path.name).symlink_to(path)
+    project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = folder / f"blip_ft-{project['version']}.dist-info"  # its adapters lie where it says
+    metadata.mkdir()
+    about = f"Metadata-Version: 2.1\nName: blip-ft\nVersion: {project['version']}\n"
+    (metadata / "METADATA").write_text(about, encoding="utf-8")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items()), ""]
+    (metadata / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 

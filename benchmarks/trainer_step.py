@@ -38,6 +38,7 @@ from blip_ft.data.split.splits import load_splits
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import width
+from blip_ft.variational.noise import OFF
 
 OUT = Path(__file__).parent / "results" / "trainer_step.json"
 STAND_IN = Path(__file__).parents[1] / "tests" / "models" / "sio2_mace.model"
@@ -84,7 +85,7 @@ def ours(backbone: Backbone, rows: list[dict[str, Any]]) -> Step:
     def step(n: int) -> None:
         batch = batches[n]
         optimizer.zero_grad(set_to_none=True)
-        loss = likelihood(potential(batch, mode="off", create_graph=True), batch).total.sum()
+        loss = likelihood(potential(batch, OFF, create_graph=True), batch).total.sum()
         with weights_only():
             loss.backward(inputs=parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 10.0)

@@ -15,6 +15,7 @@ from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.uncertainty.shrinkage import shrunk
+from blip_ft.variational.noise import Noise
 
 DRAWS = 5
 
@@ -98,7 +99,7 @@ class TestResults:
         found = results(potential, atoms, **options)
         modes = [("draw", k) for k in range(DRAWS)] if not options else [("off", None)]
         with torch.no_grad():
-            features = [potential(batch, mode=m, draw=k).node_features for m, k in modes]
+            features = [potential(batch, Noise(m, draw=k)).node_features for m, k in modes]
         expected = distance.score(torch.stack(features).mean(dim=0), batch.numbers)
         np.testing.assert_allclose(found["ood_score"], expected, rtol=1e-12)
         assert found["ood_score_max"] == found["ood_score"].max()
@@ -107,7 +108,7 @@ class TestResults:
     def test_moments_of_the_draws(self, potential):
         atoms = crystal()
         batch = potential.backbone.batch([atoms])
-        draws = [potential(batch, mode="draw", draw=k, stress=True) for k in range(DRAWS)]
+        draws = [potential(batch, Noise("draw", draw=k), stress=True) for k in range(DRAWS)]
         energy = np.array([d.energy.item() for d in draws])
         forces = np.stack([d.forces.detach().numpy() for d in draws])
         stress = np.stack([d.stress[0].detach().numpy() for d in draws])

@@ -27,6 +27,7 @@ from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
 from blip_ft.variational.layers import VariationalLayer
+from blip_ft.variational.noise import Noise
 
 DOUBLE = torch.float64
 #: std of a subspace's latent numbers: 472 weights in 6 directions move as much as with the others
@@ -100,7 +101,7 @@ def evaluate(
 ) -> Prediction:
     batch = potential.backbone.batch(atoms)
     batch.keys = list(range(10, 10 + len(atoms))) if keys is None else keys
-    return potential(batch, mode=mode, stress=True, **options)
+    return potential(batch, Noise(mode, **options), stress=True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -253,7 +254,7 @@ def nve(potential: BayesianPotential, mode: str, steps: int) -> tuple[np.ndarray
     def evaluate_at(x: torch.Tensor) -> tuple[float, torch.Tensor]:
         batch.graph["edge_vec"] = x[pairs[1]] - x[pairs[0]]
         with torch.no_grad():
-            out = potential(batch, mode=mode, draw=1 if mode == "draw" else None)
+            out = potential(batch, Noise(mode, draw=1 if mode == "draw" else None))
         assert out.forces is not None
         return out.energy.item(), out.forces
 
@@ -322,7 +323,7 @@ def test_draws_that_are_no_weights_are_not_exported(tmp_path: Any) -> None:
 def test_moments_are_those_of_the_draws() -> None:
     potential = make("adaptive")
     batch = potential.backbone.batch(structures())
-    draws = torch.stack([potential(batch, mode="draw", draw=k).energy.detach() for k in range(4)])
+    draws = torch.stack([potential(batch, Noise("draw", draw=k)).energy.detach() for k in range(4)])
     moments = predict_batch(potential, batch)
     torch.testing.assert_close(moments.mean.energy, draws.mean(dim=0), rtol=1e-12, atol=0)
     torch.testing.assert_close(moments.energy_std, draws.std(dim=0, correction=0))

@@ -36,6 +36,7 @@ from blip_ft.potential.export import export_native
 from blip_ft.uncertainty.linearity import study
 from blip_ft.uncertainty.moments import BatchMoments
 from blip_ft.uncertainty.predict import predict_atoms, predict_batch
+from blip_ft.variational.noise import Noise
 
 from .training.labelled import frames
 
@@ -202,10 +203,10 @@ def test_noise_is_the_same_numbers(
     out, weights = {}, {}
     for device in (CPU, GPU):
         potential = models[device, family]
-        with potential.noise(mode, batches[device], epoch=3, draw=5, step=7):
+        with potential.perturbed(Noise(mode, epoch=3, draw=5, step=7), batches[device]):
             weights[device] = dict(potential.converted.noise.weights)
         out[device] = potential(
-            batches[device], mode=mode, epoch=3, draw=5, step=7, stress=True, create_graph=True
+            batches[device], Noise(mode, epoch=3, draw=5, step=7), stress=True, create_graph=True
         )
     assert (mode == "local") == (not weights[GPU])
     for name, w in weights[GPU].items():

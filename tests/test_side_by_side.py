@@ -21,6 +21,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import cut, side_by_side, width
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_batch
+from blip_ft.variational.noise import OFF, Noise
 
 from .potential.around_fake import make, structures
 
@@ -133,7 +134,7 @@ def loss_and_gradients(
     batch = collate(potential.backbone, items_of(potential.backbone), parts=parts)
     assert len(batch.parts) == (parts if parts > 1 else 0)
     likelihood = Likelihood(ObjectiveConfig())
-    out = potential(batch, mode=mode, epoch=2, step=3, create_graph=True)
+    out = potential(batch, Noise(mode, epoch=2, step=3), create_graph=True)
     loss = likelihood(out, batch).total.sum() + potential.kl()
     loss.backward()
     gradients = {name: p.grad for name, p in potential.named_parameters()}
@@ -173,18 +174,18 @@ class TestParts:
         """Parts give other rounding than the whole somewhere, so they were evaluated; the loss has a gradient."""
         potential = make(family="subspace", init_std=0.2)
         batch = collate(potential.backbone, items_of(potential.backbone), parts=2)
-        out = potential(batch, mode="structure", create_graph=True)
+        out = potential(batch, Noise("structure"), create_graph=True)
         assert type(out.energy.grad_fn).__name__ != "_PartsBackward"  # references are added to it
         assert type(out.forces.grad_fn).__name__ == "_PartsBackward"
         torch.set_num_threads(1)
-        out = potential(batch, mode="structure", create_graph=True)
+        out = potential(batch, Noise("structure"), create_graph=True)
         assert type(out.forces.grad_fn).__name__ != "_PartsBackward"
         torch.set_num_threads(3)
 
     def test_a_batch_in_parts_is_differentiated_once(self):
         potential = make()
         batch = collate(potential.backbone, items_of(potential.backbone), parts=2)
-        out = potential(batch, mode="off", create_graph=True)
+        out = potential(batch, OFF, create_graph=True)
         total = out.forces.square().sum()
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="once"):
@@ -269,7 +270,7 @@ def test_four_calculators_of_one_potential_in_four_threads(method: Method):
 def noise_of(potential: BayesianPotential, keys: list[int], epoch: int = 0) -> dict[str, torch.Tensor]:
     batch = potential.backbone.batch(structures()[: len(keys)])
     batch.keys = keys
-    with torch.no_grad(), potential.noise("structure", batch, epoch=epoch):
+    with torch.no_grad(), potential.perturbed(Noise("structure", epoch=epoch), batch):
         return {name: w.clone() for name, w in potential.converted.noise.weights.items()}
 
 

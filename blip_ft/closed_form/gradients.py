@@ -208,14 +208,9 @@ class GradientRows:
         state, deltas = self.potential.converted.noise, self.potential.converted.deltas
         step, out = 0.02, []
         for sign in (1.0, -1.0):
-            state.clear()
-            state.mode = "draw"
-            state.weights = {name: sign * step * d.detach() for name, d in deltas.items()}
-            try:
-                with torch.no_grad():
-                    prediction = self.potential.backbone(batch, forces=True, stress=False)
-            finally:
-                state.clear()
+            weights = {name: sign * step * d.detach() for name, d in deltas.items()}
+            with state.perturbed("draw", weights), torch.no_grad():
+                prediction = self.potential.backbone(batch, forces=True, stress=False)
             out.append([prediction.energy.double(), *_project_forces(batch, directions, prediction.forces)])
         return [(plus - minus) / (2 * step) for plus, minus in zip(*out, strict=True)]
 

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from blip_ft.backbones.parts import evaluate_parts
 from blip_ft.backbones.parts_in_turn import evaluate_in_turn
 from blip_ft.backbones.protocol import Backbone, Batch, Prediction
+from blip_ft.backbones.rows import rows_of
 from blip_ft.config import ModelConfig
 from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError
 from blip_ft.families.base.options import FamilyOptions
-from blip_ft.families.base.posterior import RowRecorder
 from blip_ft.families.build import make_posterior, make_prior
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.side_by_side import width
-from blip_ft.variational import Mode, Rows, convert
+from blip_ft.variational.convert import convert
 from blip_ft.variational.drawn import DrawnWeights, SamplesAhead
 from blip_ft.variational.lora import LowRank
-from blip_ft.variational.noise import keyed_row_normal, keyed_signs, numbered
+from blip_ft.variational.noise import OFF, Noise, keyed_row_normal, keyed_signs, numbered
 
 MAX_ATOMIC_NUMBER = 119
 
@@ -158,62 +158,49 @@ class BayesianPotential(nn.Module):
         return (self.n_draws, self.amplitude) if other is None or other[0] is not self else other[1:]
 
     @contextmanager
-    def noise(
-        self,
-        mode: Mode,
-        batch: Batch,
-        *,
-        epoch: int = 0,
-        draw: int | Sequence[int] | None = None,
-        step: int = 0,
-        sample: int = 0,
-        latent: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Perturb the weights while a batch is evaluated; see ``variational.noise`` for modes.
+    def perturbed(self, noise: Noise, batch: Batch) -> Iterator[None]:
+        """Perturb the weights while a batch is evaluated.
 
         Raises:
             ValueError: the noise is keyed by structure, but the batch has no keys.
         """
-        numbered_draws = isinstance(draw, Sequence)
-        keyed = latent is None and not numbered_draws and mode in ("structure", "local", "flipout")
-        if keyed and len(batch.keys) != batch.n_structures:
-            raise ValueError(f"noise of mode '{mode}' is keyed by structure: set batch.keys")
+        if noise.keyed and len(batch.keys) != batch.n_structures:
+            raise ValueError(f"noise of mode '{noise.mode}' is keyed by structure: set batch.keys")
         state = self.converted.noise
-        recorder: RowRecorder | None = None
-        state.clear()
         state.structure_kl = None
-        if mode != "off" and self.posterior.ready:
-            if mode == "draw":
-                assert draw is None or isinstance(draw, int)
-                state.weights = self._weights_of(draw or 0)
-            elif mode == "structure" and isinstance(draw, Sequence):
-                drawn = {k: self._weights_of(k) for k in dict.fromkeys(draw)}
-                state.weights = {
-                    s.name: torch.stack([drawn[k][s.name] for k in draw]) for s in self.posterior.sites
-                }
-            elif mode == "local":
+        if noise.mode == "off" or not self.posterior.ready:
+            with state.perturbed():
+                yield
+            return
+        rows = {} if noise.mode == "draw" else rows_of(batch)
+        recorder = self.posterior.recorder(rows) if noise.mode != "draw" else None
+        with state.perturbed(noise.mode, self._weights(noise, batch), rows):
+            if noise.mode == "local":
                 state.variances = self.posterior.row_variances()
-                state.row_normal = keyed_row_normal(self.seed, epoch, batch.keys, sample)
-            elif latent is not None:
-                state.weights = self._perturbation(latent)
-            elif mode == "structure":
-                state.weights = self._structure_weights(batch.keys, epoch, sample)
-            else:
-                state.signs = keyed_signs(self.seed, epoch, batch.keys, sample)
-                keys = [("flipout", self.seed, step, *numbered(sample))]
-                state.weights = self._perturbation(self.posterior.latent(keys, self.backbone.dtype))
-            if mode != "draw":
-                n = batch.n_structures
-                state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
-            recorder = self.posterior.recorder(state.rows) if mode != "draw" else None
+                state.row_normal = keyed_row_normal(self.seed, noise.epoch, batch.keys, noise.sample)
+            elif noise.mode == "flipout":
+                state.signs = keyed_signs(self.seed, noise.epoch, batch.keys, noise.sample)
             state.row_amplitude = recorder or self.posterior.row_amplitude
-            state.mode = mode
-        try:
             yield
             if recorder is not None:
                 state.structure_kl = recorder.kl()
-        finally:
-            state.clear()
+
+    def _weights(self, noise: Noise, batch: Batch) -> dict[str, Tensor]:
+        """Perturbation of each site's weights; none in ``local``, whose noise is that of rows."""
+        if noise.mode == "local":
+            return {}
+        if noise.mode == "draw":
+            assert noise.draw is None or isinstance(noise.draw, int)
+            return self._weights_of(noise.draw or 0)
+        if isinstance(noise.draw, Sequence):
+            drawn = {k: self._weights_of(k) for k in dict.fromkeys(noise.draw)}
+            return {s.name: torch.stack([drawn[k][s.name] for k in noise.draw]) for s in self.posterior.sites}
+        if noise.latent is not None:
+            return self._perturbation(noise.latent)
+        if noise.mode == "structure":
+            return self._structure_weights(batch.keys, noise.epoch, noise.sample)
+        keys = [("flipout", self.seed, noise.step, *numbered(noise.sample))]
+        return self._perturbation(self.posterior.latent(keys, self.backbone.dtype))
 
     def expect(self, structures: Sequence[int]) -> None:
         """Say which structures the next batches of training bring, by their keys: noise is then made for many at once."""
@@ -309,13 +296,8 @@ class BayesianPotential(nn.Module):
     def forward(
         self,
         batch: Batch,
+        noise: Noise = OFF,
         *,
-        mode: Mode = "off",
-        epoch: int = 0,
-        draw: int | Sequence[int] | None = None,
-        step: int = 0,
-        sample: int = 0,
-        latent: Tensor | None = None,
         forces: bool = True,
         stress: bool = False,
         create_graph: bool = False,
@@ -324,13 +306,7 @@ class BayesianPotential(nn.Module):
 
         Args:
             batch: from ``backbone.collate``.
-            mode: noise mode; ``draw`` takes the fixed draw number ``draw``.
-            epoch: part of the noise's key in ``structure``, ``local`` and ``flipout`` mode.
-            draw: number of the draw, 0 to ``n_draws - 1``; for mode ``structure`` that of each structure.
-            step: part of the key of the sample that all structures share in ``flipout`` mode.
-            sample: numbers independent samples under one such key.
-            latent: (B, latent_numel) numbers of each structure's sample, in place of keyed ones; for mode
-                ``structure``.
+            noise: none by default.
             forces: compute forces.
             stress: compute stress.
             create_graph: keep the graph, to train on forces.
@@ -341,7 +317,7 @@ class BayesianPotential(nn.Module):
         """
 
         def evaluate(batch: Batch) -> tuple[Prediction, Tensor | None]:
-            with self.noise(mode, batch, epoch=epoch, draw=draw, step=step, sample=sample, latent=latent):
+            with self.perturbed(noise, batch):
                 out: Prediction = self.backbone(
                     batch, forces=forces, stress=stress, create_graph=create_graph
                 )
@@ -350,17 +326,17 @@ class BayesianPotential(nn.Module):
         if batch.in_turn:
             out, own = evaluate_in_turn(evaluate, batch.parts, self.parameters())
             self.converted.noise.structure_kl = own
-        elif self._in_parts(batch, draw, latent):
+        elif self._in_parts(batch, noise):
             out, own = evaluate_parts(evaluate, batch.parts, self.parameters())
             self.converted.noise.structure_kl = own
         else:
             out, _ = evaluate(batch)
         return self.on_reference(out, batch)
 
-    def _in_parts(self, batch: Batch, draw: int | Sequence[int] | None, latent: Tensor | None) -> bool:
+    def _in_parts(self, batch: Batch, noise: Noise) -> bool:
         """Whether the parts of a batch are evaluated in its place."""
         # draws and latent numbers given one by one are numbered by the structures of the whole batch
-        whole = isinstance(draw, Sequence) or latent is not None
+        whole = isinstance(noise.draw, Sequence) or noise.latent is not None
         # families of another kind keep means over the rows of a step
         return len(batch.parts) > 1 and not whole and self.posterior.draws_are_weights and width("cpu") > 1
 

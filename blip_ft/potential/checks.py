@@ -23,6 +23,7 @@ from torch import Tensor
 from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import BlipError, CheckpointError
 from blip_ft.potential.probes import probes_of
+from blip_ft.variational.noise import OFF
 
 if TYPE_CHECKING:
     from blip_ft.potential.bayesian import BayesianPotential
@@ -185,6 +186,6 @@ def _evaluated(potential: BayesianPotential, atoms: Atoms) -> tuple[float, np.nd
     """Energy and forces of the mean weights."""
     batch = potential.backbone.batch([atoms]).to(potential.backbone.device)
     with torch.no_grad():
-        out = potential(batch, mode="off", forces=True)
+        out = potential(batch, OFF, forces=True)
     assert out.forces is not None
     return out.energy.item(), out.forces.double().cpu().numpy()

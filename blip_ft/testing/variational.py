@@ -26,6 +26,7 @@ from blip_ft.testing.helpers import array, close, evaluate, rotation_defect, sam
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
+from blip_ft.variational.noise import Noise
 
 #: relative size of the perturbation of all weights by a draw, and of the trained mean's change
 SPREAD, MOVED = 0.03, 0.02
@@ -125,7 +126,7 @@ class VariationalContract:
         def values(n: int) -> list[torch.Tensor]:
             batch = potential.backbone.batch([frames[n]])
             batch.keys = [n]
-            out = potential(batch, mode="structure", create_graph=True)
+            out = potential(batch, Noise("structure"), create_graph=True)
             loss = out.energy.sum() + out.forces.square().sum()
             grads = torch.autograd.grad(loss, deltas, allow_unused=True)
             return [out.energy, out.forces, *(g for g in grads if g is not None)]
@@ -170,7 +171,7 @@ class VariationalContract:
         for draw in (None, 0, 2):
             plain = member(potential, draw, n_draws=3, amplitude=potential.amplitude)
             mode = "off" if draw is None else "draw"
-            noisy = potential(batch, mode=mode, draw=draw, stress=True)
+            noisy = potential(batch, Noise(mode, draw=draw), stress=True)
             noisy.energy = noisy.energy - potential.reference_energy(batch)
             stock = evaluate(plain, quartz)
             stock.energy = stock.energy.double()
@@ -187,7 +188,7 @@ class VariationalContract:
         frames, keys = [ethanol, quartz, boxed_atom], [7, 5, 6]
         batch = potential.backbone.batch(frames)
         batch.keys = keys
-        noisy, start = potential(batch, mode="structure", epoch=3, stress=False), 0
+        noisy, start = potential(batch, Noise("structure", epoch=3), stress=False), 0
         for index, (atoms, key) in enumerate(zip(frames, keys, strict=True)):
             latent = potential.posterior.latent([("structure", 0, 3, key)], torch.float64)
             sample = {name: w[0] for name, w in potential.posterior.sample(latent).items()}
@@ -218,7 +219,7 @@ class VariationalContract:
         def drawn(draw):
             mode = "off" if draw is None else "draw"
             stress = backbone.has_stress
-            return lambda a: potential(potential.backbone.batch([a]), mode=mode, draw=draw, stress=stress)
+            return lambda a: potential(potential.backbone.batch([a]), Noise(mode, draw=draw), stress=stress)
 
         stock = defect(lambda a: evaluate(backbone, a))
         for draw in (None, 0, 1, 2):
@@ -228,7 +229,7 @@ class VariationalContract:
         other, turn = turned(quartz, 4)
         batch = potential.backbone.batch([quartz, other])
         batch.keys = [9, 9]  # the same noise
-        out = potential(batch, mode="structure")
+        out = potential(batch, Noise("structure"))
         n, size = len(quartz), float(out.forces.abs().max())
         tolerance = 100 * getattr(self, "invariance", 1e-9) * max(1.0, size)
         if not getattr(self, "equivariant", True):

@@ -19,6 +19,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training.halving import AtomLimit
 from blip_ft.training.terms import Part, Start, Step, Term, specs_of
+from blip_ft.variational.noise import Noise
 
 
 @dataclass
@@ -129,10 +130,7 @@ class Objective:
             samples.append(
                 self.potential(
                     batch,
-                    mode=mode,
-                    epoch=epoch,
-                    step=step,
-                    sample=k,
+                    Noise(mode, epoch=epoch, step=step, sample=k),
                     stress=self.recipe.objective.use_stress,
                     create_graph=True,
                 )

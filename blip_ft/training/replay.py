@@ -23,6 +23,7 @@ from blip_ft.objectives.likelihood import compared
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.side_by_side import width
 from blip_ft.training.terms import Part, Sources, Start, Step, Term
+from blip_ft.variational.noise import OFF
 
 #: structures per call when the pretrained model is asked
 BATCH = 8
@@ -155,7 +156,7 @@ def make_replay(
         chosen = items[start : start + BATCH]
         batch = backbone.collate([i.atoms for i in chosen], [i.graph for i in chosen]).to(backbone.device)
         with torch.no_grad():
-            out = potential(batch, mode="off")
+            out = potential(batch, OFF)
         assert out.forces is not None
         forces = out.forces.double().cpu().split([len(i.atoms) for i in chosen])
         for item, energy, force in zip(chosen, out.energy.cpu(), forces, strict=True):
@@ -171,7 +172,7 @@ def _error(potential: BayesianPotential, train: FrameDataset, likelihood: Likeli
         items = [train[i] for i in range(start, min(start + BATCH, len(train)))]
         batch = collate(potential.backbone, items).to(potential.backbone.device)
         with torch.no_grad():
-            sides = compared(potential(batch, mode="off"), batch, stress=False)
+            sides = compared(potential(batch, OFF), batch, stress=False)
         for kind, (predicted, label, _) in sides.items():
             square = (predicted - label)[~torch.isnan(label)].square()
             sums[kind][0] += float(square.sum())

@@ -17,6 +17,7 @@ from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.potential.bayesian import BayesianPotential, drawing
 from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty.moments import BatchMoments, to_double
+from blip_ft.variational.noise import Noise
 
 #: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device
 TOGETHER = {"cpu": 512, "cuda": 65536}
@@ -44,10 +45,10 @@ def evaluate_draws(
 
     def work(chosen: range) -> list[Prediction]:
         if len(chosen) < 2 or copies is None:
-            return [to_double(potential(batch, mode="draw", draw=k, stress=stress)) for k in chosen]
+            return [to_double(potential(batch, Noise("draw", draw=k), stress=stress)) for k in chosen]
         # copy k of the whole batch follows copy k - 1
         of_each = [k for k in chosen for _ in range(batch.n_structures)]
-        out = potential(copies(len(chosen)), mode="structure", draw=of_each, stress=stress)
+        out = potential(copies(len(chosen)), Noise("structure", draw=of_each), stress=stress)
         return _split(to_double(out), len(chosen))
 
     pieces = [range(k, min(k + size, n_draws)) for k in range(0, n_draws, size)]

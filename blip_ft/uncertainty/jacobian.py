@@ -14,8 +14,9 @@ from torch import Tensor
 
 from blip_ft.backbones.conservative import weights_only
 from blip_ft.backbones.protocol import Batch
+from blip_ft.backbones.rows import rows_of
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.variational import Rows, normal
+from blip_ft.variational.noise import normal
 
 
 def output_gradients(
@@ -50,31 +51,25 @@ def output_gradients(
             else start[site.name].detach()
         )
         leaves[site.name] = at.requires_grad_(True)
-    state.clear()
-    state.weights, state.mode = leaves, "structure"
-    state.rows = {kind: Rows.from_index(i, n) for kind, i in batch.rows.items()}
-    try:
-        with torch.enable_grad():
-            out = potential.backbone(batch, forces=True, stress=False, create_graph=True)
-            assert out.forces is not None
-            wanted = list(leaves.values())
-            rms = torch.cat([potential.prior.rms(s.name).reshape(-1) for s in posterior.sites])
-            values = [out.energy]
-            for direction in directions:
-                product = (out.forces * direction.to(out.forces)).sum(dim=1)
-                values.append(product.new_zeros(n).index_add(0, batch.structure, product))
-            for i, value in enumerate(values):
-                with weights_only():
-                    grads = torch.autograd.grad(
-                        value.sum(),
-                        wanted,
-                        retain_graph=i + 1 < len(values),
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                yield value.detach(), torch.cat([g.reshape(n, -1) for g in grads], dim=1).mul_(rms)
-    finally:
-        state.clear()
+    with state.perturbed("structure", leaves, rows_of(batch)), torch.enable_grad():
+        out = potential.backbone(batch, forces=True, stress=False, create_graph=True)
+        assert out.forces is not None
+        wanted = list(leaves.values())
+        rms = torch.cat([potential.prior.rms(s.name).reshape(-1) for s in posterior.sites])
+        values = [out.energy]
+        for direction in directions:
+            product = (out.forces * direction.to(out.forces)).sum(dim=1)
+            values.append(product.new_zeros(n).index_add(0, batch.structure, product))
+        for i, value in enumerate(values):
+            with weights_only():
+                grads = torch.autograd.grad(
+                    value.sum(),
+                    wanted,
+                    retain_graph=i + 1 < len(values),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            yield value.detach(), torch.cat([g.reshape(n, -1) for g in grads], dim=1).mul_(rms)
 
 
 def random_signs(batch: Batch, count: int, seed: object) -> list[Tensor]:

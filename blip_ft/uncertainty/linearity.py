@@ -30,6 +30,7 @@ from blip_ft.uncertainty.draws import moments_of_draws, sampling_error
 from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
+from blip_ft.variational.noise import Noise
 
 #: shift of the mean over draws from the mean model that does no harm, in units of the spread
 MAX_SHIFT = 0.05
@@ -175,7 +176,7 @@ def _differences(potential: BayesianPotential, batch: Batch, n_draws: int) -> It
         ends = []
         for sign in (1.0, -1.0):
             with drawing(potential, n_draws, sign * STEP), torch.no_grad():
-                out = potential(batch, mode="draw", draw=k, stress=False)
+                out = potential(batch, Noise("draw", draw=k), stress=False)
             ends.append((out.energy.double(), out.forces.double()))
         (e1, f1), (e0, f0) = ends
         yield (e1 - e0) / (2 * STEP), (f1 - f0) / (2 * STEP)

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from blip_ft.backbones.conservative import ConservativeBackbone
 from blip_ft.backbones.protocol import Batch, Prediction
+from blip_ft.backbones.rows import rows_of
 from blip_ft.errors import BlipError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.shrinkage import shrunk
-from blip_ft.variational import Rows
-from blip_ft.variational.noise import Tap, normal
+from blip_ft.variational.noise import OFF, Rows, Tap, normal
 
 OnePass = Literal["energy", "linear"]
 #: latent numbers above which all directions of the forces cannot be asked for
@@ -70,7 +70,7 @@ def predict_one_pass(
     """
     if not potential.posterior.ready:
         with torch.no_grad():
-            return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
+            return BatchMoments(to_double(potential(batch, OFF, stress=stress)))
     if not potential.posterior.draws_are_weights:
         raise BlipError(
             f"the spread of '{potential.posterior.family}' depends on the input: it has no linear form",
@@ -110,39 +110,34 @@ def energy_gradients(
     """
     backbone, state = potential.backbone, potential.converted.noise
     wanted = {s.name for s in potential.posterior.sites}
-    state.clear()
-    state.rows = {kind: Rows.from_index(i, batch.n_structures) for kind, i in batch.rows.items()}
-    state.taps = []
-    try:
-        with torch.enable_grad():
-            if isinstance(backbone, ConservativeBackbone):
-                result = backbone._energy(batch)
-                taps = [t for t in state.taps if t.layer.site.name in wanted]
-                grads = torch.autograd.grad(
-                    result.energy.sum(),
-                    (*result.leaves, *(t.out for t in taps)),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                n = len(result.leaves)
-                forces, virial = backbone._assemble(batch, grads[:n])
-                prediction = Prediction(
-                    result.energy,
-                    forces,
-                    virial if stress else None,
-                    result.node_energy,
-                    result.node_features,
-                )
-                grads = grads[n:]
-            else:
-                prediction = backbone(batch, forces=True, stress=stress)
-                taps = [t for t in state.taps if t.layer.site.name in wanted]
-                grads = torch.autograd.grad(
-                    prediction.energy.sum(), [t.out for t in taps], allow_unused=True, materialize_grads=True
-                )
+    with state.perturbed(rows=rows_of(batch), taps=True), torch.enable_grad():
+        assert state.taps is not None
+        if isinstance(backbone, ConservativeBackbone):
+            result = backbone._energy(batch)
+            taps = [t for t in state.taps if t.layer.site.name in wanted]
+            grads = torch.autograd.grad(
+                result.energy.sum(),
+                (*result.leaves, *(t.out for t in taps)),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            n = len(result.leaves)
+            forces, virial = backbone._assemble(batch, grads[:n])
+            prediction = Prediction(
+                result.energy,
+                forces,
+                virial if stress else None,
+                result.node_energy,
+                result.node_features,
+            )
+            grads = grads[n:]
+        else:
+            prediction = backbone(batch, forces=True, stress=stress)
+            taps = [t for t in state.taps if t.layer.site.name in wanted]
+            grads = torch.autograd.grad(
+                prediction.energy.sum(), [t.out for t in taps], allow_unused=True, materialize_grads=True
+            )
         gradients = _by_site(taps, grads, state.rows)
-    finally:
-        state.clear()
     if gradients.keys() != wanted:  # a layer that leaves no taps: each structure's weights as leaves
         gradients = _from_leaves(potential, batch)
     return potential.on_reference(to_double(prediction), batch), gradients
@@ -233,26 +228,20 @@ def latent_derivatives(
         batch.n_structures, posterior.latent_numel, dtype=backbone.dtype, device=backbone.device
     )
     latent.requires_grad_(True)
-    state.clear()
-    state.rows = {kind: Rows.from_index(i, batch.n_structures) for kind, i in batch.rows.items()}
-    try:
-        with torch.enable_grad():
-            state.weights, state.mode = posterior.sample(latent), "structure"
-            result = backbone._energy(batch)
-            (slope,) = torch.autograd.grad(result.energy.sum(), latent, create_graph=True)
-            for i, u in enumerate(directions):
-                along = slope @ u
-                grads = torch.autograd.grad(
-                    along.sum(),
-                    result.leaves,
-                    retain_graph=i + 1 < len(directions),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                forces, virial = (x.detach().double() for x in backbone._assemble(batch, grads))
-                yield along.detach().double(), forces, virial
-    finally:
-        state.clear()
+    with torch.enable_grad(), state.perturbed("structure", posterior.sample(latent), rows_of(batch)):
+        result = backbone._energy(batch)
+        (slope,) = torch.autograd.grad(result.energy.sum(), latent, create_graph=True)
+        for i, u in enumerate(directions):
+            along = slope @ u
+            grads = torch.autograd.grad(
+                along.sum(),
+                result.leaves,
+                retain_graph=i + 1 < len(directions),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            forces, virial = (x.detach().double() for x in backbone._assemble(batch, grads))
+            yield along.detach().double(), forces, virial
 
 
 def _directions(rank: int, count: int | None, seed: int) -> Tensor:

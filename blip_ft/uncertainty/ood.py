@@ -17,6 +17,7 @@ from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.distance import FeatureDistance
+from blip_ft.variational.noise import OFF
 
 #: training atoms that are looked at, about; more frames are thinned out evenly
 MAX_ATOMS = 20_000
@@ -47,7 +48,7 @@ def fit_distance(
             index = [*index, *index]
         batch = backbone.collate(atoms, graphs).to(backbone.device)
         with torch.no_grad():
-            out = potential(batch, mode="off", forces=False)
+            out = potential(batch, OFF, forces=False)
         if out.node_features is None:
             return None
         features = out.node_features.detach().double().cpu().numpy()

@@ -34,6 +34,7 @@ from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.uncertainty.shrinkage import shrunk
+from blip_ft.variational.noise import OFF
 
 #: how error bars are made
 Method = Literal["draws"] | OnePass
@@ -83,7 +84,7 @@ def _moments(
     n = potential.n_draws if n_draws is None else n_draws
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
-            return BatchMoments(to_double(potential(batch, mode="off", stress=stress)))
+            return BatchMoments(to_double(potential(batch, OFF, stress=stress)))
     moments = _draws_that_fit(potential, batch, n, stress=stress)
     assert moments.forces_cov is not None
     # draws are centred, or half the differences of pairs

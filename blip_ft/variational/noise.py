@@ -27,7 +27,8 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -238,6 +239,42 @@ class Tap:
 
 
 @dataclass
+@dataclass(frozen=True)
+class Noise:
+    """Which perturbation of the weights a batch is evaluated with; the default is none.
+
+    Attributes:
+        mode: see the module's table.
+        epoch: part of the key in ``structure``, ``local`` and ``flipout``.
+        step: part of the key of the sample that all structures share in ``flipout``.
+        sample: numbers independent samples under one such key.
+        draw: number of the fixed draw in ``draw``; in ``structure`` those of each structure.
+        latent: (B, latent_numel) numbers of each structure's sample, in place of keyed ones, in ``structure``.
+    """
+
+    mode: Mode = "off"
+    epoch: int = 0
+    step: int = 0
+    sample: int = 0
+    draw: int | Sequence[int] | None = None
+    latent: Tensor | None = None
+
+    @classmethod
+    def of_draw(cls, number: int) -> Noise:
+        """One of the fixed draws, the same for all structures."""
+        return cls("draw", draw=number)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether it depends on the keys of the structures."""
+        given = self.latent is not None or isinstance(self.draw, Sequence)
+        return self.mode in ("structure", "local", "flipout") and not given
+
+
+#: the mean weights
+OFF = Noise()
+
+
 class NoiseState(threading.local):
     """What all converted layers of a model read in their forward pass.
 
@@ -272,6 +309,31 @@ class NoiseState(threading.local):
     def __reduce__(self) -> tuple[type[NoiseState], tuple[()]]:
         """What belongs to a thread cannot be copied."""
         return NoiseState, ()
+
+    @contextmanager
+    def perturbed(
+        self,
+        mode: Mode = "off",
+        weights: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Rows] | None = None,
+        *,
+        taps: bool = False,
+    ) -> Iterator[NoiseState]:
+        """Set up for the length of a block, in this thread; what more a mode needs is set inside.
+
+        Args:
+            mode: see the module's table.
+            weights: perturbation of each site.
+            rows: layout of every kind of row in the batch.
+            taps: layers leave their inputs and outputs.
+        """
+        self.clear()
+        self.mode, self.weights, self.rows = mode, dict(weights or {}), dict(rows or {})
+        self.taps = [] if taps else None
+        try:
+            yield self
+        finally:
+            self.clear()
 
     def clear(self) -> None:
         """Back to ``off``; frees the sampled weights."""

@@ -33,6 +33,7 @@ from blip_ft.testing.variational import VariationalContract
 from blip_ft.testing.vendor import VendorContract
 from blip_ft.training.gates import stock_predictions
 from blip_ft.variational.convert import plan
+from blip_ft.variational.noise import Noise
 
 from . import tiny_uma
 
@@ -476,7 +477,7 @@ def test_export(tmp_path: Path, quartz: Atoms, kind: str) -> None:
         values.append(atoms.get_potential_energy())
     batch = model.batch([quartz])
     expected = [potential(batch).energy.item()]
-    expected += [potential(batch, mode="draw", draw=k).energy.item() for k in (0, 1)]
+    expected += [potential(batch, Noise("draw", draw=k)).energy.item() for k in (0, 1)]
     assert values == pytest.approx(expected, abs=2e-4)
     assert abs(values[1] - values[2]) > 1e-2
     again = FairchemBackbone.load(str(tmp_path / "out" / "mean.pt"), task=task)

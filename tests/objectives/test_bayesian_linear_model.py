@@ -16,6 +16,7 @@ from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig
 from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.variational.noise import Noise
 
 DOUBLE = torch.float64
 NOISE = 0.5  # std of a label
@@ -180,7 +181,7 @@ class TestTraining:
         steps = [(epoch, index) for epoch in range(last) for index in torch.arange(24).split(plan)][:last]
         for step, (epoch, index) in enumerate(steps):
             batch = problem.batch(index)
-            nll = problem.likelihood(potential(batch, mode=mode, epoch=epoch), batch).total
+            nll = problem.likelihood(potential(batch, Noise(mode, epoch=epoch)), batch).total
             loss = scale.loss(nll, potential.kl(), epoch=epoch)
             optimizer.zero_grad()
             loss.backward()
@@ -229,7 +230,7 @@ class TestGradientNoise:
         parameters = [*potential.mean_parameters, *potential.posterior.parameters()]
         out = []
         for k in range(n):
-            prediction = potential(batch, mode=mode, epoch=k, draw=k)
+            prediction = potential(batch, Noise(mode, epoch=k, draw=k))
             loss = likelihood(prediction, batch).total.sum() / self.B
             out.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
         return torch.stack(out)

@@ -9,6 +9,7 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
+from blip_ft.variational.noise import Noise
 
 MODES = ["off", "local", "structure", "draw"]
 
@@ -58,6 +59,10 @@ def structures():
     return [crystal, molecule("CH3OH"), molecule("H2O"), Atoms("Si")]
 
 
+#: options of the noise among those of a call
+NOISE = ("epoch", "step", "sample", "draw", "latent")
+
+
 def batch_of(potential, atoms, keys=None):
     batch = potential.backbone.batch(atoms)
     batch.keys = [1000 + i for i in range(len(atoms))] if keys is None else keys
@@ -65,7 +70,8 @@ def batch_of(potential, atoms, keys=None):
 
 
 def evaluate(potential, atoms, mode="draw", keys=None, stress=True, **options):
-    return potential(batch_of(potential, atoms, keys), mode=mode, stress=stress, **options)
+    noise = Noise(mode, **{k: options.pop(k) for k in NOISE if k in options})
+    return potential(batch_of(potential, atoms, keys), noise, stress=stress, **options)
 
 
 def same(one, other, tolerance=0.0):

@@ -18,6 +18,7 @@ from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential, drawing
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational.drawn import DrawnWeights
+from blip_ft.variational.noise import Noise
 
 FAMILIES = ("pathwise", "subspace", "posthoc_laplace")
 
@@ -44,7 +45,7 @@ def make(family: str = "pathwise") -> BayesianPotential:
 def weights(potential: BayesianPotential, draw: int = 1) -> Tensor:
     """Of a draw, as the layers see them, side by side."""
     batch = potential.backbone.batch([bulk("Si", "diamond", 5.4)])
-    with torch.no_grad(), potential.noise("draw", batch, draw=draw):
+    with torch.no_grad(), potential.perturbed(Noise("draw", draw=draw), batch):
         return torch.cat([w.flatten() for w in potential.converted.noise.weights.values()])
 
 
@@ -168,7 +169,7 @@ def test_what_the_layers_do_with_their_table_is_forgotten() -> None:
     potential = make()
     before = weights(potential)
     batch = potential.backbone.batch([bulk("Si", "diamond", 5.4)])
-    with torch.no_grad(), potential.noise("draw", batch, draw=1):
+    with torch.no_grad(), potential.perturbed(Noise("draw", draw=1), batch):
         potential.converted.noise.weights.clear()
     assert torch.equal(weights(potential), before)
 

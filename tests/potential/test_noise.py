@@ -14,6 +14,7 @@ from blip_ft.errors import BlipError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_batch
+from blip_ft.variational.noise import Noise
 
 from .around_fake import batch_of, evaluate, make, same, structures
 
@@ -172,13 +173,16 @@ class TestModes:
     def test_keyed_noise_needs_keys(self, mode):
         potential = make()
         with pytest.raises(ValueError, match=r"set batch\.keys"):
-            potential(potential.backbone.batch(structures()), mode=mode)
+            potential(potential.backbone.batch(structures()), Noise(mode))
 
     def test_noise_ends_with_the_call(self):
         potential = make()
         evaluate(potential, structures(), "structure")
         assert potential.converted.noise.mode == "off"
-        with pytest.raises(RuntimeError), potential.noise("draw", batch_of(potential, structures())):
+        with (
+            pytest.raises(RuntimeError),
+            potential.perturbed(Noise("draw"), batch_of(potential, structures())),
+        ):
             raise RuntimeError
         assert potential.converted.noise.mode == "off"
         assert potential.converted.noise.weights == {}

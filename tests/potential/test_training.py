@@ -14,6 +14,7 @@ from blip_ft.families.subspace.options import SubspaceOptions
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.shrinkage import shrunk
+from blip_ft.variational.noise import Noise
 
 from .around_fake import batch_of, make, same, structures
 
@@ -27,7 +28,7 @@ class TestTraining:
         batch = batch_of(potential, structures())
 
         def loss():
-            out = potential(batch, mode=mode, stress=True, create_graph=True)
+            out = potential(batch, Noise(mode), stress=True, create_graph=True)
             return out.energy.sum() + out.forces.square().sum() + out.stress[0].square().sum()
 
         gradients = torch.autograd.grad(loss(), parameters)
@@ -112,7 +113,7 @@ class TestMoments:
         potential = make(init_std=0.2)
         potential.references = {8: -100.0}
         batch = batch_of(potential, structures())
-        draws = [potential(batch, mode="draw", draw=k, stress=True) for k in range(4)]
+        draws = [potential(batch, Noise("draw", draw=k), stress=True) for k in range(4)]
         moments = predict_batch(potential, batch)
 
         def stack(name):

@@ -21,6 +21,7 @@ from blip_ft.config import parse_recipe
 from blip_ft.data.batch.dataset import Item, collate
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.training.prepare import Prepared, prepare
+from blip_ft.variational.noise import OFF
 
 from ..potential.around_fake import make
 from ..small_memory import memory_for
@@ -171,16 +172,16 @@ def test_forces_have_gradients_behind_an_atom_alone(how: str):
         assert grad is not None
         return grad
 
-    want = gradient(potential(batch, mode="off", create_graph=True))
+    want = gradient(potential(batch, OFF, create_graph=True))
     batch.parts = tuple(collate(potential.backbone, some) for some in (items[:1], items[1:]))
     if how == "in turn":
         batch.in_turn = True
-        got = gradient(potential(batch, mode="off", create_graph=True))
+        got = gradient(potential(batch, OFF, create_graph=True))
     else:
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            got = gradient(potential(batch, mode="off", create_graph=True))
+            got = gradient(potential(batch, OFF, create_graph=True))
         finally:
             torch.set_num_threads(threads)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

@@ -24,6 +24,7 @@ from blip_ft.training import replay as training_replay
 from blip_ft.training.objective import Objective, make_objective
 from blip_ft.training.replay import Replay
 from blip_ft.training.terms import Start
+from blip_ft.variational.noise import Noise
 
 DOUBLE = torch.float64
 N = 7
@@ -153,7 +154,7 @@ class TestFormulas:
 
     def nll(self, problem: Problem, **options: Any) -> Tensor:
         batch = problem.batch(list(range(N)))
-        return problem.likelihood(problem.potential(batch, epoch=0, **options), batch).total
+        return problem.likelihood(problem.potential(batch, Noise(**options)), batch).total
 
     def test_plain(self) -> None:
         problem, step = self.step(recipe(objective={"kind": "crps", "likelihood": "student_t"}), plain=True)
@@ -176,7 +177,7 @@ class TestFormulas:
     def test_crps(self) -> None:
         problem, step = self.step(KINDS["crps"])
         batch = problem.batch(list(range(N)))
-        samples = [problem.potential(batch, mode="structure", sample=k) for k in range(2)]
+        samples = [problem.potential(batch, Noise("structure", sample=k)) for k in range(2)]
         energies = torch.stack([s.energy / batch.n_atoms for s in samples])
         score = fair_crps(energies, batch.labels["energy"] / batch.n_atoms).sum() / 2e-3
         forces = torch.stack([s.forces for s in samples])
@@ -195,9 +196,9 @@ class TestFormulas:
     def test_samples_of_a_step_are_independent(self) -> None:
         problem = Problem(recipe())
         batch = problem.batch([0, 1])
-        first, second = (problem.potential(batch, mode="structure", sample=k).energy for k in range(2))
+        first, second = (problem.potential(batch, Noise("structure", sample=k)).energy for k in range(2))
         assert not torch.isclose(first, second).any()
-        assert torch.equal(problem.potential(batch, mode="structure").energy, first)
+        assert torch.equal(problem.potential(batch, Noise("structure")).energy, first)
 
     def test_function_kl_is_zero_at_the_pretrained_model_without_spread(self) -> None:
         """If labels are as noisy as the pretrained model is wrong."""
@@ -293,7 +294,7 @@ def test_crps_training_ends_at_the_true_mean_and_spread(family: str) -> None:
         optimizer.step()
         if epoch >= 150:
             with torch.no_grad():
-                samples = potential(batch, mode="structure", epoch=10_000 + epoch).energy
+                samples = potential(batch, Noise("structure", epoch=10000 + epoch)).energy
             spreads.append(samples.std())
             means.append(samples.mean())
     assert torch.stack(spreads).mean().item() == pytest.approx(truth, rel=0.06)

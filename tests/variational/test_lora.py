@@ -24,6 +24,7 @@ from blip_ft.uncertainty.predict import predict_atoms
 from blip_ft.variational.convert import convert, unload
 from blip_ft.variational.layers import VariationalLayer
 from blip_ft.variational.lora import LowRank, LowRankChange
+from blip_ft.variational.noise import Noise
 
 pytestmark = pytest.mark.backend("lora")
 
@@ -181,7 +182,7 @@ def test_noise_comes_on_top():
     potential = potential_of(fake(), mean="lora")
     randomise(potential.mean_parameters)
     batch = potential.backbone.batch([crystal()])
-    drawn = potential(batch, mode="draw", draw=1).energy
+    drawn = potential(batch, Noise("draw", draw=1)).energy
     plain = member(potential, 1, n_draws=4)
     assert plain(batch).energy.item() == pytest.approx(drawn.item(), abs=1e-9)
     assert abs(drawn.item() - potential(batch).energy.item()) > 1e-4

@@ -1,0 +1,11 @@
+"""Which rows of a batch belong to which structure, as the variational layers ask for it."""
+
+from __future__ import annotations
+
+from blip_ft.backbones.protocol import Batch
+from blip_ft.variational.noise import Rows
+
+
+def rows_of(batch: Batch) -> dict[str, Rows]:
+    """Layout of every kind of row."""
+    return {kind: Rows.from_index(index, batch.n_structures) for kind, index in batch.rows.items()}
