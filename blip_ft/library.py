@@ -32,6 +32,7 @@ from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.calibration import calibrate
 from blip_ft.uncertainty.metrics import Metrics, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_set
+from blip_ft.variational.noise import Noise
 
 
 def load_frames(source: str | Path, *, labels: bool = True) -> datasets.Dataset:
@@ -167,8 +168,8 @@ class Potential(BayesianPotential):
             likelihood: noise stds of the labels; by default those of recipes.
         """
         likelihood = Likelihood(ObjectiveConfig()) if likelihood is None else likelihood
-        mode = self.posterior_config.noise_mode
-        prediction = self(batch, mode=mode, epoch=epoch, stress=likelihood.use_stress, create_graph=True)
+        noise = Noise(self.posterior_config.noise_mode, epoch=epoch)
+        prediction = self(batch, noise, stress=likelihood.use_stress, create_graph=True)
         nll = likelihood(prediction, batch).total
         each = nll if self.structure_kl is None else nll + self.structure_kl
         loss: Tensor = each.mean() + self.kl() / n_train

@@ -238,7 +238,6 @@ class Tap:
     out: Tensor
 
 
-@dataclass
 @dataclass(frozen=True)
 class Noise:
     """Which perturbation of the weights a batch is evaluated with; the default is none.
@@ -275,6 +274,7 @@ class Noise:
 OFF = Noise()
 
 
+@dataclass
 class NoiseState(threading.local):
     """What all converted layers of a model read in their forward pass.
 

@@ -138,10 +138,10 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(family: str, mode: Any,
     whole, expected = loss_and_gradients(potential, 1, mode)
     before = BayesianPotential.forward
 
-    def in_turn(self: Any, batch: Any, **options: Any) -> Any:
+    def in_turn(self: Any, batch: Any, *noise: Any, **options: Any) -> Any:
         if batch.parts:
             batch.in_turn = True
-        return before(self, batch, **options)
+        return before(self, batch, *noise, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BayesianPotential, "forward", in_turn)
