@@ -39,6 +39,8 @@ from blip_ft.uncertainty.predict import predict_set
 
 #: batches of each kind that are timed, after one that is not
 TIMED = 3
+#: frames that predictions are timed on, of all sets together
+FRAMES = 16
 #: frames that gradient rows are timed on
 ROW_FRAMES = BATCH
 #: seconds of what every run does alike: imports of Lightning, scores of the metrics, figures of the report
@@ -216,22 +218,22 @@ class _Meter:
 
     def _seconds_per_atom(self, draws: int) -> float:
         """Of predictions with so many draws, with the batches of an evaluation."""
-        frames = self._spread(self._largest(), self.recipe.uncertainty.batch_size)
+        held_out = {n: d for n, d in self.sets.items() if n != "train" and len(d)}
+        # of every set, as dense phases have more neighbours per atom
+        total = sum(map(len, held_out.values()))
+        some = [self._spread(d, max(1, round(FRAMES * len(d) / total))) for d in held_out.values()]
 
         def work() -> None:
-            predict_set(
-                self.potential,
-                frames,
-                "timed",
-                n_draws=draws if self.potential.posterior.ready else 0,
-                batch_size=self.recipe.uncertainty.batch_size,
-            )
+            for frames in some:
+                predict_set(
+                    self.potential,
+                    frames,
+                    "timed",
+                    n_draws=draws if self.potential.posterior.ready else 0,
+                    batch_size=self.recipe.uncertainty.batch_size,
+                )
 
-        return _timed(work, 1 if draws else 2, warm=not draws) / sum(frames.sizes("atoms"))
-
-    def _largest(self) -> FrameDataset:
-        held_out = [d for n, d in self.sets.items() if n != "train" and len(d)]
-        return max(held_out, key=len) if held_out else self.sets["train"]
+        return _timed(work, 1 if draws else 2, warm=not draws) / sum(sum(d.sizes("atoms")) for d in some)
 
     def _step(self, *, plain: bool) -> float:
         """Seconds per atom of a step of training, with the optimiser's."""
