@@ -37,6 +37,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import require_space, sha256
 from blip_ft.potential.probes import probes_of
 from blip_ft.variational.convert import unload
+from blip_ft.variational.noise import OFF, Noise
 from blip_ft.version import __version__
 
 META = "export.json"
@@ -213,9 +214,9 @@ def _compare(
     worst, worst_used = np.zeros(3), np.zeros(2)
     for atoms in frames:
         batch = reference.backbone.batch([atoms]).to(reference.backbone.device)
-        mode: Any = "off" if draw is None else "draw"
+        noise = OFF if draw is None else Noise.of_draw(draw)
         with torch.no_grad():
-            ours = reference(batch, mode=mode, draw=draw, forces=True, stress=True)
+            ours = reference(batch, noise, forces=True, stress=True)
         assert ours.forces is not None
         energy, forces = ours.energy.item(), ours.forces.cpu().numpy()
         theirs = atoms.copy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +47,8 @@ def test_together_and_one_by_one(family: str, together: int, monkeypatch: pytest
     calls: list[str] = []
     forward = potential.forward
 
-    def spy(*args: object, **kwargs: object) -> object:
-        calls.append(str(kwargs["mode"]))
+    def spy(*args: Any, **kwargs: Any) -> object:
+        calls.append(args[1].mode)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(potential, "forward", spy)
