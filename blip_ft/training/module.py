@@ -32,6 +32,7 @@ class FineTuneModule(lightning.LightningModule):
     Args:
         objective: what is minimised, with the model, whose posterior and mean are changed. Plain fine-tuning
             has no noise and no KL; the same likelihood, optimiser and steps.
+        left_out: {key: name} of training frames that are left out, as they broke a step; filled in place.
 
     Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names; per epoch: ``val/crps`` (force
     CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
@@ -39,7 +40,7 @@ class FineTuneModule(lightning.LightningModule):
     (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, left_out: dict[int, str] | None = None) -> None:
         super().__init__()
         self.objective = objective
         self.potential, self.likelihood = objective.potential, objective.likelihood
@@ -48,8 +49,7 @@ class FineTuneModule(lightning.LightningModule):
         self.strict_loading = False  # checkpoints lack what training does not change
         self._batch: Batch | None = None
         self.usual = Usual()
-        #: {key: name} of training frames that are left out, as they broke a step
-        self.left_out: dict[int, str] = {}
+        self.left_out: dict[int, str] = {} if left_out is None else left_out
 
     # ---- training ------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -171,7 +171,8 @@ class FineTuneModule(lightning.LightningModule):
         """What is no tensor."""
         own = checkpoint["blip_ft"]
         set_numbers(self.potential, own)
-        self.usual.values, self.left_out = own["usual"], dict(own["left_out"])
+        self.usual.values = own["usual"]
+        self.left_out.update(own["left_out"])
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)

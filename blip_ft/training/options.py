@@ -86,20 +86,29 @@ def try_sampler(recipe: Recipe, splits: Splits, world: int) -> None:
 
     Raises:
         DataError: it cannot make batches.
+        RecipeError: a validation is wanted after more steps than an epoch has.
     """
     data, train = recipe.data, splits.train
     if data.stream is not None or data.batch_by == "edges":
         return
     try:
         if data.batch_by == "structures":
-            EpochBatchSampler(len(train), data.batch_size, recipe.seed, world=world)
+            steps = len(EpochBatchSampler(len(train), data.batch_size, recipe.seed, world=world))
         else:
             sizes = [len(numbers) for numbers in train["numbers"]]
-            PackedBatchSampler(sizes, data.batch_size, recipe.seed, world=world, name=data.batch_by)
+            steps = len(
+                PackedBatchSampler(sizes, data.batch_size, recipe.seed, world=world, name=data.batch_by)
+            )
     except DataError as error:
         raise DataError(
             error.problem, file=train["source"][0], field=error.field, remedy=error.remedy
         ) from error
+    every = recipe.trainer.get("val_check_interval")
+    by_epoch = recipe.trainer.get("check_val_every_n_epoch", 1) is not None
+    if isinstance(every, int) and by_epoch and every > steps:
+        raise _refused(
+            f"trainer.val_check_interval={every}, and an epoch has {steps} steps", "val_check_interval"
+        )
 
 
 def try_sources(recipe: Recipe) -> None:

@@ -49,22 +49,25 @@ def set_numbers(potential: BayesianPotential, numbers: Mapping[str, Any]) -> Non
     potential.fit_reports[:] = numbers["fit_reports"]
 
 
-def keep_state(pieces: Pieces | None, name: str, potential: BayesianPotential, **about: Any) -> None:
+def keep_state(
+    pieces: Pieces | None, name: str, potential: BayesianPotential, *, posterior: bool = True, **about: Any
+) -> None:
     """Keep what training has changed so far.
 
     Args:
         pieces: where; ``None``: nowhere.
         name: of the piece.
         potential: the model.
+        posterior: with the posterior, whose covariance can be a hundred times the rest.
         about: what else belongs to this place of the run, as JSON has it.
     """
     if pieces is None:
         return
     state = potential.state_dict()
-    tensors: dict[str, Tensor] = {key: state[key] for key in changing(potential)}
+    tensors: dict[str, Tensor] = {key: state[key] for key in changing(potential, posterior=posterior)}
     if potential.ood is not None:
         tensors |= {OOD + key: value for key, value in potential.ood.tensors().items()}
-    pieces.keep_tensors(name, tensors, numbers_of(potential) | about)
+    pieces.keep_tensors(name, tensors, numbers_of(potential) | about | {"with_posterior": posterior})
 
 
 def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential) -> dict[str, Any] | None:
@@ -78,7 +81,9 @@ def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential)
         return None
     tensors, about = found
     ood = {k.removeprefix(OOD): tensors.pop(k) for k in list(tensors) if k.startswith(OOD)}
-    if tensors.keys() != set(changing(potential)):  # of another model: not a piece of this run
+    if tensors.keys() != set(
+        changing(potential, posterior=about["with_posterior"])
+    ):  # of another model: not a piece of this run
         return None
     potential.load_state_dict(tensors, strict=False)
     potential.ood = FeatureDistance.from_tensors(ood) if ood else None
