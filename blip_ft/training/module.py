@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -88,7 +89,7 @@ class FineTuneModule(lightning.LightningModule):
         )
         loss = step.loss
         finite = bool(torch.isfinite(loss))
-        if not finite or self.usual.exploded(float(step.data)):
+        if not finite or self.usual.exploded(float(step.data), place.epoch):
             self._answer("the loss is not finite" if not finite else "the loss explodes", batch_idx)
             return self.training_step(batch, batch_idx)
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
@@ -164,14 +165,14 @@ class FineTuneModule(lightning.LightningModule):
         checkpoint["state_dict"] = {
             k: v for k, v in state.items() if k in names or k.startswith("likelihood.")
         }
-        own = {"usual": self.usual.values, "left_out": list(self.left_out.items())}
+        own = {"usual": asdict(self.usual), "left_out": list(self.left_out.items())}
         checkpoint["blip_ft"] = numbers_of(self.potential) | own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is no tensor."""
         own = checkpoint["blip_ft"]
         set_numbers(self.potential, own)
-        self.usual.values = own["usual"]
+        self.usual = Usual(**own["usual"])
         self.left_out.update(own["left_out"])
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:

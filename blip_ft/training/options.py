@@ -19,6 +19,9 @@ from blip_ft.data.sampler import EpochBatchSampler, PackedBatchSampler
 from blip_ft.data.splits import load_role
 from blip_ft.errors import DataError, RecipeError
 
+#: smallest values of numbers of a training; no epochs at all leave the closed form at the pretrained mean
+LEAST = {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+
 
 def try_options(recipe: Recipe, splits: Splits) -> None:
     """Raise what an option would raise later.
@@ -46,9 +49,9 @@ def check_types(options: dict[str, Any]) -> None:
         problem = _type_problem(hints[key], value)
         if problem is not None:
             raise _refused(f"trainer.{key}={value!r} is not what it takes: {problem}", key)
-    for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+    for key, least in LEAST.items():
         value = options.get(key)
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and value < least:
             raise _refused(
                 f"trainer.{key}={value} is no number of a training: the schedule needs its length", key
             )

@@ -25,7 +25,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("trainer.max_epochs=ten", "trainer.max_epochs"),
         ("trainer.max_epochs=2.5", "trainer.max_epochs"),
-        ("trainer.max_epochs=0", "trainer.max_epochs"),
         ("trainer.max_epochs=-1", "trainer.max_epochs"),
         ("trainer.accelerator=abacus", "trainer"),
         ("trainer.accelerator=cuda", "trainer"),
