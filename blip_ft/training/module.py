@@ -19,7 +19,7 @@ from blip_ft.data.dataset import collate
 from blip_ft.objectives import gaussian_crps
 from blip_ft.training.broken import Place, Usual, broken, culprits, is_finite
 from blip_ft.training.objective import Objective
-from blip_ft.training.state import changing, numbers_of, set_numbers
+from blip_ft.training.state import changing, match_precision, numbers_of, set_numbers
 from blip_ft.uncertainty.predict import frame_names, predict_batch
 from blip_ft.variational.prior import PretrainedPrior
 
@@ -170,6 +170,8 @@ class FineTuneModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is no tensor."""
+        state = {k.removeprefix("potential."): v for k, v in checkpoint["state_dict"].items()}
+        match_precision(self.potential, state)
         own = checkpoint["blip_ft"]
         set_numbers(self.potential, own)
         self.usual = Usual(**own["usual"])
@@ -185,7 +187,8 @@ class FineTuneModule(lightning.LightningModule):
         # a closed form is fitted anew at the end: the epochs before and after its first fit are compared by their means
         closed = self.potential.posterior_config.closed_form
         draws = 0 if self.plain or closed else VALIDATION_DRAWS
-        moments = predict_batch(self.potential, batch, n_draws=draws, stress=False)
+        with self.potential.posterior.unwatched():
+            moments = predict_batch(self.potential, batch, n_draws=draws, stress=False)
         assert moments.mean.forces is not None
         error = moments.mean.forces - batch.labels["forces"]
         spread = torch.zeros_like(error) if moments.forces_std is None else moments.forces_std

@@ -32,6 +32,14 @@ def changing(potential: BayesianPotential, *, posterior: bool = True) -> list[st
     ]
 
 
+def match_precision(potential: BayesianPotential, tensors: Mapping[str, Tensor]) -> None:
+    """Give what is to be loaded the precision that it had: Lightning has converted what was made in another one."""
+    own = {**dict(potential.named_parameters()), **dict(potential.named_buffers())}
+    for name, tensor in tensors.items():
+        if name in own and own[name].dtype != tensor.dtype:
+            own[name].data = own[name].data.to(tensor.dtype)
+
+
 def numbers_of(potential: BayesianPotential) -> dict[str, Any]:
     """What no tensor holds: as JSON gives it back, so that it is the same before and after."""
     reports = json.loads(json.dumps(potential.fit_reports))
@@ -85,6 +93,7 @@ def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential)
         changing(potential, posterior=about["with_posterior"])
     ):  # of another model: not a piece of this run
         return None
+    match_precision(potential, tensors)
     potential.load_state_dict(tensors, strict=False)
     potential.ood = FeatureDistance.from_tensors(ood) if ood else None
     set_numbers(potential, about)
