@@ -30,15 +30,23 @@ class BrokenStepError(BlipError):
 
 @dataclass
 class Usual:
-    """NLL of the latest steps, for comparison."""
+    """NLL of steps, for comparison: of the latest, and the largest of the first epoch.
+
+    What is large when a frame is first seen is its label (``data.bad_labels`` says what becomes of it), not the training;
+    one that explodes in its first epoch is ended by its held-out score.
+    """
 
     values: list[float] = field(default_factory=list)
+    first: float = 0.0
 
-    def exploded(self, nll: float) -> bool:
+    def exploded(self, nll: float, epoch: int) -> bool:
         """Whether a step has nothing to do with those before; if not, it is remembered."""
-        if self.values and abs(nll) > EXPLODED * max(statistics.median(self.values), 1.0):
+        size = abs(nll)
+        if epoch == 0:
+            self.first = max(self.first, size)
+        elif size > EXPLODED * max(statistics.median(self.values or [math.inf]), 1.0) and size > self.first:
             return True
-        self.values = [*self.values, abs(nll)][-REMEMBERED:]
+        self.values = [*self.values, size][-REMEMBERED:]
         return False
 
 

@@ -123,7 +123,10 @@ def predict_kept(
             progress(len(index))
             return SetPrediction.load(found[0])
         some = dataset if len(index) == len(dataset) else dataset.select(index)
-        made = predict_set(potential, some, name, n_draws=n_draws, batch_size=batch_size, progress=progress)
+        with potential.posterior.unwatched():
+            made = predict_set(
+                potential, some, name, n_draws=n_draws, batch_size=batch_size, progress=progress
+            )
         if pieces is not None:
             pieces.keep(piece, ".npz", made.save, {"frames": len(index), "draws": n_draws}, any_rank=True)
         return made
@@ -179,7 +182,8 @@ def linearity_of(
     if not options.linearity_frames or not tests:
         return None
     started = time.monotonic()
-    result = study(potential, tests, n_frames=options.linearity_frames, n_draws=options.linearity_draws)
+    with potential.posterior.unwatched():
+        result = study(potential, tests, n_frames=options.linearity_frames, n_draws=options.linearity_draws)
     seconds = time.monotonic() - started
     console.print(f"compared {options.linearity_draws} draws with the linearised model in {seconds:.0f} s")
     return result

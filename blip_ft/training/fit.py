@@ -21,8 +21,8 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from blip_ft.ranks import is_rank_zero
 from blip_ft.signals import Interrupts, Stopped, requeue
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Judgement, judge, linearity_of
-from blip_ft.training.kept_ledger import check_data, keep_ledger, recall_ledger
+from blip_ft.training.kept_ledger import check_same, keep_ledger, recall_ledger
 from blip_ft.training.memory import describe
 from blip_ft.training.pieces import Pieces
 from blip_ft.training.prepare import Prepared, prepare
@@ -86,7 +86,7 @@ def fit(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     if not is_rank_zero():
         return _run(recipe, followed(recipe, None), console)
     if requeued(recipe):
-        return resume(recipe.folder, console)
+        return resume(recipe.folder, console, trust=recipe.model.trust)
     with new_run(recipe) as run:
         if run.folder != run.final:
             console.print(f"replacing the earlier run in {run.final} once this one is whole", markup=False)
@@ -114,11 +114,11 @@ def resume(
     console = console or Console(stderr=True, quiet=not is_rank_zero())
     if not is_rank_zero():
         place = followed(None, folder)
-        with chdir((read_record(place) or {}).get("directory", ".")):
+        with in_directory_of(read_record(place)):
             return _run(changed(place, changes), place, console)
     with old_run(folder) as run:
         recipe = changed(run.folder, changes)
-        if recipe.model.trust and not trust and requeued(recipe) is False:
+        if recipe.model.trust and not trust:
             raise CheckpointError(
                 "its recipe opens a pickled file, which can run code",
                 file=run.folder,
@@ -129,8 +129,14 @@ def resume(
             _end(recipe, run, Pieces(run.folder, console))
             console.print(f"this run is whole: {run.final / 'report.html'}", markup=False)
             return dict(json.loads((run.final / "metrics.json").read_text(encoding="utf-8")))
-        with chdir(run.record["directory"]):
+        with in_directory_of(run.record):
             return _run(recipe, run, console)
+
+
+def in_directory_of(record: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+    """In the directory in which a run was begun, where it is still there: paths of the recipe are relative to it."""
+    directory = Path((record or {}).get("directory", "."))
+    return chdir(directory) if directory.is_dir() else nullcontext()
 
 
 def changed(folder: Path, changes: Sequence[str]) -> Recipe:
@@ -170,7 +176,7 @@ def _run(recipe: Recipe, run: RunFolder | Path, console: Console) -> dict[str, A
         pieces = Pieces(folder, console, writes=isinstance(run, RunFolder))
         known, before = recall_ledger(pieces)
         prepared = prepare(recipe, console, known)
-        check_data(prepared, before)
+        check_same(prepared, before, console)
 
         def begun() -> None:
             if isinstance(run, RunFolder):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from blip_ft.data.batch.ledger import Known
@@ -20,29 +21,48 @@ NAME = "pretrained"
 def keep_ledger(pieces: Pieces, prepared: Prepared) -> None:
     """Keep what the model has said, and what the data were."""
     if prepared.ledger is not None:
-        pieces.keep_tensors(NAME, as_tensors(prepared.ledger.known), {"data": _fingerprints(prepared)})
+        about = {"data": _fingerprints(prepared), "versions": _versions(prepared)}
+        pieces.keep_tensors(NAME, as_tensors(prepared.ledger.known), about)
 
 
-def recall_ledger(pieces: Pieces) -> tuple[dict[bytes, Known], dict[str, str] | None]:
-    """What an earlier start of this run has kept, and the fingerprints of its data; nothing, and ``None``."""
+def recall_ledger(pieces: Pieces) -> tuple[dict[bytes, Known], dict[str, Any] | None]:
+    """What an earlier start of this run has kept, with fingerprints of its data and versions; nothing, and ``None``."""
     found = pieces.tensors(NAME)
-    return ({}, None) if found is None else (from_tensors(found[0]), found[1]["data"])
+    return ({}, None) if found is None else (from_tensors(found[0]), found[1])
 
 
-def check_data(prepared: Prepared, before: dict[str, str] | None) -> None:
-    """Raise unless the data are those that the run was begun with.
+def check_same(prepared: Prepared, before: dict[str, Any] | None, console: Console) -> None:
+    """Raise unless the data are those that the run was begun with; tell if packages are not.
 
     Raises:
         DataError: a set has other frames.
     """
-    now = _fingerprints(prepared)
-    for name in [] if before is None else sorted(before.keys() | now.keys()):
-        if before is not None and before.get(name) != now.get(name):
+    if before is None:
+        return
+    now, then = _fingerprints(prepared), before["data"]
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
             raise DataError(
                 f"the frames of '{name}' have changed since this run was begun",
                 field="data",
                 remedy="put the files back as they were, or begin again: blip-finetune fit ... overwrite=true",
             )
+
+    changed = [
+        f"{name} {before['versions'].get(name)} -> {version}"
+        for name, version in _versions(prepared).items()
+        if before["versions"].get(name) != version
+    ]
+    if changed:
+        console.print(
+            f"other versions than at the start of this run ({', '.join(changed)}): the last digits may differ",
+            style="yellow",
+            markup=False,
+        )
+
+
+def _versions(prepared: Prepared) -> dict[str, str]:
+    return {**prepared.potential.backbone.versions(), "torch": str(torch.__version__)}
 
 
 def _fingerprints(prepared: Prepared) -> dict[str, str]:

@@ -6,7 +6,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import lightning
 from ase import Atoms
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, RichProgressBar
 from rich.console import Console
 
 from blip_ft.closed_form.fitter import ClosedFormFitter
@@ -109,7 +109,15 @@ def train(
         )
         left_out = epochs.run()
         if left_out is not None:
-            keep_state(pieces, name, potential, history=history.state_dict(), left_out=left_out)
+            # a closed form is fitted anew: what steered the noise is not kept once more
+            keep_state(
+                pieces,
+                name,
+                potential,
+                posterior=fitter is None,
+                history=history.state_dict(),
+                left_out=left_out,
+            )
     else:
         console.print("the epochs are done")
         history.load_state_dict(kept["history"])
@@ -133,7 +141,7 @@ def _last_fit(fitter: ClosedFormFitter, history: History, run: Run, *, epochs: b
             history.after(
                 predict_set(potential, fitter.sets["validation"], "validation", n_draws=0, stress=False)
             )
-        keep_state(pieces, STEPS, potential, steps=steps, history=history.state_dict())
+        keep_state(pieces, STEPS, potential, posterior=False, steps=steps, history=history.state_dict())
 
     fitter.moved = moved
     fitter.fit(final=True, done=[] if done is None else done["steps"])
@@ -154,6 +162,7 @@ class _Epochs:
     run_: Run
     fitter: ClosedFormFitter | None
     history: History
+    left_out: dict[int, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -193,6 +202,7 @@ class _Epochs:
         prior = UpdatePrior(potential) if empirical else None
         watch = None if self.plain else WatchPosterior(potential.posterior)
         callbacks += [c for c in (prior, watch) if c is not None]
+        callbacks.append(LambdaCallback(on_train_epoch_start=lambda *_: self.run_.begun()))
         checkpoint, place = self._earlier()
         data.start_at(place.get("epoch", 0), place.get("batch", 0))
         if self.run_.pieces is not None and recipe.trainer.get("enable_checkpointing", True):
@@ -223,11 +233,11 @@ class _Epochs:
             potential.fit_reports.append(entry)
             for sentence in sentences:
                 console.print(sentence, style="yellow")
-        if module.left_out:
-            potential.fit_reports.append({"left_out": list(module.left_out.values())})
-            listed = ", ".join(module.left_out.values())
+        if self.left_out:
+            potential.fit_reports.append({"left_out": list(self.left_out.values())})
+            listed = ", ".join(self.left_out.values())
             console.print(f"left out, as they broke the training: {listed}", style="yellow", markup=False)
-        return [[key, name] for key, name in module.left_out.items()]
+        return [[key, name] for key, name in self.left_out.items()]
 
     def _module(self, data: FrameDataModule, trainer: lightning.Trainer) -> FineTuneModule:
         objective = self.recipe.objective
@@ -243,7 +253,8 @@ class _Epochs:
             world=trainer.world_size,
             rank=trainer.global_rank,
         )
-        return FineTuneModule(make_objective(first, plain=self.plain, frames=self.frames))
+        objective_ = make_objective(first, plain=self.plain, frames=self.frames)
+        return FineTuneModule(objective_, self.left_out)
 
     def _fit(
         self,
@@ -252,7 +263,6 @@ class _Epochs:
         data: FrameDataModule,
         checkpoint: Path | None,
     ) -> None:
-        self.run_.begun()
         try:
             with warnings.catch_warnings():
                 # few steps per epoch, few workers: right for data sets of this size
@@ -313,7 +323,10 @@ class _Epochs:
 
     def _fit_in_mid_training(self, fitter: ClosedFormFitter, average: AverageMean | None) -> FitPosterior:
         pieces, potential = self.run_.pieces, self.potential
-        fit: Callable[[], object] = fitter.fit if average is None else partial(average.around, fitter.fit)
+
+        def fit() -> None:
+            fitter.leave_out(self.left_out)
+            fitter.fit()
 
         def recall() -> bool:
             if recall_state(pieces, FITTED, potential) is None:
@@ -323,7 +336,8 @@ class _Epochs:
             return True
 
         start = int(fitter.options.first_fit * self.recipe.trainer.get("max_epochs", DEFAULT_EPOCHS))
-        return FitPosterior(fit, start, recall, lambda: keep_state(pieces, FITTED, potential))
+        around = fit if average is None else partial(average.around, fit)
+        return FitPosterior(around, start, recall, lambda: keep_state(pieces, FITTED, potential))
 
 
 def make_trainer(

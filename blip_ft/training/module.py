@@ -19,7 +19,7 @@ from blip_ft.data.batch.dataset import FrameDataset, collate
 from blip_ft.objectives import gaussian_crps
 from blip_ft.training.broken import Place, Usual, broken, culprits, is_finite
 from blip_ft.training.objective import Objective, StepLoss
-from blip_ft.training.state import changing, numbers_of, set_numbers
+from blip_ft.training.state import changing, match_precision, numbers_of, set_numbers
 from blip_ft.uncertainty.predict import frame_names, predict_collated
 from blip_ft.variational.prior import PretrainedPrior
 
@@ -42,6 +42,7 @@ class FineTuneModule(lightning.LightningModule):
     Args:
         objective: what is minimised, with the model, whose posterior and mean are changed. Plain fine-tuning
             has no noise and no KL; the same likelihood, optimiser and steps.
+        left_out: {key: name} of training frames that are left out, as they broke a step; filled in place.
 
     Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names; per epoch: ``val/crps`` (force
     CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
@@ -49,7 +50,7 @@ class FineTuneModule(lightning.LightningModule):
     (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, left_out: dict[int, str] | None = None) -> None:
         super().__init__()
         self.objective = objective
         self.potential, self.likelihood = objective.potential, objective.likelihood
@@ -58,8 +59,7 @@ class FineTuneModule(lightning.LightningModule):
         self._step: _Taken | None = None
         self.strict_loading = False  # checkpoints lack what training does not change
         self.usual = Usual()
-        #: {key: name} of training frames that are left out, as they broke a step
-        self.left_out: dict[int, str] = {}
+        self.left_out: dict[int, str] = {} if left_out is None else left_out
 
     # ---- training ------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -92,7 +92,7 @@ class FineTuneModule(lightning.LightningModule):
         step = self._objective(kept, batch_idx)
         loss = step.loss
         finite = bool(torch.isfinite(loss))
-        if not finite or self.usual.exploded(float(step.data)):
+        if not finite or self.usual.exploded(float(step.data), self._place(batch_idx).epoch):
             self._answer("the loss is not finite" if not finite else "the loss explodes", kept, batch_idx)
             return self.training_step(batch, batch_idx)
         self._log("train/loss", loss.detach(), prog_bar=True, batch=batch)
@@ -205,14 +205,17 @@ class FineTuneModule(lightning.LightningModule):
         checkpoint["state_dict"] = {
             k: v for k, v in state.items() if k in names or k.startswith("likelihood.")
         }
-        own = {"usual": self.usual.values, "left_out": list(self.left_out.items())}
+        own = {"usual": asdict(self.usual), "left_out": list(self.left_out.items())}
         checkpoint["blip_ft"] = numbers_of(self.potential) | own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is no tensor."""
+        state = {k.removeprefix("potential."): v for k, v in checkpoint["state_dict"].items()}
+        match_precision(self.potential, state)
         own = checkpoint["blip_ft"]
         set_numbers(self.potential, own)
-        self.usual.values, self.left_out = own["usual"], dict(own["left_out"])
+        self.usual = Usual(**own["usual"])
+        self.left_out.update(own["left_out"])
 
     def _log(self, name: str, value: Any, *, batch: Batch, prog_bar: bool = False) -> None:
         self.log(name, value, prog_bar=prog_bar, batch_size=batch.n_structures, sync_dist=True, on_step=True)
@@ -224,7 +227,8 @@ class FineTuneModule(lightning.LightningModule):
         # a closed form is fitted anew at the end: the epochs before and after its first fit are compared by their means
         closed = self.potential.posterior_config.closed_form
         draws = 0 if self.plain or closed else VALIDATION_DRAWS
-        moments = predict_collated(self.potential, batch, n_draws=draws)
+        with self.potential.posterior.unwatched():
+            moments = predict_collated(self.potential, batch, n_draws=draws)
         assert moments.mean.forces is not None
         error = moments.mean.forces - batch.labels["forces"]
         spread = torch.zeros_like(error) if moments.forces_std is None else moments.forces_std

@@ -19,6 +19,9 @@ from blip_ft.data.read.sources import load_source
 from blip_ft.data.split.splits import Splits, load_role
 from blip_ft.errors import DataError, RecipeError
 
+#: smallest values of numbers of a training; no epochs at all leave the closed form at the pretrained mean
+LEAST = {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+
 
 def try_options(recipe: Recipe, splits: Splits) -> None:
     """Raise what an option would raise later.
@@ -46,9 +49,9 @@ def check_types(options: dict[str, Any]) -> None:
         problem = _type_problem(hints[key], value)
         if problem is not None:
             raise _refused(f"trainer.{key}={value!r} is not what it takes: {problem}", key)
-    for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+    for key, least in LEAST.items():
         value = options.get(key)
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and value < least:
             raise _refused(
                 f"trainer.{key}={value} is no number of a training: the schedule needs its length", key
             )
@@ -86,20 +89,29 @@ def try_sampler(recipe: Recipe, splits: Splits, world: int) -> None:
 
     Raises:
         DataError: it cannot make batches.
+        RecipeError: a validation is wanted after more steps than an epoch has.
     """
     data, train = recipe.data, splits.train
     if data.stream is not None or data.batch_by == "edges":
         return
     try:
         if data.batch_by == "structures":
-            EpochBatchSampler(len(train), data.batch_size, recipe.seed, world=world)
+            steps = len(EpochBatchSampler(len(train), data.batch_size, recipe.seed, world=world))
         else:
             sizes = [len(numbers) for numbers in train["numbers"]]
-            PackedBatchSampler(sizes, data.batch_size, recipe.seed, world=world, name=data.batch_by)
+            steps = len(
+                PackedBatchSampler(sizes, data.batch_size, recipe.seed, world=world, name=data.batch_by)
+            )
     except DataError as error:
         raise DataError(
             error.problem, file=train["source"][0], field=error.field, remedy=error.remedy
         ) from error
+    every = recipe.trainer.get("val_check_interval")
+    by_epoch = recipe.trainer.get("check_val_every_n_epoch", 1) is not None
+    if isinstance(every, int) and by_epoch and every > steps:
+        raise _refused(
+            f"trainer.val_check_interval={every}, and an epoch has {steps} steps", "val_check_interval"
+        )
 
 
 def try_sources(recipe: Recipe) -> None:

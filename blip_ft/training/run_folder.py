@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -174,8 +175,6 @@ def place_of(recipe: Recipe) -> Path:
 
 def first_record(recipe: Recipe, replaces: Path | None) -> dict[str, Any]:
     """``run.json`` at the start."""
-    import socket
-
     return {
         "format": 1,
         "state": "unfinished",
@@ -209,7 +208,10 @@ def old_run(folder: Path) -> Iterator[RunFolder]:
                 remedy="give the folder of a run (runs/<name>); one of an earlier version has to be trained again",
             )
         check_seal(record, folder / RECORD)
-        yield RunFolder(final, folder, record, begun=True)
+        run = RunFolder(final, folder, record, begun=True)
+        if not run.whole:
+            run.write_record(launch=launch_of(os.environ), host=socket.gethostname(), process=os.getpid())
+        yield run
 
 
 def unfinished(folder: Path) -> tuple[Path, Path]:

@@ -32,6 +32,14 @@ def changing(potential: BayesianPotential, *, posterior: bool = True) -> list[st
     ]
 
 
+def match_precision(potential: BayesianPotential, tensors: Mapping[str, Tensor]) -> None:
+    """Give what is to be loaded the precision that it had: Lightning has converted what was made in another one."""
+    own = {**dict(potential.named_parameters()), **dict(potential.named_buffers())}
+    for name, tensor in tensors.items():
+        if name in own and own[name].dtype != tensor.dtype:
+            own[name].data = own[name].data.to(tensor.dtype)
+
+
 def numbers_of(potential: BayesianPotential) -> dict[str, Any]:
     """What no tensor holds: as JSON gives it back, so that it is the same before and after."""
     reports = json.loads(json.dumps(potential.fit_reports))
@@ -49,22 +57,25 @@ def set_numbers(potential: BayesianPotential, numbers: Mapping[str, Any]) -> Non
     potential.fit_reports[:] = numbers["fit_reports"]
 
 
-def keep_state(pieces: Pieces | None, name: str, potential: BayesianPotential, **about: Any) -> None:
+def keep_state(
+    pieces: Pieces | None, name: str, potential: BayesianPotential, *, posterior: bool = True, **about: Any
+) -> None:
     """Keep what training has changed so far.
 
     Args:
         pieces: where; ``None``: nowhere.
         name: of the piece.
         potential: the model.
+        posterior: with the posterior, whose covariance can be a hundred times the rest.
         about: what else belongs to this place of the run, as JSON has it.
     """
     if pieces is None:
         return
     state = potential.state_dict()
-    tensors: dict[str, Tensor] = {key: state[key] for key in changing(potential)}
+    tensors: dict[str, Tensor] = {key: state[key] for key in changing(potential, posterior=posterior)}
     if potential.ood is not None:
         tensors |= {OOD + key: value for key, value in potential.ood.tensors().items()}
-    pieces.keep_tensors(name, tensors, numbers_of(potential) | about)
+    pieces.keep_tensors(name, tensors, numbers_of(potential) | about | {"with_posterior": posterior})
 
 
 def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential) -> dict[str, Any] | None:
@@ -78,8 +89,11 @@ def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential)
         return None
     tensors, about = found
     ood = {k.removeprefix(OOD): tensors.pop(k) for k in list(tensors) if k.startswith(OOD)}
-    if tensors.keys() != set(changing(potential)):  # of another model: not a piece of this run
+    if tensors.keys() != set(
+        changing(potential, posterior=about["with_posterior"])
+    ):  # of another model: not a piece of this run
         return None
+    match_precision(potential, tensors)
     potential.load_state_dict(tensors, strict=False)
     potential.ood = FeatureDistance.from_tensors(ood) if ood else None
     set_numbers(potential, about)

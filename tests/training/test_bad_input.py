@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from ase.io import write
 from blip_ft.cli import main
 from blip_ft.config import DataConfig
 from blip_ft.data.split.splits import load_splits
-from blip_ft.files import sole_writer
 
 from .labelled import frames
 
@@ -258,34 +256,6 @@ def test_one_wrong_label_in_each_role_changes_nothing(
         for name in ("clean", "used")
     ]
     assert shift[1] == pytest.approx(shift[0], abs=0.05)
-
-
-def test_another_program_takes_the_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run of a name is there minutes after this one has looked: it stays."""
-    import blip_ft.training.fit as module
-
-    write(tmp_path / "train.extxyz", frames())
-    other = tmp_path / "runs" / "taken"
-    prepare = module.prepare
-
-    def slowly(*args: Any) -> Any:
-        prepared = prepare(*args)
-        other.mkdir(parents=True)
-        (other / "metrics.json").write_text("theirs")
-        return prepared
-
-    monkeypatch.setattr(module, "prepare", slowly)
-    assert main(["fit", str(recipe_file(tmp_path)), "name=taken"]) == 2
-    assert "has appeared since" in capsys.readouterr().err
-    assert (other / "metrics.json").read_text() == "theirs"
-    monkeypatch.setattr(module, "prepare", prepare)
-    with sole_writer(other):
-        assert main(["fit", str(recipe_file(tmp_path)), "name=taken", "overwrite=true"]) == 2
-        assert "another program is writing" in capsys.readouterr().err
-    assert main(["fit", str(recipe_file(tmp_path)), "name=taken", "overwrite=true"]) == 0
-    assert not (other / ".writing").exists()
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "50 % hot"])

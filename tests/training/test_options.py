@@ -25,7 +25,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("trainer.max_epochs=ten", "trainer.max_epochs"),
         ("trainer.max_epochs=2.5", "trainer.max_epochs"),
-        ("trainer.max_epochs=0", "trainer.max_epochs"),
         ("trainer.max_epochs=-1", "trainer.max_epochs"),
         ("trainer.accelerator=abacus", "trainer"),
         ("trainer.accelerator=cuda", "trainer"),
@@ -39,6 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("trainer.inference_mode=true", "trainer.inference_mode"),
         ("trainer.limit_train_batches=lots", "trainer.limit_train_batches"),
         ("trainer.val_check_interval=[1]", "trainer.val_check_interval"),
+        ("trainer.val_check_interval=100", "trainer.val_check_interval"),
         ("data={batch_by: atoms, batch_size: 2, train: train.extxyz}", "data.batch_size"),
         ("data.context=none.extxyz", "none.extxyz"),
         ("data.replay={source: none.extxyz}", "none.extxyz"),

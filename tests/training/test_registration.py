@@ -148,7 +148,7 @@ def fit(folder: Path, name: str, **sections: Any) -> list[dict[str, str]]:
 @pytest.mark.usefixtures("registered")
 def test_a_run_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    write("train.extxyz", frames(24))
+    write("train.extxyz", frames(24, other=True))
     rows = fit(tmp_path, "run", plain={"enabled": True})
     n_train = json.loads(Path("runs/run/receipt.json").read_text())["data"]["sets"]["train"]["n_frames"]
     for row in rows:
@@ -173,7 +173,7 @@ def test_a_run_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.usefixtures("registered")
 def test_a_registered_objective_is_its_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write("train.extxyz", frames(24))
+    write("train.extxyz", frames(24, other=True))
     losses = [
         [row["train/loss"] for row in fit(tmp_path, name, objective={"temperature": 1e-4, "kind": kind})]
         for name, kind in (("a", "mine"), ("b", "elbo+quiet"))

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from blip_ft.cli import main
+from blip_ft.config import load_recipe
+from blip_ft.errors import BlipError
 from blip_ft.files import WRITING, check_unused, sole_writer
 from blip_ft.training import fit as module
-from blip_ft.training.run_folder import NEW, OLD, RECORD, read_record
+from blip_ft.training.run_folder import NEW, OLD, RECORD, VARIABLE, followed, new_run, read_record
 
 from .test_resume import PATHWISE, prepare
 
@@ -183,6 +185,27 @@ def test_an_error_before_training_leaves_nothing(nested: str, folder: Path, caps
     assert sorted(p for p in folder.rglob("*")) == before
 
 
+def test_an_error_before_the_first_epoch_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that only shows once Lightning has begun."""
+
+    def refuse(self: Any, *args: Any) -> None:
+        del self, args
+        raise ValueError("no such optimiser")
+
+    before = sorted(p for p in folder.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("blip_ft.training.module.FineTuneModule.configure_optimizers", refuse)
+        with pytest.raises(ValueError, match="no such optimiser"):
+            fit(folder, "name=second")
+    assert sorted(p for p in folder.rglob("*")) == before
+    monkeypatch.setattr("blip_ft.training.module.FineTuneModule.training_step", refuse)
+    with pytest.raises(ValueError, match="no such optimiser"):
+        fit(folder, "name=second")
+    assert (folder / "runs/second/run.json").exists(), "training has begun"
+
+
 def test_locks_of_programs_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file system has no locks, what the holder wrote decides."""
     from blip_ft import files
@@ -254,3 +277,22 @@ def test_trust_is_asked_for_again(folder: Path, capsys: Capture, monkeypatch: py
     assert main(["resume", str(folder / "runs/second"), "--trust"]) == 0
     assert main(["resume", str(folder / "runs/second"), "--trust", "seed=1"]) == 2
     assert "'seed' is what the run was begun with" in capsys.readouterr().err
+
+
+def test_other_ranks_find_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what all processes of one start have in common, whatever lies there from earlier ones."""
+    recipe = load_recipe(
+        str(folder / "recipe.yaml"), [f"output={folder / 'runs'}", "name=first", "overwrite=true"]
+    )
+    new = recipe.model_copy(update={"name": "second"})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with new_run(recipe) as replacing, new_run(new) as other:
+        assert followed(recipe, None, 1) == replacing.folder == folder / f"runs/first{NEW}"
+        assert followed(new, None, 1) == other.folder == folder / "runs/second"
+        assert followed(None, folder / "runs/first") == replacing.folder, "what is to go on"
+        monkeypatch.setenv("MASTER_PORT", "2")
+        with pytest.raises(BlipError, match="first rank has not made the folder"):
+            followed(recipe, None, 0.5)
+        monkeypatch.setenv(VARIABLE, str(other.folder))
+        assert followed(recipe, None) == other.folder

@@ -26,7 +26,8 @@ of its rows. The loss has T KL_n for every structure, without 1/N, so T must be 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -117,6 +118,7 @@ class AdaptivePosterior(Posterior):
         )
         self.register_buffer("log_alpha", torch.full((len(self.sites),), 2 * math.log(init_std)))
         self._clamped: dict[str, list[int]] = {}
+        self._watched = True
 
     @classmethod
     def make(
@@ -168,7 +170,7 @@ class AdaptivePosterior(Posterior):
     @torch.no_grad()
     def watch(self, name: str, log_alpha: Tensor, u: Tensor) -> None:
         """Update the running mean and count what the clamp holds back; ``u`` is before it."""
-        if not len(u):
+        if not len(u) or not self._watched:
             return
         i = self._index[name]
         self.log_alpha[i].lerp_(log_alpha.mean().to(self.log_alpha), MOMENTUM)
@@ -195,6 +197,14 @@ class AdaptivePosterior(Posterior):
     def recorder(self, rows: Mapping[str, Rows]) -> Recorder:
         """See :class:`Recorder`."""
         return Recorder(self, rows)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:  # noqa: D102
+        before, self._watched = self._watched, False
+        try:
+            yield
+        finally:
+            self._watched = before
 
     def epoch_report(self) -> dict[str, float]:
         """``clamped_message`` and ``clamped_update``: :meth:`clamped`."""

@@ -9,7 +9,8 @@ the mean over draws whose latent numbers sum to zero is free of first-order samp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -122,6 +123,11 @@ class Posterior(nn.Module, ABC):
     def epoch_report(self) -> dict[str, float] | None:
         """Numbers of the epoch that has ended, for the log; ``None`` for families without any. Called once an epoch."""
         return None
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Evaluate without moving what a family remembers of the rows seen in training: when a model is judged."""
+        yield
 
     def epoch_counts(self) -> dict[str, Any]:
         """What :meth:`epoch_report` has counted so far, as numbers, lists and mappings: for checkpoints."""
