@@ -23,7 +23,7 @@ from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import load_recipe
 from blip_ft.families.base.linear import ClosedFormData
 from blip_ft.potential.checkpoint import load_model
-from blip_ft.training.evaluate import judge
+from blip_ft.training.evaluate import evaluate
 from blip_ft.training.fit import prepare
 from blip_ft.training.loop import device_of
 
@@ -53,7 +53,7 @@ def measure(run: Path, accelerator: str, console: Console) -> list[dict[str, Any
     for (scale, temperature), (what, factor) in values.items():
         report = potential.posterior.fit(ClosedFormData(rows, scale, temperature))
         report = fitter.settle(report, final=True)
-        judgement = judge(
+        judgement = evaluate(
             recipe, potential, prepared.sets, draws=recipe.uncertainty.n_draws, console=console, what=what
         )
         for split, metrics in judgement.metrics.items():

@@ -1,13 +1,13 @@
 """Real draws beside the one-pass methods, and the amplitude at which draws leave the linear regime.
 
-    python benchmarks/one_pass.py runs/demo                      # test frames of the run's own recipe
-    python benchmarks/one_pass.py MODEL frames.extxyz [more ...]
+    python benchmarks/linearized.py runs/demo                      # test frames of the run's own recipe
+    python benchmarks/linearized.py MODEL frames.extxyz [more ...]
 
 For a few frames of every set: std of energies and force components over 256 real draws against the exact
 one of the linearised model (methods ``energy`` and ``linear``); and, over 24 draws, the shift of their mean and
 their spread for amplitudes from 0.1 to 1; and force stds from K random directions, or K draws, over the exact ones.
 Some 10 minutes on a core for the shipped recipe.
-Prints the rows of the tables in docs/benchmarks.md; writes benchmarks/results/one_pass.json and, with
+Prints the rows of the tables in docs/benchmarks.md; writes benchmarks/results/linearized.json and, with
 --pictures DIR, the two figures of the report.
 """
 
@@ -36,7 +36,7 @@ from blip_ft.training.evaluate import ROLES
 from blip_ft.uncertainty.linearity import THOROUGH, agreement, study
 from blip_ft.uncertainty.predict import Method, predict_batch
 
-OUT = Path(__file__).parent / "results" / "one_pass.json"
+OUT = Path(__file__).parent / "results" / "linearized.json"
 #: random directions, or draws
 FEW = (4, 8, 16, 32, 64)
 
@@ -112,7 +112,7 @@ def main() -> None:
     console.print(f"{seconds:.0f} s of CPU time")
     if given.pictures is not None:
         given.pictures.mkdir(parents=True, exist_ok=True)
-        (given.pictures / "one_pass.png").write_bytes(theme.to_png(agreement_figure(agree)))
+        (given.pictures / "linearized.png").write_bytes(theme.to_png(agreement_figure(agree)))
         (given.pictures / "amplitude.png").write_bytes(theme.to_png(amplitude_figure(curve)))
 
 

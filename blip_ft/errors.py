@@ -65,7 +65,7 @@ class ConversionError(BlipError):
     """A pattern matches nothing, or a module cannot be converted as asked."""
 
 
-class GateError(BlipError):
+class SanityCheckError(BlipError):
     """A safety check failed: step 0 is not the pretrained model, or references do not fit."""
 
 

@@ -96,8 +96,8 @@ _OURS = (
         learns_spread=True,
         fixed_noise=True,
     ),
-    TermSpec("function_kl", "blip_ft.training.replay:FunctionKl", draws=2, compares=True),
-    TermSpec("rehearsal", "blip_ft.training.memory:Rehearsal", everywhere=True),
+    TermSpec("function_kl", "blip_ft.training.function_prior:FunctionKl", draws=2, compares=True),
+    TermSpec("rehearsal", "blip_ft.training.replay:Rehearsal", everywhere=True),
 )
 
 TERMS: Registry[TermSpec] = Registry("blip_ft.terms")

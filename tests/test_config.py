@@ -409,3 +409,15 @@ def test_paths_are_expanded_in_one_place(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert parse_recipe(tree(data={"train": literal})).data.train == literal, (
         "what exists is meant as written"
     )
+
+
+def test_earlier_names_of_keys_are_taken_with_a_note(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe(
+        str(file), ["posterior.context=0.25", "objective.kind=function_kl", "objective.replay=x.extxyz"]
+    )
+    assert recipe.posterior.perturbed_share == 0.25
+    assert recipe.objective.frames == "x.extxyz"
+    assert "posterior.context is called posterior.perturbed_share now" in caplog.text
+    assert "objective.replay is called objective.frames now" in caplog.text
+    with pytest.raises(RecipeError, match="both are given"):
+        load_recipe(str(file), ["posterior.context=0.25", "posterior.perturbed_share=0.5"])

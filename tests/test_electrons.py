@@ -14,7 +14,7 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.errors import DataError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.training import gates
+from blip_ft.training import sanity_checks
 from blip_ft.uncertainty.calculator import BlipCalculator
 
 
@@ -78,7 +78,7 @@ def test_step_zero_asks_a_calculator_that_overlooks_charge_afresh() -> None:
     """As Orb's: its cache knows positions, cell and numbers only."""
     backbone = FakeBackbone("charged")
     states = [water(charge=c, spin=1) for c in (0, 1, -1)]
-    found = [p["energy"] for p in gates.stock_predictions(backbone.stock_calculator(), states)]
+    found = [p["energy"] for p in sanity_checks.stock_predictions(backbone.stock_calculator(), states)]
     wanted = backbone(backbone.batch(states)).energy.tolist()
     assert found == pytest.approx(wanted, abs=1e-12)
     assert min(np.diff(np.sort(found))) > 1e-3

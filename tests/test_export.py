@@ -14,7 +14,7 @@ from ase.build import bulk
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.cli import main
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.errors import BlipError, GateError
+from blip_ft.errors import BlipError, SanityCheckError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
 from blip_ft.potential.export import export_native, member
@@ -169,7 +169,7 @@ class Sloppy(FakeBackbone):
 @pytest.mark.parametrize("kind", [Forgetful, Sloppy])
 def test_a_file_with_other_numbers_is_not_exported(potential, tmp_path, kind):
     potential.backbone.__class__ = kind
-    with pytest.raises(GateError, match="other numbers") as caught:
+    with pytest.raises(SanityCheckError, match="other numbers") as caught:
         export_native(potential, tmp_path / "out", draws=2)
     assert caught.value.file == "mean.pt"
     assert list(tmp_path.iterdir()) == []

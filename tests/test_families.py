@@ -15,7 +15,7 @@ import blip_ft
 from blip_ft.backbones.protocol import Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig, parse_recipe
 from blip_ft.errors import BlipError, ConversionError, RecipeError
-from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.posthoc_laplace.posterior import LaplacePosterior
 from blip_ft.families.registry import without_foreign_keys
@@ -82,7 +82,7 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
     if isinstance(potential.posterior, PathwisePosterior):
         rows = torch.randn(20, 472, generator=generator, dtype=DOUBLE)
         nothing = np.zeros(20)
-        data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
+        data = LinearizedModel(rows, nothing, np.arange(20) % 3, nothing == 0)
         potential.posterior.fit(ClosedFormData(data, prior_scale=0.1))
     if options.scale_of_each_path:
         potential.prior.update(potential.converted.deltas, potential.posterior.std())
@@ -351,8 +351,11 @@ REFUSED = {
         ["posterior.family=weight", "objective.kind=elbo+crps", "objective.learn_noise=true"],
         "objective.learn_noise",
     ),
-    "replay without its objective": (["objective.replay=x.extxyz"], "objective.replay"),
-    "nothing to compare on": (["objective.kind=function_kl", "posterior.context=0"], "objective.replay"),
+    "replay without its objective": (["objective.frames=x.extxyz"], "objective.frames"),
+    "nothing to compare on": (
+        ["objective.kind=function_kl", "posterior.perturbed_share=0"],
+        "objective.frames",
+    ),
     "adaptive without a scale": (["posterior.family=adaptive"], "posterior.prior_scale"),
     "adaptive that starts outside its clamp": (
         ["posterior.family=adaptive", "posterior.prior_scale=0.1", "posterior.init_std=0.5"],

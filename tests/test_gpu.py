@@ -240,7 +240,7 @@ def test_eight_draws(
 
 @sevennet
 @pytest.mark.parametrize("method", ["energy", "linear"])
-def test_one_pass(
+def test_linearized(
     models: dict[tuple[str, str], BayesianPotential], batches: dict[str, Batch], dtype: str, method: Any
 ) -> None:
     for family, n_directions in (("pathwise", None), ("subspace", None), ("channel", 4)):
@@ -280,7 +280,7 @@ def few(folder: Path) -> list[str]:
         *out,
         "posterior.rank=24",
         "posterior.projections=2",
-        "posterior.context=0.25",
+        "posterior.perturbed_share=0.25",
         "uncertainty.linearity_frames=2",
         "trainer.max_epochs=3",
     ]

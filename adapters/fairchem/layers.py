@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from blip_ft.variational.layers import VariationalLayer, VariationalLinear
-from blip_ft.variational.noise import Rows, shared_matmul
+from blip_ft.variational.noise import RowLayout, shared_matmul
 from blip_ft.variational.sites import Block
 
 
@@ -79,7 +79,7 @@ class VariationalSO3Linear(VariationalLayer):
         out: Tensor = torch.func.functional_call(self.base, {"weight": weight}, (x,))
         return out
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
         """See :class:`~blip_ft.variational.base.VariationalLayer`."""
         padded = rows.pad(x)  # (B, width, (lmax + 1)^2, in)
         n, width, _, size = padded.shape
@@ -90,7 +90,7 @@ class VariationalSO3Linear(VariationalLayer):
             parts.append(out.reshape(n, width, 2 * l + 1, -1))
         return rows.unpad(torch.cat(parts, dim=2))
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
         """The bias stands on l = 0 alone."""
         out = self.sampled(x, mean + noise, rows)
         return out if self.bias is None else torch.cat((out[:, :1] + self.bias, out[:, 1:]), dim=1)
@@ -156,7 +156,7 @@ class VariationalMixture(VariationalChannels):
         out: Tensor = self.base(x) + linear(x, weight)
         return out
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
         """The experts' part is the same for all structures of a composition: the vendor's, its bias included."""
         out: Tensor = self.base(x) + shared_matmul(x, mean.T, noise.transpose(1, 2), rows)
         return out

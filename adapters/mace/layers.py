@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.variational.layers import VariationalLayer
-from blip_ft.variational.noise import Rows
+from blip_ft.variational.noise import RowLayout
 from blip_ft.variational.sites import Block
 
 
@@ -120,7 +120,7 @@ class VariationalContraction(VariationalLayer):
         weights = [w if type(w).__name__ == "EmptyParam" else next(varied) for w in stored]
         return contract(base, weights, features, elements)
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
         """Structure by structure: intermediate products with all weights at once would not fit."""
         return self.by_structure(x, weight, rows)
 

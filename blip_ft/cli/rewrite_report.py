@@ -12,8 +12,8 @@ from blip_ft.errors import BlipError
 from blip_ft.files import set_name
 from blip_ft.potential.calibration import Calibration
 from blip_ft.report import write_report
+from blip_ft.uncertainty.diagnostics import find_diagnostics
 from blip_ft.uncertainty.results import SetPrediction
-from blip_ft.uncertainty.signatures import find_signatures
 
 
 def rewrite_report(folder: str | Path) -> Path:
@@ -44,7 +44,9 @@ def rewrite_report(folder: str | Path) -> Path:
         history=history,
         receipt=receipt,
         findings=[Finding(**finding) for finding in receipt["data"]["findings"]],
-        signatures=find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"]),
+        signatures=find_diagnostics(
+            metrics=metrics["blip"], calibration=calibration, history=history["blip"]
+        ),
         data=_read(folder / "data_report.json") if (folder / "data_report.json").exists() else None,
         drift=_read(folder / "drift.json") if (folder / "drift.json").exists() else None,
         linearity=_read(folder / "linearity.json") if (folder / "linearity.json").exists() else None,

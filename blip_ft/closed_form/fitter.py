@@ -24,7 +24,7 @@ from blip_ft.data.frame import atoms_key
 from blip_ft.data.split.context import make_context
 from blip_ft.families.base.linear import (
     ClosedFormData,
-    Rows,
+    LinearizedModel,
     as_good,
     choose_scales,
     gauss_newton_steps,
@@ -67,7 +67,7 @@ class ClosedFormFitter:
         if options.needs_context:
             atoms = [train[i].atoms for i in range(len(train))]
             backbone = self.potential.backbone
-            made = make_context(atoms, math.ceil(options.context * len(train)), self.recipe.seed)
+            made = make_context(atoms, math.ceil(options.perturbed_share * len(train)), self.recipe.seed)
             context = [Item(a, backbone.graph(a), {}, atoms_key(a)) for a in (*made, *self.unlabelled)]
         self.rows = GradientRows(self.recipe.objective, self.potential, train, context, seed=self.recipe.seed)
 
@@ -113,7 +113,7 @@ class ClosedFormFitter:
         if not final:
             wanted = min(wanted, 1)
         steps = list(done)
-        rows: Rows | None = None
+        rows: LinearizedModel | None = None
         report: dict[str, Any] = {}
         while True:
             refused = bool(steps) and not steps[-1]
@@ -139,7 +139,7 @@ class ClosedFormFitter:
         report["mean_steps"] = steps
         return self.settle(report, final=final)
 
-    def _make_rows(self, number: int, *, final: bool) -> Rows:
+    def _make_rows(self, number: int, *, final: bool) -> LinearizedModel:
         frames = len(self.rows.labelled) + len(self.rows.context)  # made only where they are used
         with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
             return self.rows.rows(
@@ -149,10 +149,10 @@ class ClosedFormFitter:
                 progress=advance,
             )
 
-    def _fit_posterior(self, rows: Rows) -> dict[str, Any]:
+    def _fit_posterior(self, rows: LinearizedModel) -> dict[str, Any]:
         return self.posterior.fit(self._data(rows))
 
-    def _data(self, rows: Rows) -> ClosedFormData:
+    def _data(self, rows: LinearizedModel) -> ClosedFormData:
         scale = self.options.prior_scale
         return ClosedFormData(
             rows=rows,
@@ -188,7 +188,7 @@ class ClosedFormFitter:
         return report
 
     # ---- the mean --------------------------------------------------------------------------
-    def move_mean(self, rows: Rows, scale: float) -> float:
+    def move_mean(self, rows: LinearizedModel, scale: float) -> float:
         """A damped Gauss-Newton step of the mean, no wider than validation frames insist on.
 
         Args:

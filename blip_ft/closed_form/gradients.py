@@ -19,7 +19,7 @@ from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
-from blip_ft.families.base.linear import Rows
+from blip_ft.families.base.linear import LinearizedModel
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
@@ -32,7 +32,7 @@ BATCH = 6
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What belongs to the rows of some frames: see ``Rows``."""
+    """What belongs to the rows of some frames: see ``LinearizedModel``."""
 
     targets: np.ndarray
     errors: np.ndarray
@@ -78,8 +78,8 @@ class GradientRows:
         number: int = 0,
         context: bool = False,
         progress: Callable[[int], object] = lambda n: None,
-    ) -> Rows:
-        """Rows of training frames, and of context frames behind them.
+    ) -> LinearizedModel:
+        """LinearizedModel of training frames, and of context frames behind them.
 
         Args:
             projections: R per frame; ``None`` for every force component.
@@ -119,7 +119,7 @@ class GradientRows:
         if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
             counted[:] = True
         groups = np.array([g for d in done for g in d.groups])
-        return Rows(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
+        return LinearizedModel(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
 
     def _fill(
         self,
@@ -130,7 +130,7 @@ class GradientRows:
         projections: int | None,
         number: int,
     ) -> _Outputs:
-        """Rows of one batch of frames, energies first, at their places, and what belongs to them."""
+        """LinearizedModel of one batch of frames, energies first, at their places, and what belongs to them."""
         whole, index = len(at) == len(place), torch.from_numpy(at).to(place.device)
         batch = self._batch(items)
         directions = self._directions(batch, projections, number)

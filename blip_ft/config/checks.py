@@ -103,18 +103,18 @@ def _check_family(recipe: Recipe, file: Path | None) -> None:
         )
     for term in spec.specs:
         _check_term(term, recipe, refuse)
-    if objective.replay is not None and not compares:
+    if objective.frames is not None and not compares:
         refuse(
             f"objective.kind '{kind}' replays no frames",
-            "objective.replay",
+            "objective.frames",
             f"use objective.kind={_comparing()}, or remove the key",
         )
-    given = objective.replay is not None or recipe.data.context is not None
-    if compares and not given and options.context == 0:
+    given = objective.frames is not None or recipe.data.context is not None
+    if compares and not given and options.perturbed_share == 0:
         refuse(
             f"objective.kind '{kind}' has no frames to compare on",
-            "objective.replay",
-            "give frames here or as data.context, or posterior.context > 0",
+            "objective.frames",
+            "give frames here or as data.context, or posterior.perturbed_share > 0",
         )
     if options.closed_form:
         return

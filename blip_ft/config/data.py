@@ -149,7 +149,7 @@ class DataConfig(Strict):
     """frames that choose nothing; a mapping gives several sets: ``seen`` and named unseen ones"""
     context: Source | None = None
     """structures without labels that you mean to simulate: the ``subspace`` posterior is made wide in
-    the directions that matter there, beside those of ``posterior.context``; ``objective.kind:
+    the directions that matter there, beside those of ``posterior.perturbed_share``; ``objective.kind:
     function_kl`` compares on them too"""
     replay: ReplayConfig | None = None
     """replay against forgetting and probe of the drift"""

@@ -6,6 +6,7 @@ would be right.
 
 from __future__ import annotations
 
+import logging
 import re
 import typing
 from collections.abc import Iterator
@@ -21,9 +22,16 @@ from blip_ft.config.checks import check_recipe
 from blip_ft.config.recipe import Recipe
 from blip_ft.errors import RecipeError, nearest
 from blip_ft.families.registry import DEFAULT, families_with, options_class, without_foreign_keys
+from blip_ft.families.registry import RENAMED as RENAMED_OF_POSTERIOR
 
 #: a YAML file with more values, or nested deeper, is no recipe
 MAX_VALUES, MAX_DEPTH = 100_000, 50
+
+
+#: {section: {name of a key in earlier versions: its name now}}
+RENAMED = {"objective": {"replay": "frames"}, "posterior": RENAMED_OF_POSTERIOR}
+
+log = logging.getLogger("blip_ft")
 
 
 def shipped() -> dict[str, Path]:
@@ -161,7 +169,11 @@ def _numbers(value: Any) -> Any:
 
 
 def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
-    """Validate a nested mapping; all errors are collected into one message."""
+    """Validate a nested mapping; all errors are collected into one message.
+
+    Keys that had other names in earlier versions are taken, with a note.
+    """
+    tree = _todays_names(tree)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -174,6 +186,30 @@ def parse_recipe(tree: dict[str, Any], *, file: Path | None = None) -> Recipe:
         ) from error
     check_recipe(recipe, file)
     return recipe
+
+
+def _todays_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """With keys as they are called now.
+
+    Raises:
+        RecipeError: a key is given by both names.
+    """
+    tree = dict(tree)
+    for section, names in RENAMED.items():
+        given = tree.get(section)
+        if not isinstance(given, dict):
+            continue
+        for old in names.keys() & given.keys():
+            new = names[old]
+            if new in given:
+                raise RecipeError(
+                    f"'{section}.{old}' is the earlier name of '{section}.{new}', and both are given",
+                    field=f"{section}.{new}",
+                    remedy=f"remove {section}.{old}",
+                )
+            log.warning("%s.%s is called %s.%s now", section, old, section, new)
+        tree[section] = {names.get(key, key): value for key, value in given.items()}
+    return tree
 
 
 def problems_of(

@@ -77,10 +77,10 @@ class ObjectiveConfig(Strict):
     2 for the others (CRPS needs two or more)"""
     crps_weight: Positive = 1.0
     """``elbo+crps``: weight of the CRPS beside the NLL, both summed over labels in units of the noise"""
-    replay: Source | None = None
+    frames: Source | None = None
     """``function_kl``: frames, with or without labels, on which the pretrained model is to be
     remembered; by default those of ``data.context`` and perturbed copies of the training frames
-    (``posterior.context`` of them)"""
+    (``posterior.perturbed_share`` of them)"""
     likelihood: Literal["gaussian", "student_t", "joint_student_t"] = "gaussian"
     """law of the label noise: ``student_t``: single outliers pull less; ``joint_student_t``: one
     unknown noise level per structure for its energy, forces and stress together, so that a badly

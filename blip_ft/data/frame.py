@@ -13,6 +13,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from blip_ft.backbones import electrons
 
+#: one row of the schema (:data:`blip_ft.data.read.schema.FEATURES`)
+FrameRow = dict[str, Any]
 #: columns that make a frame's key, beside charge and spin
 KEY_COLUMNS = ("numbers", "positions", "cell")
 

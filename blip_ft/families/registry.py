@@ -81,10 +81,20 @@ def families_with(key: str) -> list[str]:
     return [name for name in FAMILIES.known() if key in FAMILIES[name].model_fields]
 
 
+#: keys that had other names in earlier versions
+RENAMED = {"context": "perturbed_share"}
+
+
+def todays_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat mapping of the keys below ``posterior`` with the names that they have now."""
+    return {RENAMED.get(key, key): value for key, value in keys.items()}
+
+
 def without_foreign_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """A flat mapping of the keys below ``posterior`` without those that only other families have.
 
     Model folders of formats 1 and 2, and recipes of runs from then, hold the keys of all families.
     """
     own = options_class(keys.get("family", DEFAULT)).model_fields
+    keys = todays_keys(keys)
     return {key: value for key, value in keys.items() if key in own or not families_with(key)}

@@ -25,7 +25,7 @@ from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.errors import CheckpointError
-from blip_ft.families.registry import FAMILIES, without_foreign_keys
+from blip_ft.families.registry import FAMILIES, todays_keys, without_foreign_keys
 from blip_ft.files import is_full, remedy_of
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
@@ -284,8 +284,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 file=file,
                 remedy="install the package that it comes from, or copy the whole folder again",
             )
-        if version < 3:
-            meta["posterior"] = without_foreign_keys(options)
+        meta["posterior"] = without_foreign_keys(options) if version < 3 else todays_keys(options)
     return meta
 
 

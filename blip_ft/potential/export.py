@@ -31,7 +31,7 @@ import torch
 from ase import Atoms
 
 from blip_ft.backbones.protocol import Backbone
-from blip_ft.errors import BlipError, GateError, readable
+from blip_ft.errors import BlipError, SanityCheckError, readable
 from blip_ft.files import is_full, remedy_of
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import require_space, sha256
@@ -101,7 +101,7 @@ def export_native(
 
     Raises:
         BlipError: the adapter has no such format, the folder exists, or cannot be written.
-        GateError: the vendor's program gets other numbers from a file.
+        SanityCheckError: the vendor's program gets other numbers from a file.
     """
     folder = Path(folder)
     _check_folder(folder, overwrite=overwrite)
@@ -204,7 +204,7 @@ def _compare(
     """Open a file as a user of the vendor's program would, and compare.
 
     Raises:
-        GateError: energies or forces differ in float64 by more than ``TOLERANCE``, plus 1e-6 of their size where
+        SanityCheckError: energies or forces differ in float64 by more than ``TOLERANCE``, plus 1e-6 of their size where
             float32 is stored, which holds no more digits.
     """
     dtype = plain.native_dtype or str(plain.dtype).removeprefix("torch.")
@@ -233,7 +233,7 @@ def _compare(
             f_limit + 10 * digits * float(np.abs(forces).max()),
         )
         if not (off[0] <= allowed[0] and off[1] <= allowed[1]):  # NaN is beyond
-            raise GateError(
+            raise SanityCheckError(
                 f"the vendor's program gets other numbers from this file: off by {readable(off[0], '.1e')} eV/atom and "
                 f"{readable(off[1], '.1e')} eV/Å (allowed: {allowed[0]:.1e}, {allowed[1]:.1e}); nothing was exported",
                 file=path.name,

@@ -24,9 +24,9 @@ from blip_ft.report.data_plots import label_figure
 from blip_ft.report.ood_plots import ood_scores
 from blip_ft.report.plots import Sets
 from blip_ft.report.theme import CSS, to_svg
+from blip_ft.uncertainty.diagnostics import Diagnostic
 from blip_ft.uncertainty.linearity import agreement
 from blip_ft.uncertainty.metrics import FEW, single_sets
-from blip_ft.uncertainty.signatures import Signature
 
 #: receipt entries with more lines than this are folded
 FOLD = 24
@@ -68,7 +68,7 @@ def write_report(
     history: Mapping[str, Sequence[Mapping[str, Any]]],
     receipt: Mapping[str, Any],
     findings: Sequence[FindingLike],
-    signatures: Sequence[Signature],
+    signatures: Sequence[Diagnostic],
     data: Mapping[str, Any] | None = None,
     drift: Mapping[str, Mapping[str, float]] | None = None,
     linearity: Mapping[str, Any] | None = None,
@@ -86,7 +86,7 @@ def write_report(
             ``epoch`` and those of ``plots.CURVES`` that there are.
         receipt: JSON-like; every entry becomes a section, whatever its depth.
         findings: of the data checks.
-        signatures: of failures, see ``blip_ft.uncertainty.signatures``.
+        signatures: of failures, see ``blip_ft.uncertainty.diagnostics``.
         data: ``summary``, ``model`` and ``frames`` of the data report
             (``blip_ft.data.check.examine.DataReport``), where there is one.
         drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.

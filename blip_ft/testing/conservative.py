@@ -12,7 +12,7 @@ from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.contract import AdapterContract
 from blip_ft.testing.helpers import array, close, energies, evaluate, same, trainable
-from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty import linearized
 
 
 class ConservativeContract(AdapterContract):
@@ -102,11 +102,11 @@ class ConservativeContract(AdapterContract):
         options = ModelConfig(adapter=backbone.name, checkpoint="-", noise=noise)
         posterior = PosteriorConfig(family="channel", prior_scale=0.1)
         potential = BayesianPotential(copy.deepcopy(backbone), options, posterior)
-        from_leaves = one_pass._from_leaves
-        monkeypatch.setattr(one_pass, "_from_leaves", second_evaluation)
+        from_leaves = linearized._from_leaves
+        monkeypatch.setattr(linearized, "_from_leaves", second_evaluation)
         batch = potential.backbone.batch([quartz, ethanol])
         batch.keys = [0, 1]
-        prediction, gradients = one_pass.energy_gradients(potential, batch)
+        prediction, gradients = linearized.energy_gradients(potential, batch)
         same(prediction, potential(batch, stress=True), 1e-10)
         for name, expected in from_leaves(potential, batch).items():
             scale = max(1.0, float(expected.abs().max()))

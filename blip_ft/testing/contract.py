@@ -41,7 +41,7 @@ from blip_ft.testing.helpers import (
     same,
     tensors,
 )
-from blip_ft.training.gates import stock_predictions
+from blip_ft.training.sanity_checks import stock_predictions
 from blip_ft.variational.convert import plan
 
 

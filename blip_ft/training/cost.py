@@ -118,7 +118,7 @@ def predict_cost(
     n_atoms = [len(z) for z in splits.train["numbers"]]
     n_context = 0
     if recipe.posterior.needs_context:
-        n_context = int(np.ceil(recipe.posterior.context * len(n_atoms)))
+        n_context = int(np.ceil(recipe.posterior.perturbed_share * len(n_atoms)))
     recipe = fit_to_budget(recipe, backbone, n_atoms, n_context, lambda line: None)
     potential = BayesianPotential(
         backbone, recipe.model, recipe.posterior, seed=recipe.seed, n_draws=recipe.uncertainty.n_draws

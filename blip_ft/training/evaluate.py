@@ -33,7 +33,7 @@ ROLES = ("train", "validation", "calibration")
 
 
 @dataclass
-class Judgement:
+class Evaluated:
     """Predictions by set, the error bars fitted for them, and metrics by test set."""
 
     predictions: dict[str, SetPrediction]
@@ -41,7 +41,7 @@ class Judgement:
     metrics: dict[str, dict[str, Any]]
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     potential: BayesianPotential,
     sets: dict[str, FrameDataset],
@@ -51,7 +51,7 @@ def judge(
     what: str,
     ledger: Ledger | None = None,
     pieces: Pieces | None = None,
-) -> Judgement:
+) -> Evaluated:
     """Predict all held-out sets; fit error bars on calibration frames, metrics on test frames; on every rank alike.
 
     Args:
@@ -84,7 +84,7 @@ def judge(
         else rmse_calibration(predictions["validation"])
     )
     tests = {n: p for n, p in predictions.items() if n not in ROLES}
-    return Judgement(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
+    return Evaluated(predictions, calibration, metrics_table(tests, calibration, seed=recipe.seed))
 
 
 def predict_kept(

@@ -41,12 +41,11 @@ from blip_ft.potential.checkpoint import save_model
 from blip_ft.ranks import is_rank_zero
 from blip_ft.signals import Interrupts, Stopped, requeue
 from blip_ft.training.device import device_of
-from blip_ft.training.evaluate import Judgement, judge, linearity_of
+from blip_ft.training.evaluate import Evaluated, evaluate, linearity_of
 from blip_ft.training.kept_ledger import check_same, keep_ledger, recall_ledger
-from blip_ft.training.memory import describe
 from blip_ft.training.pieces import Pieces
 from blip_ft.training.prepare import Prepared, prepare
-from blip_ft.training.receipt import make_receipt
+from blip_ft.training.replay import describe
 from blip_ft.training.run_folder import (
     RECORD,
     VARIABLE,
@@ -57,6 +56,7 @@ from blip_ft.training.run_folder import (
     read_record,
     requeued,
 )
+from blip_ft.training.run_record import make_record
 from blip_ft.training.stages import Run
 from blip_ft.training.state import keep_state, recall_state
 from blip_ft.uncertainty.ood import fit_distance
@@ -236,9 +236,9 @@ def _train_and_judge(
     folder = run if isinstance(run, Path) else run.folder
     potential, sets, pieces = prepared.potential, prepared.sets, of.pieces
     assert pieces is not None
-    results: dict[str, Judgement] = {}
+    results: dict[str, Evaluated] = {}
     if is_rank_zero():
-        results["pretrained"] = judge(
+        results["pretrained"] = evaluate(
             recipe, potential, sets, draws=0, console=console, what="pretrained", ledger=prepared.ledger
         )
         keep_ledger(pieces, prepared)
@@ -262,7 +262,7 @@ def _train_and_judge(
             run=of,
         )
         if compared:
-            results["plain"] = judge(
+            results["plain"] = evaluate(
                 recipe, potential, sets, draws=0, console=console, what="plain", pieces=pieces
             )
             if is_rank_zero():
@@ -293,7 +293,7 @@ def _train_and_judge(
         train_frames = sets["train"]
         potential.ood = fit_distance(potential, train_frames, groups_of(train_frames))
         keep_state(pieces, "posterior", potential, history=history["blip"])
-    results["blip"] = judge(
+    results["blip"] = evaluate(
         recipe,
         potential,
         sets,
@@ -307,7 +307,7 @@ def _train_and_judge(
     drift |= _drift(prepared, "blip", console)
     potential.calibration = results["blip"].calibration
     linearity = linearity_of(recipe, potential, sets, console)
-    receipt = make_receipt(recipe, prepared, seconds=time.monotonic() - started)
+    receipt = make_record(recipe, prepared, seconds=time.monotonic() - started)
 
     def write(place: Path) -> dict[str, Any]:
         if drift:
@@ -371,7 +371,7 @@ def reset_mean(potential: BayesianPotential) -> None:
 def write_run(
     recipe: Recipe,
     prepared: Prepared,
-    results: dict[str, Judgement],
+    results: dict[str, Evaluated],
     history: dict[str, list[dict[str, float]]],
     receipt: dict[str, Any],
     folder: Path,
@@ -383,11 +383,11 @@ def write_run(
     import yaml
 
     from blip_ft.report import demo_table, write_report
-    from blip_ft.uncertainty.signatures import find_signatures
+    from blip_ft.uncertainty.diagnostics import find_diagnostics
 
     metrics = {name: r.metrics for name, r in results.items()}
     calibration = results["blip"].calibration
-    signatures = find_signatures(metrics=metrics["blip"], calibration=calibration, history=history["blip"])
+    signatures = find_diagnostics(metrics=metrics["blip"], calibration=calibration, history=history["blip"])
     splits = prepared.splits
     report = prepared.report
     data = None if report is None else report.to_json() | {"frames": report.frames}

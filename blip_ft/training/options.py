@@ -128,8 +128,8 @@ def try_sources(recipe: Recipe) -> None:
         load_role(data, replay.source, labels=replay.labels == "own")
     if replay is not None and replay.probe is not None:
         load_role(data, replay.probe, labels=False)
-    if recipe.objective.replay is not None:
-        load_role(data, recipe.objective.replay, labels=False)
+    if recipe.objective.frames is not None:
+        load_role(data, recipe.objective.frames, labels=False)
     if data.references == "given":
         from blip_ft.training.reference_shift import given_energies
 

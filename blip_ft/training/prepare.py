@@ -38,12 +38,12 @@ from blip_ft.data.split.splits import Splits, load_splits
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.terms import PLAIN, objective_spec
-from blip_ft.training import gates
-from blip_ft.training.memory import Probe, load_probe
+from blip_ft.training import sanity_checks
 from blip_ft.training.options import try_options
 from blip_ft.training.precision import check_precision
 from blip_ft.training.reference_sets import fit_reference_sets, of_set, warn_outside_sets
 from blip_ft.training.reference_shift import set_references, warn_outside
+from blip_ft.training.replay import Probe, load_probe
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
 
@@ -61,7 +61,7 @@ class Prepared:
     splits: Splits
     sets: dict[str, FrameDataset]
     findings: list[Finding]
-    step_zero: gates.StepZero
+    step_zero: sanity_checks.StepZero
     references: References | None
     references_check: dict[str, float] = field(default_factory=dict)
     context: list[Atoms] = field(default_factory=list)
@@ -123,7 +123,7 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
     if not options.from_scratch:  # initial weights know no units and no labels to compare with
         findings += check_units(
             splits.train,
-            lambda atoms: gates.stock_predictions(calculator, atoms),
+            lambda atoms: sanity_checks.stock_predictions(calculator, atoms),
             use_stress=recipe.objective.use_stress,
             by_state=not backbone.conditions,
         )
@@ -140,7 +140,7 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
     sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
     context = load_context(recipe.data, backbone, len(splits.train), console.print)
     reduced: list[str] = []
-    n_context = len(context) + math.ceil(recipe.posterior.context * len(splits.train))
+    n_context = len(context) + math.ceil(recipe.posterior.perturbed_share * len(splits.train))
     n_atoms = [len(z) for z in splits.train["numbers"]]
     recipe = fit_to_budget(recipe, backbone, n_atoms, n_context, reduced.append)
     options = recipe.model
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
         console.print(f"labels of {line}", markup=False)
 
     probe = _spread(sets, GATE_FRAMES)
-    stock = gates.stock_predictions(calculator, probe)
+    stock = sanity_checks.stock_predictions(calculator, probe)
 
     potential = BayesianPotential(
         backbone,
@@ -170,11 +170,11 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
         f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
         f"{counts['left']:,} left as they are"
     )
-    step_zero = gates.check_step_zero(
+    step_zero = sanity_checks.check_step_zero(
         potential,
         probe,
         stock,
-        lambda atoms: gates.stock_predictions(original.double().stock_calculator(), atoms),
+        lambda atoms: sanity_checks.stock_predictions(original.double().stock_calculator(), atoms),
     )
     console.print(
         f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "

@@ -18,7 +18,7 @@ from blip_ft.data.findings import Finding, place
 from blip_ft.data.references import References, fit_references, given_references, refit_references
 from blip_ft.errors import DataError, nearest
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.training import gates
+from blip_ft.training import sanity_checks
 from blip_ft.uncertainty.predict import predict_atoms
 
 #: a residual this many times that of a fit says that given energies do not belong to this model
@@ -51,7 +51,7 @@ def set_references(
 
     Raises:
         DataError: an energy that is missing or of an unknown element.
-        GateError: the model's residual is not the one that was promised.
+        SanityCheckError: the model's residual is not the one that was promised.
     """
     items = [train[i] for i in range(len(train))]
     chosen = [i for i, item in enumerate(items) if not bool(item.labels["energy"].isnan())]
@@ -72,7 +72,9 @@ def set_references(
     references, findings = choose(config, potential, numbers, residual, isolated, fitted)
     potential.references = dict(references.shift)
     kept = [i for i in range(len(atoms)) if i not in references.left_out]
-    check = gates.check_references(potential, [atoms[i] for i in kept], labels[kept], model[kept], references)
+    check = sanity_checks.check_references(
+        potential, [atoms[i] for i in kept], labels[kept], model[kept], references
+    )
     console.print(references.describe())
     return references, check, [*far, *findings]
 

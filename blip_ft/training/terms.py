@@ -13,7 +13,7 @@ term             each structure                             of the whole
 ``kl``           T KL_n of its own weights (``adaptive``)   KL(q || p)
 ``kl_of_mean``                                              KL of the mean
 ``function_kl``                                             sum over replayed structures of their KL
-``rehearsal``    alone: see :mod:`blip_ft.training.memory`
+``rehearsal``    alone: see :mod:`blip_ft.training.replay`
 ===============  =========================================  ==========================================
 
 The expectations are means over independent noise samples, which all terms of a step share.

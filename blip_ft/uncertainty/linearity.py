@@ -6,7 +6,7 @@ the posterior's width), an output that is linear in the weights has the spread a
     s^2 = mean_k (dy/dz z_k)^2,                                                          (1)
 
 the spread of the linearised model over *the same draws*: a comparison with it has no sampling error.
-The exact std of the linearised model (``one_pass``) is the expectation of (1); a std from K centred
+The exact std of the linearised model (``linearized``) is the expectation of (1); a std from K centred
 draws scatters around it by 1/sqrt(2 (K - 1)), relative, from K/2 pairs by 1/sqrt(K) (``draws.sampling_error``).
 
 The mean over centred draws leaves the mean model by curvature only. ``MAX_SHIFT`` of the full-width spread
@@ -27,7 +27,7 @@ from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import FrameDataset, collate
 from blip_ft.potential.bayesian import BayesianPotential, drawing
 from blip_ft.uncertainty.draws import moments_of_draws, sampling_error
-from blip_ft.uncertainty.one_pass import MAX_DIRECTIONS, energy_gradients, latent_derivatives
+from blip_ft.uncertainty.linearized import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.uncertainty.results import FloatArray
 from blip_ft.variational.noise import Noise

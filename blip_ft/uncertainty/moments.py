@@ -23,7 +23,7 @@ class BatchMoments:
         stress_std: (B, 6) eV/Å^3.
         node_energy_std: (n,) eV.
         sampling_error: relative std of ``forces_std`` and ``stress_std`` that were estimated from a few draws or
-            directions (for directions the worst case, ``one_pass.relative_error``); 0 where they are exact.
+            directions (for directions the worst case, ``linearized.relative_error``); 0 where they are exact.
         ood_score: (n,) distance from the training atoms, see ``uncertainty.ood``; needs no draws, ``None``
             for a model without it.
     """

@@ -30,14 +30,14 @@ from blip_ft.potential.calibration import Calibration
 from blip_ft.side_by_side import side_by_side, width
 from blip_ft.uncertainty import batch_limits
 from blip_ft.uncertainty.draws import moments_of_draws
+from blip_ft.uncertainty.linearized import Linearized, predict_linearized
 from blip_ft.uncertainty.moments import BatchMoments, to_double
-from blip_ft.uncertainty.one_pass import OnePass, predict_one_pass
 from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.uncertainty.shrinkage import shrunk
 from blip_ft.variational.noise import OFF
 
 #: how error bars are made
-Method = Literal["draws"] | OnePass
+Method = Literal["draws"] | Linearized
 
 
 def predict_batch(
@@ -57,7 +57,7 @@ def predict_batch(
             directions, by default all.
         stress: also predict stress.
         method: ``draws``: moments over the fixed draws; ``energy`` and ``linear``: the mean model
-            with stds of the linearised one (``one_pass``).
+            with stds of the linearised one (``linearized``).
 
     The out-of-distribution score comes from the features of the same calls: with draws from their mean
     over draws, which are those of the mean weights to first order, since draws are centred.
@@ -80,7 +80,7 @@ def _moments(
 ) -> BatchMoments:
     """What :func:`predict_batch` returns, without the score."""
     if method != "draws" and n_draws != 0:
-        return predict_one_pass(potential, batch, method=method, n_directions=n_draws, stress=stress)
+        return predict_linearized(potential, batch, method=method, n_directions=n_draws, stress=stress)
     n = potential.n_draws if n_draws is None else n_draws
     if n == 0 or not potential.posterior.ready:
         with torch.no_grad():  # the backbone switches autograd on for its own forces
@@ -91,7 +91,7 @@ def _moments(
     moments.forces_cov = shrunk(moments.forces_cov, n // 2 if potential.posterior.paired else n - 1)
     if potential.posterior.paired:
         # the mean weights themselves, and the exact std of the energy from the same call
-        exact = predict_one_pass(potential, batch, method="energy", stress=stress)
+        exact = predict_linearized(potential, batch, method="energy", stress=stress)
         moments.mean, moments.energy_std = exact.mean, exact.energy_std
     return moments
 

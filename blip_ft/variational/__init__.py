@@ -1,7 +1,7 @@
 """The mathematics of variational layers; knows no chemistry and imports no backend."""
 
 from blip_ft.variational.convert import ConversionReport, Converted, convert, plan, unload
-from blip_ft.variational.noise import MODES, Mode, NoiseState, Rows, normal
+from blip_ft.variational.noise import MODES, Mode, NoiseState, RowLayout, normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Block, Site
 
@@ -13,7 +13,7 @@ __all__ = [
     "Mode",
     "NoiseState",
     "PretrainedPrior",
-    "Rows",
+    "RowLayout",
     "Site",
     "convert",
     "normal",

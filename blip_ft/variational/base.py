@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.variational.mean import Change
-from blip_ft.variational.noise import NoiseState, Rows, Tap
+from blip_ft.variational.noise import NoiseState, RowLayout, Tap
 from blip_ft.variational.sites import Block, Site
 
 
@@ -151,7 +151,7 @@ class VariationalLayer(nn.Module, ABC):
         elif state.mode == "flipout":
             noise = self._flipped(x, state.weights[name])
         elif state.mode == "draw" and state.row_amplitude is not None:
-            noise = self.sampled(x, state.weights[name][None], Rows.single(x))
+            noise = self.sampled(x, state.weights[name][None], RowLayout.single(x))
         else:
             return None
         return noise if state.row_amplitude is None else _like(state.row_amplitude(self, x), noise) * noise
@@ -165,7 +165,7 @@ class VariationalLayer(nn.Module, ABC):
         index = self._layout(x).index
         signs = self.noise.signs(self.site.name, int(into.max()) + 1, int(outof.max()) + 1, x)
         first, second = (_like(s[index][:, c], x) for s, c in zip(signs, (into, outof), strict=True))
-        return second * self.sampled(first * x, weight, Rows.single(x))
+        return second * self.sampled(first * x, weight, RowLayout.single(x))
 
     def merge(self, perturbation: Tensor | None = None) -> None:
         """Write the mean, and a draw's perturbation (*shape), into the vendor's weight."""
@@ -174,7 +174,7 @@ class VariationalLayer(nn.Module, ABC):
             for parameter, part in zip(self.parameters_of(self.base), self.split(change), strict=True):
                 parameter.add_(part)
 
-    def _layout(self, x: Tensor) -> Rows:
+    def _layout(self, x: Tensor) -> RowLayout:
         rows = self.noise.rows[self.rows]
         if x.shape[0] != len(rows.index):
             raise RuntimeError(
@@ -188,10 +188,10 @@ class VariationalLayer(nn.Module, ABC):
         """The vendor's own map, before any activation."""
 
     @abstractmethod
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
         """The linear part of the map with one weight per structure, ``weight`` (B, *shape)."""
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
         """:meth:`mean` of each structure with its whole weight, ``mean`` (*shape) + ``noise`` (B, *shape): one product for
         both.
         """
@@ -202,7 +202,7 @@ class VariationalLayer(nn.Module, ABC):
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:
         """(rows, out) variance of the map for independent weights of variance (*shape)."""
 
-    def by_structure(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def by_structure(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
         """:meth:`sampled` for maps without bias: :meth:`mean` of each structure with its weight."""
         if not len(x):
             return self.mean(x, weight[0])
@@ -235,7 +235,7 @@ class VariationalLayer(nn.Module, ABC):
         """(rows, ..., in) input -> (rows, k) smooth numbers that no rotation changes."""
         return x if x.dim() == 2 else x.square().flatten(1, -2).mean(dim=1)
 
-    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: RowLayout) -> Tensor:
         """Gradient with respect to each structure's own copy of the weight, (B, *shape).
 
         Args:

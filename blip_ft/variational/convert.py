@@ -45,7 +45,7 @@ class Convertible(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class ModulePlan:
     """What happens to one module that has parameters of its own."""
 
     name: str
@@ -62,7 +62,7 @@ class Row:
 class ConversionReport:
     """Every module with parameters: converted, or left and why."""
 
-    table: tuple[Row, ...]
+    table: tuple[ModulePlan, ...]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ def plan(
     owners = _owners(model)
     trained, rest = _patterns(train, backbone)
     noisy, _ = _patterns(noise, backbone)
-    rows: list[Row] = []
+    rows: list[ModulePlan] = []
     seen: set[int] = set()
     convertible: set[str] = set()
     inside: tuple[str, ...] = ()
@@ -192,7 +192,7 @@ def plan(
         convertible.update(names if converted else [])
         is_trained = any(matches(trained, n) for n in names)
         rows.append(
-            Row(
+            ModulePlan(
                 name=name,
                 type=type(module).__name__,
                 shape=shape,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_ft.variational.base import VariationalLayer
-from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer, shared_matmul
+from blip_ft.variational.noise import RowLayout, grouped_matmul, grouped_outer, shared_matmul
 from blip_ft.variational.sites import Block
 
 
@@ -47,12 +47,12 @@ class VariationalIrrepsLinear(VariationalLayer):
         out: Tensor = self.base(x, weight)
         return out
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         base: Any = self.base
         parts, flat = self._split(base.irreps_in, x), weight.reshape(len(weight), -1)
         return _path_sum(base, parts, (flat,), lambda u, w: grouped_matmul(u, w, rows), inner=self.inner)
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         base: Any = self.base
         parts, weights = self._split(base.irreps_in, x), (mean.reshape(-1), noise.reshape(len(noise), -1))
 
@@ -62,7 +62,7 @@ class VariationalIrrepsLinear(VariationalLayer):
         out = _path_sum(base, parts, weights, product, inner=self.inner)
         return out if self.bias is None else out + _biases(base, out)
 
-    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         base: Any = self.base
         inputs, grads = self._split(base.irreps_in, x), self._split(base.irreps_out, grad)
         plan = _plan(base)
@@ -251,7 +251,7 @@ class VariationalTensorProduct(VariationalLayer):
         out: Tensor = base(x[:, :width].contiguous(), x[:, width:].contiguous(), weight)
         return out
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
         """By the vendor's own kernel, structure by structure."""
         return self.by_structure(x, weight, rows)
 
@@ -358,14 +358,14 @@ class VariationalRadialLayer(VariationalLayer):
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return x @ (weight / self._norm())
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight / self._norm(), rows)
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         norm = self._norm()
         return shared_matmul(x, mean / norm, noise / norm, rows)
 
-    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         return grouped_outer(x, grad, rows) / self._norm()
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:  # noqa: D102

@@ -13,7 +13,7 @@ from blip_ft.variational.e3nn_layers import (
     VariationalRadialLayer,
     VariationalTensorProduct,
 )
-from blip_ft.variational.noise import Rows, grouped_matmul, grouped_outer, shared_matmul
+from blip_ft.variational.noise import RowLayout, grouped_matmul, grouped_outer, shared_matmul
 from blip_ft.variational.sites import Block
 
 __all__ = [
@@ -37,14 +37,14 @@ class VariationalLinear(VariationalLayer):
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return linear(x, weight, self.bias)
 
-    def sampled(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def sampled(self, x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         return grouped_matmul(x, weight.transpose(1, 2), rows)
 
-    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         out = shared_matmul(x, mean.T, noise.transpose(1, 2), rows)
         return out if self.bias is None else out + self.bias
 
-    def weight_gradient(self, x: Tensor, grad: Tensor, rows: Rows) -> Tensor:  # noqa: D102
+    def weight_gradient(self, x: Tensor, grad: Tensor, rows: RowLayout) -> Tensor:  # noqa: D102
         return grouped_outer(grad, x, rows)
 
     def row_variance(self, x: Tensor, variance: Tensor) -> Tensor:  # noqa: D102

@@ -53,7 +53,7 @@ def normal(key: Sequence[object], n: int, dtype: torch.dtype = torch.float64) ->
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLayout:
     """Which structure each row of a layer's input belongs to.
 
     Attributes:
@@ -65,12 +65,12 @@ class Rows:
     counts: tuple[int, ...]
 
     @classmethod
-    def from_index(cls, index: Tensor, n_structures: int) -> Rows:
+    def from_index(cls, index: Tensor, n_structures: int) -> RowLayout:
         """Count the rows of each structure."""
         return cls(index, tuple(torch.bincount(index, minlength=n_structures).tolist()))
 
     @classmethod
-    def single(cls, x: Tensor) -> Rows:
+    def single(cls, x: Tensor) -> RowLayout:
         """All rows of ``x`` in one structure."""
         return cls(torch.zeros(len(x), dtype=torch.int64, device=x.device), (len(x),))
 
@@ -108,8 +108,8 @@ class Rows:
         return self.index * width + within
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-    """Rows of each structure times that structure's matrix.
+def grouped_matmul(x: Tensor, weight: Tensor, rows: RowLayout) -> Tensor:
+    """RowLayout of each structure times that structure's matrix.
 
     Args:
         x: (rows, ..., i).
@@ -132,7 +132,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     return rows.unpad(product.reshape(*padded.shape[:-1], weight.shape[2]))
 
 
-def grouped_outer(x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+def grouped_outer(x: Tensor, y: Tensor, rows: RowLayout) -> Tensor:
     """Sum over each structure's rows of x_r y_r^T: (rows, ..., i), (rows, ..., o) -> (B, i, o)."""
     if len(rows.counts) == 1:
         return (x.flatten(0, -2).T @ y.flatten(0, -2))[None]
@@ -142,7 +142,7 @@ def grouped_outer(x: Tensor, y: Tensor, rows: Rows) -> Tensor:
     return torch.bmm(rows.pad(x).flatten(1, -2).transpose(1, 2), rows.pad(y).flatten(1, -2))
 
 
-def shared_matmul(x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
+def shared_matmul(x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
     """``grouped_matmul(x, mean + noise, rows)`` whose gradient by the mean is one product, not a sum over structures.
 
     Args:
@@ -160,7 +160,7 @@ def shared_matmul(x: Tensor, mean: Tensor, noise: Tensor, rows: Rows) -> Tensor:
 
 
 class _Shared(torch.autograd.Function):
-    """Rows of structure b times mean + noise[b], which ``whole`` is."""
+    """RowLayout of structure b times mean + noise[b], which ``whole`` is."""
 
     @staticmethod
     def forward(
@@ -184,7 +184,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """Rows of structure b times W[b], one product after the other: on a CPU cheaper than rows of zeros."""
+    """RowLayout of structure b times W[b], one product after the other: on a CPU cheaper than rows of zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -225,7 +225,7 @@ class _Outer(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Tap:
-    """What one call of a layer leaves for weight gradients (``uncertainty.one_pass``).
+    """What one call of a layer leaves for weight gradients (``uncertainty.linearized``).
 
     Attributes:
         layer: the converted layer.
@@ -299,8 +299,8 @@ class NoiseState(threading.local):
     mode: Mode = "off"
     weights: dict[str, Tensor] = field(default_factory=dict)
     variances: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Rows] = field(default_factory=dict)
-    row_normal: Callable[[str, Rows, int, Tensor], Tensor] | None = None
+    rows: dict[str, RowLayout] = field(default_factory=dict)
+    row_normal: Callable[[str, RowLayout, int, Tensor], Tensor] | None = None
     signs: Callable[[str, int, int, Tensor], tuple[Tensor, Tensor]] | None = None
     row_amplitude: Callable[[Any, Tensor], Tensor] | None = None
     taps: list[Tap] | None = None
@@ -315,7 +315,7 @@ class NoiseState(threading.local):
         self,
         mode: Mode = "off",
         weights: Mapping[str, Tensor] | None = None,
-        rows: Mapping[str, Rows] | None = None,
+        rows: Mapping[str, RowLayout] | None = None,
         *,
         taps: bool = False,
     ) -> Iterator[NoiseState]:
@@ -345,13 +345,13 @@ class NoiseState(threading.local):
 
 def keyed_row_normal(
     seed: int, epoch: int, keys: Sequence[int], sample: int = 0
-) -> Callable[[str, Rows, int, Tensor], Tensor]:
+) -> Callable[[str, RowLayout, int, Tensor], Tensor]:
     """Row normals keyed by (seed, epoch, structure, layer); rows count from 0 in each structure.
 
     ``sample`` numbers independent samples of one step.
     """
 
-    def draw(site: str, rows: Rows, width: int, like: Tensor) -> Tensor:
+    def draw(site: str, rows: RowLayout, width: int, like: Tensor) -> Tensor:
         parts = [
             normal(("row", seed, epoch, key, site, *numbered(sample)), count * width, like.dtype)
             for key, count in zip(keys, rows.counts, strict=True)

@@ -24,7 +24,7 @@ from blip_ft.testing.conservative import ConservativeContract
 from blip_ft.testing.helpers import array, close, evaluate, evaluate_all, same
 from blip_ft.testing.variational import VariationalContract, bayesian
 from blip_ft.testing.vendor import VendorContract
-from blip_ft.training.gates import stock_predictions
+from blip_ft.training.sanity_checks import stock_predictions
 from blip_ft.uncertainty.predict import predict_atoms
 
 pytestmark = pytest.mark.backend("chgnet")

@@ -31,7 +31,7 @@ from blip_ft.testing.contract import AdapterContract
 from blip_ft.testing.helpers import array, close, evaluate, evaluate_all, same
 from blip_ft.testing.variational import VariationalContract
 from blip_ft.testing.vendor import VendorContract
-from blip_ft.training.gates import stock_predictions
+from blip_ft.training.sanity_checks import stock_predictions
 from blip_ft.variational.convert import plan
 from blip_ft.variational.noise import Noise
 

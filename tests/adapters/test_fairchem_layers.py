@@ -21,7 +21,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.testing.helpers import close, evaluate, evaluate_all
 from blip_ft.uncertainty.jacobian import output_gradients
-from blip_ft.variational import NoiseState, Rows, Site, convert, unload
+from blip_ft.variational import NoiseState, RowLayout, Site, convert, unload
 
 from . import tiny_uma
 
@@ -73,13 +73,13 @@ KINDS = {
 }
 
 
-def make(name: str) -> tuple[Any, Tensor, Rows]:
+def make(name: str) -> tuple[Any, Tensor, RowLayout]:
     """A layer with a mean of its own, an input, and its rows: three structures, one of them empty."""
     base, shape = bases()[name]
     kind = layers.layer_type(base, mixes="orders" in name)
     assert kind is KINDS[name]
     site = Site("x", kind.shape(base), kind.blocks(base))
-    rows = Rows.from_index(
+    rows = RowLayout.from_index(
         torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS)), len(COUNTS)
     )
     delta = nn.Parameter(0.1 * normal(*site.shape, seed=1))
@@ -108,7 +108,7 @@ class TestLayer:
 
     def test_one_structure(self, name):
         layer, x, _ = make(name)
-        rows = Rows.from_index(torch.zeros(len(x), dtype=torch.int64), 1)
+        rows = RowLayout.from_index(torch.zeros(len(x), dtype=torch.int64), 1)
         perturbation = normal(1, *layer.site.shape, seed=3)
         layer.noise.weights = {"x": perturbation[0]}
         before, layer.noise.mode = layer(x), "draw"
@@ -121,7 +121,7 @@ class TestLayer:
             assert torch.equal(layer.row_variance(x, variance)[:, 1:], torch.zeros(len(x), 8, 4))
             variance[1:] = 0
         draws = variance.sqrt() * normal(1500, *layer.site.shape, seed=5)
-        rows = Rows.from_index(torch.arange(len(x)), len(x))
+        rows = RowLayout.from_index(torch.arange(len(x)), len(x))
         outputs = torch.stack([layer.sampled(x, d.expand(len(x), *d.shape), rows) for d in draws])
         torch.testing.assert_close(layer.row_variance(x, variance), outputs.var(dim=0), rtol=0.25, atol=1e-12)
 
@@ -130,7 +130,7 @@ class TestLayer:
         layer.noise.mode, layer.noise.variances = "local", {"x": torch.full(layer.site.shape, 0.01).double()}
         asked = []
 
-        def ones(site: str, layout: Rows, width: int, like: Tensor) -> Tensor:
+        def ones(site: str, layout: RowLayout, width: int, like: Tensor) -> Tensor:
             asked.append((site, layout is rows, width))
             return like.new_ones(len(layout.index), width)
 
@@ -252,7 +252,7 @@ def test_a_batch_with_a_weight_per_structure_is_single_draws(tmp_path, frames, d
     weights = perturb(c, len(frames))
     batch = model.batch(frames)
     c.noise.mode, c.noise.weights = "structure", weights
-    c.noise.rows = {kind: Rows.from_index(i, len(frames)) for kind, i in batch.rows.items()}
+    c.noise.rows = {kind: RowLayout.from_index(i, len(frames)) for kind, i in batch.rows.items()}
     together = model(batch)
     start = 0
     for i, atoms in enumerate(frames):

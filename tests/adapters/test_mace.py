@@ -23,7 +23,7 @@ from blip_ft.adapters.mace.backbone import MACEBackbone
 from blip_ft.adapters.shared import files
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.errors import CheckpointError, ConversionError, GateError, RecipeError
+from blip_ft.errors import CheckpointError, ConversionError, RecipeError, SanityCheckError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import export_native, member
 from blip_ft.testing.conservative import ConservativeContract
@@ -473,7 +473,7 @@ def test_a_file_with_the_foundations_references_is_not_exported(
     potential = bayesian(copy.deepcopy(load("vectors")).double())
     write = MACEBackbone.write_native
     monkeypatch.setattr(MACEBackbone, "write_native", lambda self, path, shift: write(self, path, {}))
-    with pytest.raises(GateError, match="other numbers"):
+    with pytest.raises(SanityCheckError, match="other numbers"):
         export_native(potential, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -29,7 +29,7 @@ from blip_ft.testing.conservative import ConservativeContract
 from blip_ft.testing.helpers import array, close, evaluate
 from blip_ft.testing.variational import VariationalContract
 from blip_ft.testing.vendor import VendorContract
-from blip_ft.training.gates import stock_predictions
+from blip_ft.training.sanity_checks import stock_predictions
 from blip_ft.variational.convert import plan
 
 from .orb_files import SIZES, write_orb

@@ -18,7 +18,7 @@ from ase.io import read, write
 from blip_ft.config import PosteriorConfig
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.potential.distance import FeatureDistance
-from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty import linearized
 from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.outputs import IN_ARRAYS, IN_INFO
 from blip_ft.uncertainty.predict import predict_atoms
@@ -83,7 +83,7 @@ def test_error_bars_can_be_chosen(
     assert ("forces_std" in out.arrays) == ("forces_std" in has)
     assert ("energy_std" in out.info) == ("energy_std" in has)
     if error == "directions":
-        error = one_pass.relative_error(4, load_model(pathwise).posterior.latent_numel)
+        error = linearized.relative_error(4, load_model(pathwise).posterior.latent_numel)
         assert error > 0
     assert out.info.get("std_sampling_error") == (None if error is None else pytest.approx(error, abs=1e-12))
 
@@ -91,7 +91,7 @@ def test_error_bars_can_be_chosen(
 def test_exact_error_bars_of_too_many_numbers(
     monkeypatch: pytest.MonkeyPatch, call: Any, run: Path, frames: Path, tmp_path: Path
 ):
-    monkeypatch.setattr(one_pass, "MAX_DIRECTIONS", 100)
+    monkeypatch.setattr(linearized, "MAX_DIRECTIONS", 100)
     code, _, err = call("predict", run, frames, "-o", tmp_path / "out.extxyz", "--method", "linear")
     assert code == 2
     assert "latent numbers" in err

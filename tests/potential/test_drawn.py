@@ -13,7 +13,7 @@ from ase.build import bulk
 from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential, drawing
 from blip_ft.testing.fake import FakeBackbone
@@ -27,7 +27,7 @@ def fit(potential: BayesianPotential, seed: int = 0, scale: float = 0.3) -> None
     n = potential.posterior.n_weights
     rows = torch.randn(20, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     nothing = np.zeros(20)
-    data = Rows(rows.to(potential.backbone.dtype), nothing, np.arange(20) % 3, nothing == 0)
+    data = LinearizedModel(rows.to(potential.backbone.dtype), nothing, np.arange(20) % 3, nothing == 0)
     potential.posterior.fit(ClosedFormData(data, scale))
 
 

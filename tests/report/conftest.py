@@ -8,9 +8,9 @@ import pytest
 
 from blip_ft.config import Recipe, parse_recipe
 from blip_ft.uncertainty.calibration import calibrate, rmse_calibration
+from blip_ft.uncertainty.diagnostics import find_diagnostics
 from blip_ft.uncertainty.metrics import metrics_table
 from blip_ft.uncertainty.results import SetPrediction
-from blip_ft.uncertainty.signatures import find_signatures
 
 
 def make_prediction(
@@ -122,7 +122,7 @@ def make_run(unseen: tuple[str, ...] = ("hot", "dense")) -> dict[str, Any]:
             Finding("duplicates", "info", [], "none", ""),
             Finding("units", "warning", ["x.xyz#3"], "forces look small", "check the units"),
         ],
-        "signatures": find_signatures(
+        "signatures": find_diagnostics(
             metrics=metrics["blip"], calibration=calibration, history=history["blip"]
         ),
     }

@@ -12,8 +12,8 @@ from blip_ft.errors import BlipError
 from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.report import write_report
 from blip_ft.report.tables import format_value, lines
+from blip_ft.uncertainty.diagnostics import Diagnostic, exploding_variance
 from blip_ft.uncertainty.metrics import metrics_table
-from blip_ft.uncertainty.signatures import Signature, exploding_variance
 
 from .conftest import make_linearity, make_recipe, make_run
 
@@ -129,8 +129,8 @@ def test_both_schemes(whole):
 
 def test_signatures_by_severity(tmp_path, plain_run):
     plain_run["signatures"] = [
-        Signature("sigma_stuck", "warning", "it never left", "raise the rate"),
-        Signature("exploding_variance", "error", "it grew", "lower the rate"),
+        Diagnostic("sigma_stuck", "warning", "it never left", "raise the rate"),
+        Diagnostic("exploding_variance", "error", "it grew", "lower the rate"),
     ]
     html = render(tmp_path, plain_run)
     assert "None of the known failures" not in html

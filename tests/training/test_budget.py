@@ -226,7 +226,7 @@ def test_a_run_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
     from blip_ft.config import ModelConfig, PosteriorConfig
-    from blip_ft.families.base.linear import ClosedFormData, Rows
+    from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
     from blip_ft.potential.bayesian import BayesianPotential
 
     def of(storage: str) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_directions_in_single_precision_are_stored_so(tmp_path: Path) -> None:
         gradients = torch.randn(9, p, generator=generator, dtype=torch.float64)
         targets = np.arange(9.0)
         potential.posterior.fit(
-            ClosedFormData(Rows(gradients, targets, np.arange(9) % 3, np.ones(9, bool)), 0.3, 1.0)
+            ClosedFormData(LinearizedModel(gradients, targets, np.arange(9) % 3, np.ones(9, bool)), 0.3, 1.0)
         )
         saved = potential.state_dict()["posterior.directions"]
         assert (saved.double() == potential.posterior.directions).all(), "saving loses nothing"

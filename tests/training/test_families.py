@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "elbo+crps": {"posterior": {"family": "adaptive"}, "objective": {"kind": "elbo+crps"}},
     "function_kl": {
         "posterior": {"family": "weight", "mode": "flipout"},
-        "objective": {"kind": "function_kl", "replay": "replay.extxyz", "likelihood": "joint_student_t"},
+        "objective": {"kind": "function_kl", "frames": "replay.extxyz", "likelihood": "joint_student_t"},
     },
     "function_kl of subspace": {
         "posterior": {"family": "subspace", "start": 0.5},
@@ -153,7 +153,7 @@ def test_replayed_frames_are_checked_before_training(
         "data": {"train": "train.extxyz"},
         "model": {"adapter": "fake", "checkpoint": "tiny"},
         "posterior": {"family": "weight", "prior_scale": 0.2},
-        "objective": {"kind": "function_kl", "temperature": 1.0, "replay": "replay.extxyz"},
+        "objective": {"kind": "function_kl", "temperature": 1.0, "frames": "replay.extxyz"},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))
     assert main(["fit", "recipe.yaml"]) == 2
@@ -172,7 +172,7 @@ class TestReplayedFrames:
         from blip_ft.config import apply_override, parse_recipe
         from blip_ft.data.split.context import load_context
         from blip_ft.data.split.splits import load_splits
-        from blip_ft.training.replay import replayed
+        from blip_ft.training.function_prior import replayed
 
         write(tmp_path / "train.extxyz", frames(12))
         write(tmp_path / "mine.extxyz", frames(3, seed=5))
@@ -202,10 +202,10 @@ class TestReplayedFrames:
             np.testing.assert_allclose(one.positions, other.positions, atol=1e-7)
 
     def test_the_users_structures_alone(self, tmp_path: Path) -> None:
-        assert len(self.frames(tmp_path, "data.context=@mine.extxyz", "posterior.context=0")) == 3
+        assert len(self.frames(tmp_path, "data.context=@mine.extxyz", "posterior.perturbed_share=0")) == 3
 
     def test_named_frames_come_in_their_place(self, tmp_path: Path) -> None:
-        options = ("data.context=@mine.extxyz", "objective.replay=@other.extxyz")
+        options = ("data.context=@mine.extxyz", "objective.frames=@other.extxyz")
         (one, _) = self.frames(tmp_path, *options)
         np.testing.assert_allclose(one.positions, frames(1, seed=6)[0].positions, atol=1e-7)
 

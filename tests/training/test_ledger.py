@@ -20,10 +20,10 @@ from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger, exact_key
 from blip_ft.data.check.sets import UNIT_FRAMES
 from blip_ft.data.read.sources import load_source
-from blip_ft.errors import GateError
+from blip_ft.errors import SanityCheckError
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.training import gates
-from blip_ft.training.evaluate import judge, remembered
+from blip_ft.training import sanity_checks
+from blip_ft.training.evaluate import evaluate, remembered
 from blip_ft.training.prepare import prepare
 from blip_ft.uncertainty.predict import predict_set
 
@@ -73,10 +73,10 @@ def test_each_frame_is_evaluated_once(tmp_path: Path, evaluated: Counter[str]) -
     assert gate <= 20
     # beside that units and step 0 by the vendor's calculator, which is a copy of the backbone here
     units = min(UNIT_FRAMES, len(prepared.sets["train"]))
-    assert evaluated["structures"] == total + units + 2 * gate + gates.REFERENCE_FRAMES
+    assert evaluated["structures"] == total + units + 2 * gate + sanity_checks.REFERENCE_FRAMES
     before = dict(evaluated)
     assert prepared.ledger is not None
-    judge(
+    evaluate(
         recipe,
         prepared.potential,
         prepared.sets,
@@ -170,9 +170,9 @@ def test_references_that_do_not_act_are_told(tmp_path: Path) -> None:
     labels = np.array([float(item.labels["energy"]) for item in items])
     assert prepared.ledger is not None
     model = np.array([k.energy for k in prepared.ledger.ask(items)])
-    check = gates.check_references(prepared.potential, atoms, labels, model, prepared.references)
+    check = sanity_checks.check_references(prepared.potential, atoms, labels, model, prepared.references)
     residual = torch.from_numpy(labels - model - sum(prepared.references.shift[z] for z in atoms[0].numbers))
     assert check["rms_after"] == pytest.approx(float((residual / 3).square().mean().sqrt()))
     prepared.potential.references = {z: 1.01 * e + 0.1 for z, e in prepared.references.shift.items()}
-    with pytest.raises(GateError, match="do not act in the assembled model"):
-        gates.check_references(prepared.potential, atoms, labels, model, prepared.references)
+    with pytest.raises(SanityCheckError, match="do not act in the assembled model"):
+        sanity_checks.check_references(prepared.potential, atoms, labels, model, prepared.references)

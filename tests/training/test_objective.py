@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from blip_ft.backbones.protocol import Backbone, Batch, Prediction
 from blip_ft.config import ModelConfig, ObjectiveConfig, PosteriorConfig, Recipe, parse_recipe
 from blip_ft.data.batch.dataset import Item, collate
-from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import ElboScale, Likelihood, fair_crps
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training import replay as training_replay
+from blip_ft.training.function_prior import Replay
 from blip_ft.training.objective import Objective, make_objective
-from blip_ft.training.replay import Replay
 from blip_ft.training.terms import Start
 from blip_ft.variational.noise import Noise
 
@@ -58,7 +58,7 @@ class Problem:
         if isinstance(self.potential.posterior, PathwisePosterior):
             nothing = np.zeros(20)
             rows = torch.randn(20, self.potential.posterior.n_weights, generator=generator, dtype=DOUBLE)
-            data = Rows(rows, nothing, np.arange(20) % 3, nothing == 0)
+            data = LinearizedModel(rows, nothing, np.arange(20) % 3, nothing == 0)
             self.potential.posterior.fit(ClosedFormData(data, prior_scale=0.2))
         self.likelihood = Likelihood(options.objective)
         self.items = self.make_items(generator)

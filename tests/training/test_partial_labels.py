@@ -182,7 +182,12 @@ def test_the_posterior_sees_weights_as_copies(tmp_path: Path) -> None:
     )
     recipe = load_recipe(
         str(tmp_path / "r.yaml"),
-        ["posterior.rank=3", "posterior.projections=4", "posterior.context=0", "posterior.prior_scale=0.1"],
+        [
+            "posterior.rank=3",
+            "posterior.projections=4",
+            "posterior.perturbed_share=0",
+            "posterior.prior_scale=0.1",
+        ],
     )
 
     def information(data: Frames) -> np.ndarray:

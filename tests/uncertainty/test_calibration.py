@@ -18,8 +18,8 @@ from blip_ft.uncertainty.calibration import (
     gaussian_nll,
     rmse_calibration,
 )
+from blip_ft.uncertainty.diagnostics import find_diagnostics, one_frame_carries
 from blip_ft.uncertainty.metrics import set_metrics
-from blip_ft.uncertainty.signatures import find_signatures, one_frame_carries
 
 ML = math.inf  # plain maximum likelihood
 
@@ -330,7 +330,7 @@ def test_one_force_component_does_not_move_the_scale(make_prediction, size):
     assert found.forces.scale == pytest.approx(clean.forces.scale, rel=0.2)
     assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     (signature,) = [
-        s for s in find_signatures(metrics={}, calibration=found, history=[]) if "label" in s.name
+        s for s in find_diagnostics(metrics={}, calibration=found, history=[]) if "label" in s.name
     ]
     assert "seen.xyz#4" in signature.message
     constant = rmse_calibration(p)

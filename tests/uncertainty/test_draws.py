@@ -10,7 +10,7 @@ import torch
 from ase.build import bulk, molecule
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
@@ -30,7 +30,9 @@ def make(family: str) -> BayesianPotential:
     if family == "pathwise":
         rows = torch.randn(20, 472, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         nothing = np.zeros(20)
-        potential.posterior.fit(ClosedFormData(Rows(rows, nothing, np.arange(20) % 3, nothing == 0), 0.3))
+        potential.posterior.fit(
+            ClosedFormData(LinearizedModel(rows, nothing, np.arange(20) % 3, nothing == 0), 0.3)
+        )
     potential.references = {8: -3.0, 14: 7.0}
     return potential
 

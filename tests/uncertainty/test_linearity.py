@@ -17,7 +17,7 @@ from blip_ft.uncertainty import linearity
 from blip_ft.uncertainty.draws import sampling_error
 from blip_ft.uncertainty.linearity import agreement, quartiles, study
 
-from .test_one_pass import RANK, make
+from .test_linearized import RANK, make
 
 
 @pytest.fixture(scope="module")

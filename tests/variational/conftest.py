@@ -15,7 +15,7 @@ from blip_ft.families.base.posterior import Posterior
 from blip_ft.families.registry import posterior_class
 from blip_ft.variational.layers import VariationalLayer, layer_type
 from blip_ft.variational.mean import FullChange
-from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
+from blip_ft.variational.noise import NoiseState, RowLayout, keyed_row_normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -55,10 +55,10 @@ class Bench:
     def noise(self) -> NoiseState:
         return self.layer.noise
 
-    def rows(self, counts: list[int]) -> Rows:
-        """Rows of ``len(counts)`` structures; structure i has key 100 + i."""
+    def rows(self, counts: list[int]) -> RowLayout:
+        """RowLayout of ``len(counts)`` structures; structure i has key 100 + i."""
         self.keys = [100 + i for i in range(len(counts))]
-        return Rows.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
+        return RowLayout.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
 
     def off(self) -> None:
         self.noise.clear()

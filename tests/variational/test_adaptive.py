@@ -16,7 +16,7 @@ from blip_ft.families.adaptive.posterior import AdaptivePosterior, Recorder
 from blip_ft.variational import PretrainedPrior
 from blip_ft.variational.layers import VariationalIrrepsLinear, VariationalLinear
 from blip_ft.variational.mean import FullChange
-from blip_ft.variational.noise import NoiseState, Rows, keyed_row_normal
+from blip_ft.variational.noise import NoiseState, RowLayout, keyed_row_normal
 from blip_ft.variational.sites import Site
 
 DOUBLE = torch.float64
@@ -57,8 +57,8 @@ def inputs(n: int, width: int = 4, seed: int = 1, dtype: torch.dtype = DOUBLE) -
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(dtype)
 
 
-def rows_of(counts: list[int]) -> Rows:
-    return Rows.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
+def rows_of(counts: list[int]) -> RowLayout:
+    return RowLayout.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
 
 
 def alphas(layer, posterior, x):

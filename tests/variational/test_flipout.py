@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from blip_ft.variational.noise import Rows, keyed_signs
+from blip_ft.variational.noise import RowLayout, keyed_signs
 
 DOUBLE = torch.float64
 needs_e3nn = pytest.mark.backend("sevennet")
@@ -39,7 +39,7 @@ def inputs(base: nn.Module, rows: int, seed: int = 1) -> torch.Tensor:
 
 def flip(b, counts, *, step=0, epoch=0, keys=None) -> None:
     """Set the noise of one training step."""
-    rows = Rows.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
+    rows = RowLayout.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
     keys = list(range(len(counts))) if keys is None else keys
     b.noise.clear()
     b.noise.weights = b.posterior.sample(b.posterior.latent([("flipout", 0, step)], DOUBLE))
@@ -68,7 +68,7 @@ class TestOneStructure:
                 matrix = r[:, None] * s[None, :] if block.output_axis == 1 else s[:, None] * r[None, :]
                 flat = weight.reshape(-1)[block.start : block.start + block.numel]
                 flat.copy_(shared.reshape(-1)[block.start : block.start + block.numel] * matrix.reshape(-1))
-            expected = b.layer.sampled(part, weight[None], Rows.single(part))
+            expected = b.layer.sampled(part, weight[None], RowLayout.single(part))
             torch.testing.assert_close(noise[start : start + count], expected, rtol=1e-12, atol=1e-12)
             start += count
 
@@ -86,7 +86,7 @@ class TestOneStructure:
             off = torch.stack(offs)
             unit = torch.eye(b.posterior.latent_numel, dtype=DOUBLE)
             factor = b.posterior.sample(unit)["layer"]
-            rows = Rows.from_index(torch.arange(len(unit)), len(unit))
+            rows = RowLayout.from_index(torch.arange(len(unit)), len(unit))
             response = b.layer.sampled(x[[0]].expand(len(unit), -1), factor, rows)[:, :3]
             exact = torch.block_diag(*2 * [response.T @ response])
         scale = exact.diagonal().sqrt().clamp_min(1e-12)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from blip_ft.families.base.linear import ClosedFormData, Rows
+from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.posthoc_laplace.posterior import LaplacePosterior
 from blip_ft.variational import Block, PretrainedPrior, Site
 
@@ -26,7 +26,9 @@ def make(dtype: torch.dtype = DOUBLE) -> LaplacePosterior:
     return LaplacePosterior(list(sites.values()), PretrainedPrior(sites, weights, 0.3), 0.01)
 
 
-def problem(m: int, seed: int = 0, context: int = 0, dtype: torch.dtype = DOUBLE) -> tuple[Rows, np.ndarray]:
+def problem(
+    m: int, seed: int = 0, context: int = 0, dtype: torch.dtype = DOUBLE
+) -> tuple[LinearizedModel, np.ndarray]:
     """m labels that are linear in P weights, of very different strength; rows over their noise."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(m + context, P)) * 10.0 ** rng.uniform(-2, 2, (m + context, 1))
@@ -34,10 +36,10 @@ def problem(m: int, seed: int = 0, context: int = 0, dtype: torch.dtype = DOUBLE
     y[m:] = np.nan
     gradients = torch.from_numpy(x).to(dtype)
     scored = np.ones(m + context, dtype=bool)
-    return Rows(gradients, y, np.arange(m + context) % 3, scored), x[:m]
+    return LinearizedModel(gradients, y, np.arange(m + context) % 3, scored), x[:m]
 
 
-def fitted(rows: Rows, s: float, t: float, dtype: torch.dtype = DOUBLE) -> LaplacePosterior:
+def fitted(rows: LinearizedModel, s: float, t: float, dtype: torch.dtype = DOUBLE) -> LaplacePosterior:
     posterior = make(dtype)
     posterior.fit(ClosedFormData(rows, prior_scale=s, temperature=t))
     return posterior

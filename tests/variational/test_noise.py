@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from blip_ft.variational.noise import NoiseState, Rows, grouped_matmul, keyed_row_normal, normal
+from blip_ft.variational.noise import NoiseState, RowLayout, grouped_matmul, keyed_row_normal, normal
 
 counts_lists = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
 
 def rows_of(counts):
-    return Rows.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
+    return RowLayout.from_index(torch.repeat_interleave(torch.tensor(counts)), len(counts))
 
 
 class TestNormal:
@@ -88,7 +88,7 @@ class TestRows:
         assert torch.equal(rows.unpad(padded), x)
 
     def test_trailing_structures_without_rows_are_counted(self):
-        assert Rows.from_index(torch.tensor([0, 2, 2]), 5).counts == (1, 0, 2, 0, 0)
+        assert RowLayout.from_index(torch.tensor([0, 2, 2]), 5).counts == (1, 0, 2, 0, 0)
 
     def test_gradients_pass_through_padding(self):
         rows = rows_of([2, 0, 3])

@@ -18,7 +18,7 @@ from blip_ft.errors import BlipError
 from blip_ft.families.base.linear import (
     PRIOR_SCALES,
     ClosedFormData,
-    Rows,
+    LinearizedModel,
     widest_as_good,
 )
 from blip_ft.families.base.spectrum import left_out_nll
@@ -27,7 +27,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty.draws import evaluate_draws, moments_of_draws
 from blip_ft.uncertainty.jacobian import all_components, output_gradients
-from blip_ft.uncertainty.one_pass import predict_one_pass
+from blip_ft.uncertainty.linearized import predict_linearized
 from blip_ft.uncertainty.predict import predict_batch
 from blip_ft.variational import Block, PretrainedPrior, Site
 
@@ -45,13 +45,15 @@ def make(rank: int, dtype: torch.dtype = DOUBLE, seed: int = 0) -> PathwisePoste
     return PathwisePosterior(list(sites.values()), prior, 0.01, rank=rank, seed=seed)
 
 
-def problem(m: int, seed: int = 0, context: int = 0) -> tuple[Rows, np.ndarray]:
+def problem(m: int, seed: int = 0, context: int = 0) -> tuple[LinearizedModel, np.ndarray]:
     """m labels that are linear in P weights; rows over their noise, and rows without a label."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(m + context, P)) * 10.0 ** rng.uniform(-1, 1, (m + context, 1))
     y = x @ (0.4 * rng.normal(size=P)) + rng.normal(size=m + context)
     y[m:] = np.nan
-    return Rows(torch.from_numpy(x), y, np.arange(m + context) % 3, np.ones(m + context, dtype=bool)), x[:m]
+    return LinearizedModel(
+        torch.from_numpy(x), y, np.arange(m + context) % 3, np.ones(m + context, dtype=bool)
+    ), x[:m]
 
 
 def exact(x: np.ndarray, s: float, t: float) -> np.ndarray:
@@ -183,7 +185,7 @@ def fitted_potential(
         batch = crystal_of(potential)
         rows = torch.cat([g for _, g in output_gradients(potential, batch, all_components(batch))]) / noise
     nothing = np.zeros(len(rows))
-    data = Rows(rows, nothing, np.arange(len(rows)) % 3, nothing == 0)
+    data = LinearizedModel(rows, nothing, np.arange(len(rows)) % 3, nothing == 0)
     potential.posterior.fit(ClosedFormData(data, prior_scale=width))
     potential.amplitude = amplitude
     return potential
@@ -209,7 +211,7 @@ def test_pairs_cancel_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = math.sqrt(n / 2) * torch.eye(n // 2, dtype=DOUBLE)
     latents = torch.stack([unit, -unit], dim=1).flatten(0, 1)
     potential._draws = (n, potential.seed, potential.backbone.dtype), latents
-    exact_ = predict_one_pass(potential, batch, method="linear")
+    exact_ = predict_linearized(potential, batch, method="linear")
     pairs = moments_of_draws(potential, batch, n, stress=False)
     torch.testing.assert_close(pairs.energy_std, exact_.energy_std, rtol=0.1, atol=0)
     torch.testing.assert_close(pairs.forces_std, exact_.forces_std, rtol=0.05, atol=0)
@@ -236,7 +238,7 @@ def test_mean_and_energy_std_are_not_those_of_the_pairs() -> None:
         predict_batch(potential, batch, n_draws=8),
         moments_of_draws(potential, batch, 8, stress=True),
     )
-    mean, exact_ = predict_batch(potential, batch, n_draws=0).mean, predict_one_pass(potential, batch)
+    mean, exact_ = predict_batch(potential, batch, n_draws=0).mean, predict_linearized(potential, batch)
     for name in ("energy", "forces", "stress", "node_energy"):
         assert torch.equal(getattr(reported.mean, name), getattr(mean, name))
         assert not torch.allclose(getattr(pairs.mean, name), getattr(mean, name), rtol=1e-6, atol=1e-9)

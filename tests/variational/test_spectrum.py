@@ -14,7 +14,7 @@ from scipy.linalg import cho_solve, cholesky
 
 from blip_ft.families.base import gram
 from blip_ft.families.base.gram import as_many_threads_as_torch, combine, gram_matrix
-from blip_ft.families.base.linear import PRIOR_SCALES, Rows, gauss_newton_steps
+from blip_ft.families.base.linear import PRIOR_SCALES, LinearizedModel, gauss_newton_steps
 from blip_ft.families.base.spectrum import left_out_nll, left_out_scores
 
 #: outputs and weights: more weights, about as many, far fewer
@@ -22,7 +22,7 @@ SHAPES = [(12, 40), (30, 24), (60, 7), (40, 40)]
 
 
 def problem(m: int, p: int, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of different lengths, targets, and which of them count."""
+    """LinearizedModel of different lengths, targets, and which of them count."""
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(m, p)) * 10.0 ** rng.uniform(-spread, spread, (m, 1))
     return g, g @ (0.3 * rng.normal(size=p)) + rng.normal(size=m), rng.random(m) < 0.8
@@ -54,7 +54,7 @@ def test_left_out_groups_are_those_of_a_factorisation_each(
     g, y, scored = problem(*shape)
     groups = np.arange(len(y)) % n_groups
     scored[groups == 1] = False  # a group that does not count still informs the others
-    rows = Rows(torch.from_numpy(g), y, groups.astype(str), scored)
+    rows = LinearizedModel(torch.from_numpy(g), y, groups.astype(str), scored)
     assert rows.spectrum.of_weights == (2 * shape[1] < shape[0])
     table = left_out_scores(
         rows.spectrum,
@@ -85,7 +85,7 @@ def test_rows_that_repeat_leave_a_null_space() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_and_solves_are_the_plain_ones(shape: tuple[int, int]) -> None:
     g, y, _ = problem(*shape)
-    rows = Rows(torch.from_numpy(g), y, np.full(len(y), ""), np.ones(len(y), bool), y)
+    rows = LinearizedModel(torch.from_numpy(g), y, np.full(len(y), ""), np.ones(len(y), bool), y)
     scales = [0.02, 0.3, 2.0]
     for step, s in zip(gauss_newton_steps(rows, scales), scales, strict=True):
         want = np.linalg.solve(g.T @ g + np.eye(g.shape[1]) / s**2, g.T @ y)

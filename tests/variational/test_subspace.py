@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from blip_ft.families.base.gram import gram_matrix
 from blip_ft.families.base.linear import (
     ClosedFormData,
-    Rows,
+    LinearizedModel,
     gauss_newton_steps,
     widest_as_good,
 )
@@ -31,17 +31,19 @@ def make(rank: int, *, p: int = P) -> SubspacePosterior:
     return SubspacePosterior([site], prior, 0.01, rank=rank).double()
 
 
-def problem(m: int, seed: int = 0, groups: int = 3, *, p: int = P) -> tuple[Rows, np.ndarray]:
-    """Rows of a linear model y = X w + noise of variance 1 (rows are in units of the noise)."""
+def problem(m: int, seed: int = 0, groups: int = 3, *, p: int = P) -> tuple[LinearizedModel, np.ndarray]:
+    """LinearizedModel of a linear model y = X w + noise of variance 1 (rows are in units of the noise)."""
     rng = np.random.default_rng(seed)
     # exactly representable in half precision is not needed: V is rounded, and H is fitted to it
     gradients = rng.normal(size=(m, p))
     targets = gradients @ (0.4 * rng.normal(size=p)) + rng.normal(size=m)
-    rows = Rows(torch.from_numpy(gradients), targets, np.arange(m) % groups, np.ones(m, dtype=bool))
+    rows = LinearizedModel(
+        torch.from_numpy(gradients), targets, np.arange(m) % groups, np.ones(m, dtype=bool)
+    )
     return rows, gradients
 
 
-def fitted(posterior: SubspacePosterior, rows: Rows, s: float, t: float) -> SubspacePosterior:
+def fitted(posterior: SubspacePosterior, rows: LinearizedModel, s: float, t: float) -> SubspacePosterior:
     posterior.fit(ClosedFormData(rows, prior_scale=s, temperature=t))
     return posterior
 
@@ -111,7 +113,7 @@ def test_geometric_mean_of_matrices(n: int, seed: int) -> None:
 def test_context_rows_widen_the_space_but_do_not_narrow_the_posterior() -> None:
     rows, x = problem(m=6)
     extra = np.random.default_rng(5).normal(size=(5, P))
-    both = Rows(
+    both = LinearizedModel(
         torch.from_numpy(np.concatenate([x, extra])),
         np.concatenate([rows.targets, np.full(5, np.nan)]),
         np.concatenate([rows.groups, np.full(5, 9)]),
@@ -248,7 +250,7 @@ def test_gauss_newton_step_solves_a_linear_model_in_one_step():
 
 
 def rows_of(g, errors):
-    """Rows of labelled outputs, and one without a label in front, which counts nowhere."""
+    """LinearizedModel of labelled outputs, and one without a label in front, which counts nowhere."""
     everything = torch.from_numpy(np.vstack([np.ones_like(g[:1]), g]))
     known = np.concatenate([[np.nan], errors])
-    return Rows(everything, known, np.full(len(known), ""), np.ones(len(known), bool), known)
+    return LinearizedModel(everything, known, np.full(len(known), ""), np.ones(len(known), bool), known)

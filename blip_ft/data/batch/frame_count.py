@@ -10,10 +10,10 @@ import ase.io
 from ase.io.formats import filetype, open_with_compression
 
 from blip_ft.data.batch.shards import length
-from blip_ft.data.read.plan import Reading
+from blip_ft.data.read.plan import ReadPlan
 
 
-def count_frames(readings: Sequence[Reading]) -> int | None:
+def count_frames(readings: Sequence[ReadPlan]) -> int | None:
     """Frames of all readings, or ``None`` if only reading them would tell.
 
     Args:
@@ -36,7 +36,7 @@ def count_frames(readings: Sequence[Reading]) -> int | None:
     return total
 
 
-def _of_file(reading: Reading) -> int | None:
+def _of_file(reading: ReadPlan) -> int | None:
     path = Path(reading.paths[0][0])
     try:
         known = length(reading)

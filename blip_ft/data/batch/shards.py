@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from blip_ft.data.frame import FrameRow
 from blip_ft.data.read.files import LMDB, open_lmdb
-from blip_ft.data.read.plan import Reading
+from blip_ft.data.read.plan import ReadPlan
 from blip_ft.data.read.problems import unreadable
 from blip_ft.data.read.sources import file_rows
 from blip_ft.errors import DataError
 
-Row = dict[str, Any]
 #: (groups, parts) that are tried, the largest first: 12 is divisible by 2, 3, 4 and 6 workers
 GRIDS = ((12, 4), (12, 2), (6, 2), (4, 2), (2, 2), (2, 1))
 #: largest lane over smallest: beyond it, batches would differ too much in size
@@ -32,7 +31,7 @@ UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
-class Lane:
+class Shard:
     """Rows that are read one after the other.
 
     Attributes:
@@ -40,14 +39,14 @@ class Lane:
         frames: number of rows in all files.
     """
 
-    files: tuple[Callable[[], Iterator[Row]], ...]
+    files: tuple[Callable[[], Iterator[FrameRow]], ...]
     frames: int
 
 
-Grid = list[list[Lane]]
+Grid = list[list[Shard]]
 
 
-def make_grid(readings: Sequence[Reading], frames: int, batch: int) -> Grid | None:
+def make_grid(readings: Sequence[ReadPlan], frames: int, batch: int) -> Grid | None:
     """Lanes for files whose lengths are known without reading them (parquet and ASE's databases).
 
     Args:
@@ -91,7 +90,7 @@ def smallest(grid: Grid, batch: int) -> int:
     return min(sum(lane.frames // count for lane in group) for group in grid)
 
 
-def length(file: Reading) -> int | None:
+def length(file: ReadPlan) -> int | None:
     """Number of frames of one file, or ``None`` if only reading it would tell.
 
     Raises:
@@ -119,7 +118,7 @@ def length(file: Reading) -> int | None:
     return None
 
 
-def _balanced(files: Sequence[Reading], sizes: Sequence[int], count: int) -> list[Lane]:
+def _balanced(files: Sequence[ReadPlan], sizes: Sequence[int], count: int) -> list[Shard]:
     """Files dealt out from the largest on, each to the lane with the fewest frames."""
     chosen: list[list[int]] = [[] for _ in range(count)]
     totals = np.zeros(count, dtype=np.int64)
@@ -129,6 +128,6 @@ def _balanced(files: Sequence[Reading], sizes: Sequence[int], count: int) -> lis
             chosen[lane].append(index)
             totals[lane] += sizes[index]
     return [
-        Lane(tuple(partial(file_rows, files[i]) for i in lane), int(total))
+        Shard(tuple(partial(file_rows, files[i]) for i in lane), int(total))
         for lane, total in zip(chosen, totals, strict=True)
     ]

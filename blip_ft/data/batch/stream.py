@@ -20,15 +20,13 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.batch.dataset import collate, make_item
-from blip_ft.data.batch.shards import Grid, Lane, make_grid, smallest, turns
-from blip_ft.data.frame import KEY_COLUMNS, row_key, to_atoms
+from blip_ft.data.batch.shards import Grid, Shard, make_grid, smallest, turns
+from blip_ft.data.frame import KEY_COLUMNS, FrameRow, row_key, to_atoms
 from blip_ft.data.read.plan import label_options, plan
 from blip_ft.data.split.reference_sets import ReferenceSets
 from blip_ft.data.split.sample import Dropped, rows_of
 from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
-
-Row = dict[str, Any]
 
 
 class FrameStream(torch.utils.data.IterableDataset[Batch]):
@@ -53,7 +51,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
 
     def __init__(
         self,
-        rows: Callable[[], Iterator[Row]],
+        rows: Callable[[], Iterator[FrameRow]],
         backbone: Backbone,
         *,
         frames: int,
@@ -86,7 +84,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         if grid is not None and len(grid[0]) % world and smallest(grid, batch_size * world) < world:
             grid = None  # some rank would have nothing in some step
         self.sharded = grid is not None
-        self.grid = [[Lane((rows,), frames)]] if grid is None else grid
+        self.grid = [[Shard((rows,), frames)]] if grid is None else grid
         whole = batch_size * world
         # one lane: as in :class:`blip_ft.data.batch.sampler.EpochBatchSampler`
         self._turns = turns(self.grid, whole) if grid else max(1, min(-(-frames // whole), frames // world))
@@ -135,7 +133,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         share = parts // self.world
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def _piece(self, rows: Iterator[Row], lane: Lane, turn: int) -> list[Row]:
+    def _piece(self, rows: Iterator[FrameRow], lane: Shard, turn: int) -> list[FrameRow]:
         """The rows of a lane in one step; at the last one the lane must be at its end."""
         first, last = (t * lane.frames // self._turns for t in (turn, turn + 1))
         chosen = list(islice(rows, last - first))
@@ -145,21 +143,21 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
             raise self._another(f"more than {lane.frames}" + self._inside(lane))
         return chosen
 
-    def _inside(self, lane: Lane) -> str:
+    def _inside(self, lane: Shard) -> str:
         return f" of {lane.frames} frames in some of its files" if self.sharded else ""
 
-    def _item(self, row: Row) -> Any:
+    def _item(self, row: FrameRow) -> Any:
         self.backbone.check(to_atoms(row, labels=False), file=row["source"], frame=row["frame"])
         return make_item(row if self.sets is None else self.sets.align_row(row), self.backbone)
 
-    def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[Row]:
+    def _shuffled(self, group: int = 0, part: int = 0) -> Iterator[FrameRow]:
         """Rows of a lane drawn from a buffer that it refills; a function of (seed, epoch, lane)."""
         lane = self.grid[group][part]
         place_of_lane = [group, part] if self.sharded else []
         rng = np.random.default_rng([self.seed, self.epoch, *place_of_lane])
         size = max(1, self.buffer // (len(self.grid) * len(self.grid[0])))
         order = rng.permutation(len(lane.files)) if self.sharded else range(len(lane.files))
-        buffer: list[Row] = []
+        buffer: list[FrameRow] = []
         count, total = 0, 0.0
         for row in chain.from_iterable(lane.files[i]() for i in order):
             count += 1
@@ -177,7 +175,7 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         if count == lane.frames and not math.isclose(total, weight, rel_tol=1e-6):
             raise self._another(f"frames of weights other than 1, {total:g} for {count} of them")
 
-    def _check_held_out(self, row: Row) -> None:
+    def _check_held_out(self, row: FrameRow) -> None:
         if not self.held_out:
             return
         if row_key(row) in self.held_out:

@@ -13,7 +13,7 @@ than such errors are.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +21,8 @@ import numpy as np
 
 from blip_ft.data.check.label_faults import Compared, energy_residual, state_columns
 from blip_ft.data.findings import Finding
+from blip_ft.data.frame import FrameRow
 from blip_ft.data.robust import Floats, spread
-
-Row = Mapping[str, Any]
 
 #: frames that make a set
 MIN_SET = 3
@@ -62,7 +61,7 @@ class EnergySets:
         ]
 
 
-def energy_sets(rows: Sequence[Row], frames: Sequence[Compared]) -> EnergySets:
+def energy_sets(rows: Sequence[FrameRow], frames: Sequence[Compared]) -> EnergySets:
     """Look for sets of energies, by level of theory first, then by group, then by file.
 
     Args:
@@ -103,7 +102,7 @@ def energy_sets(rows: Sequence[Row], frames: Sequence[Compared]) -> EnergySets:
     return found
 
 
-def known_sets(rows: Sequence[Row], frames: Sequence[Compared], by: str) -> EnergySets:
+def known_sets(rows: Sequence[FrameRow], frames: Sequence[Compared], by: str) -> EnergySets:
     """The sets that the recipe names (``data.reference_sets``), each with the constants of its own frames.
 
     Args:
@@ -168,7 +167,7 @@ def _finding(
     column: str,
     main: str,
     notes: Sequence[tuple[str, float, float]],
-    rows: Sequence[Row],
+    rows: Sequence[FrameRow],
     members: Any,
     names: Any,
 ) -> Finding:
@@ -196,7 +195,7 @@ def _finding(
     return Finding("label", "warning", [], message, remedy)
 
 
-def _key(column: str, row: Row) -> str:
+def _key(column: str, row: FrameRow) -> str:
     """The name under which the column was found in the source."""
     if column == "source":
         return "file"

@@ -29,8 +29,9 @@ from blip_ft.data.check.label_faults import (
     energy_residual,
 )
 from blip_ft.data.check.leaks import group_leaks
-from blip_ft.data.check.sets import Row, check_frames, unit_findings
+from blip_ft.data.check.sets import check_frames, unit_findings
 from blip_ft.data.findings import SEVERITIES, Finding, place
+from blip_ft.data.frame import FrameRow
 from blip_ft.data.read.unused import unmatched_labels
 from blip_ft.data.robust import Floats
 from blip_ft.data.split.splits import Splits
@@ -161,7 +162,7 @@ class JudgedLabels:
 
 
 def judge_labels(
-    rows: Sequence[Row], compared: Sequence[Compared], *, use_stress: bool, sets_by: str | None = None
+    rows: Sequence[FrameRow], compared: Sequence[Compared], *, use_stress: bool, sets_by: str | None = None
 ) -> JudgedLabels:
     """Which labels do not belong to their structures.
 
@@ -283,7 +284,7 @@ def _chosen(roles: Mapping[str, datasets.Dataset], most: int) -> list[tuple[str,
 
 
 def compare(
-    rows: Sequence[Row],
+    rows: Sequence[FrameRow],
     backbone: Backbone,
     progress: Callable[[int, int], Any] | None = None,
     *,
@@ -334,7 +335,7 @@ def compare(
 
 def _units(
     names: Sequence[str],
-    rows: Sequence[Row],
+    rows: Sequence[FrameRow],
     compared: Sequence[Compared],
     use_stress: bool,
     *,
@@ -458,7 +459,7 @@ _PLURAL = {"energy": "energies", "forces": "forces", "stress": "stresses"}
 _CERTAIN = "mend or remove them; fit leaves them out, in every role, unless data.bad_labels is warn (uses them) or stop"
 
 
-def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Finding]:
+def label_findings(faults: Sequence[LabelFault], rows: Sequence[FrameRow]) -> list[Finding]:
     """One finding for each label and cause, with every frame."""
     out = []
     certain: dict[str, list[LabelFault]] = {}
@@ -484,18 +485,18 @@ def label_findings(faults: Sequence[LabelFault], rows: Sequence[Row]) -> list[Fi
     return out
 
 
-def _kind(row: Row) -> str:
+def _kind(row: FrameRow) -> str:
     formula = Formula.from_list([chemical_symbols[z] for z in row["numbers"]]).format("hill")
     return f"{formula} ({row['group']})" if row["group"] else formula
 
 
-def _composition(row: Row) -> tuple[tuple[int, ...], ...]:
+def _composition(row: FrameRow) -> tuple[tuple[int, ...], ...]:
     """Elements and their reduced numbers."""
     zs, counts = np.unique(row["numbers"], return_counts=True)
     return tuple(zs.tolist()), tuple((counts // np.gcd.reduce(counts)).tolist())
 
 
-def _note(fault: LabelFault, rows: Sequence[Row]) -> str:
+def _note(fault: LabelFault, rows: Sequence[FrameRow]) -> str:
     energy = fault.label == "energy"
     factor, unit = {"energy": (1e3, "meV/atom"), "forces": (1e3, "meV/Å")}.get(
         fault.label, (1 / units.GPa, "GPa")

@@ -14,12 +14,10 @@ from scipy.spatial import KDTree
 
 from blip_ft.backbones import electrons
 from blip_ft.data.findings import Finding, place
-from blip_ft.data.frame import to_atoms
+from blip_ft.data.frame import FrameRow, to_atoms
 from blip_ft.data.neighbours import pairs_within
 from blip_ft.data.robust import robust_z
 from blip_ft.data.split.duplicates import first_same
-
-Row = dict[str, Any]
 
 #: robust z-scores beyond which an energy and the logarithm of the largest force are remarkable;
 #: far beyond what melts, surfaces and strained cells of one set reach (docs/data.md)
@@ -42,7 +40,7 @@ _SHELL, _REACH = 12, 5.0
 MAX_NEAR = 5000
 
 
-def outliers(rows: Sequence[Row]) -> list[Finding]:
+def outliers(rows: Sequence[FrameRow]) -> list[Finding]:
     """Frames whose energy per atom or largest force is far from that of the others.
 
     Energies are compared among frames of one composition, charge and spin, forces among all.
@@ -78,7 +76,7 @@ _OUTLIER = (
 )
 
 
-def _far(what: str, rows: Sequence[Row], far: Mapping[int, str]) -> list[Finding]:
+def _far(what: str, rows: Sequence[FrameRow], far: Mapping[int, str]) -> list[Finding]:
     if not far:
         return []
     message = f"the {what} of {len(far)} frames is far from that of the others"
@@ -86,7 +84,7 @@ def _far(what: str, rows: Sequence[Row], far: Mapping[int, str]) -> list[Finding
     return [Finding("outlier", "warning", notes, message, _OUTLIER)]
 
 
-def net_forces(role: str, rows: Sequence[Row]) -> list[Finding]:
+def net_forces(role: str, rows: Sequence[FrameRow]) -> list[Finding]:
     """Frames whose forces do not sum to zero, as those of an isolated or periodic system must."""
     found = []
     labelled = 0
@@ -108,7 +106,9 @@ def net_forces(role: str, rows: Sequence[Row]) -> list[Finding]:
     return [Finding("label", "warning", found, message, remedy)]
 
 
-def lone_atoms(role: str, rows: Sequence[Row], structures: Sequence[Atoms], cutoff: float) -> list[Finding]:
+def lone_atoms(
+    role: str, rows: Sequence[FrameRow], structures: Sequence[Atoms], cutoff: float
+) -> list[Finding]:
     """Frames with an atom that no other is near, where the model sees nothing."""
     found = []
     for row, atoms in zip(rows, structures, strict=True):
@@ -131,7 +131,7 @@ def lone_atoms(role: str, rows: Sequence[Row], structures: Sequence[Atoms], cuto
     ]
 
 
-def contradict(row: Row, other: Row) -> bool:
+def contradict(row: FrameRow, other: FrameRow) -> bool:
     """True if two frames of one structure have different labels."""
     n = len(row["numbers"])
     energies = [r["energy"] for r in (row, other) if r["energy"] is not None]

@@ -17,9 +17,9 @@ from blip_ft.backbones.protocol import Backbone
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.check.examine import JudgedLabels, compare, judge_labels
 from blip_ft.data.check.label_faults import Compared
-from blip_ft.data.check.sets import Row, unit_findings
+from blip_ft.data.check.sets import unit_findings
 from blip_ft.data.findings import Finding
-from blip_ft.data.frame import to_atoms
+from blip_ft.data.frame import FrameRow, to_atoms
 from blip_ft.data.read.set_aside import SetAside
 from blip_ft.data.split.splits import load_role
 from blip_ft.errors import DataError
@@ -56,7 +56,7 @@ class ReplayLabels:
         return kept
 
 
-def replayed_rows(config: DataConfig, backbone: Backbone, findings: list[Finding]) -> list[Row]:
+def replayed_rows(config: DataConfig, backbone: Backbone, findings: list[Finding]) -> list[FrameRow]:
     """The frames of ``data.replay.source`` that are replayed; what is set aside is entered in ``findings``.
 
     Raises:
@@ -68,7 +68,7 @@ def replayed_rows(config: DataConfig, backbone: Backbone, findings: list[Finding
     assert options.source is not None
     own, aside = options.labels == "own", SetAside()
     frames = load_role(config, options.source, labels=own)
-    rows: list[Row] = list(aside.examples(frames) if own else frames)
+    rows: list[FrameRow] = list(aside.examples(frames) if own else frames)
     if aside.places:
         n = len(aside.places)
         message = f"replay: {n} frame{'s' * (n != 1)} {'is' if n == 1 else 'are'} left out"
@@ -78,7 +78,7 @@ def replayed_rows(config: DataConfig, backbone: Backbone, findings: list[Finding
     return rows
 
 
-def beside(row: Row, atoms: Atoms, prediction: Mapping[str, Any]) -> Compared:
+def beside(row: FrameRow, atoms: Atoms, prediction: Mapping[str, Any]) -> Compared:
     """Labels of one row beside a prediction of :func:`blip_ft.uncertainty.predict.predict_atoms`."""
 
     def label(name: str) -> Any:
@@ -98,7 +98,12 @@ def beside(row: Row, atoms: Atoms, prediction: Mapping[str, Any]) -> Compared:
 
 
 def judge_replay(
-    recipe: Recipe, rows: Sequence[Row], compared: Sequence[Compared], *, by_state: bool, raises: bool = True
+    recipe: Recipe,
+    rows: Sequence[FrameRow],
+    compared: Sequence[Compared],
+    *,
+    by_state: bool,
+    raises: bool = True,
 ) -> ReplayLabels:
     """Units, sets of energies and wrong labels of replayed frames.
 

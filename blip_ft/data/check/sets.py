@@ -24,13 +24,12 @@ from blip_ft.data.check.frames import contradict, lone_atoms, near_duplicates, n
 from blip_ft.data.check.likely_units import Comparison, likely_unit
 from blip_ft.data.check.overlaps import worst_overlap
 from blip_ft.data.findings import Finding, place
-from blip_ft.data.frame import to_atoms
+from blip_ft.data.frame import FrameRow, to_atoms
 from blip_ft.data.split.duplicates import first_same
 from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
 
 #: one row of the schema
-Row = dict[str, Any]
 #: ``predict(atoms)`` gives one dict per structure with ``energy`` (), ``forces`` (n, 3) and
 #: ``stress`` (6,) or (None or NaN where the model has none), eV and Å
 Predict = Callable[[list[Atoms]], Sequence[dict[str, Any]]]
@@ -102,7 +101,7 @@ def check_frames(splits: Splits, backbone: Backbone) -> list[Finding]:
     return findings
 
 
-def _coverage(role: str, rows: list[Row]) -> list[Finding]:
+def _coverage(role: str, rows: list[FrameRow]) -> list[Finding]:
     findings = []
     for label in ("energy", "forces"):
         without = [place(row) for row in rows if row[label] is None]
@@ -120,7 +119,7 @@ def _coverage(role: str, rows: list[Row]) -> list[Finding]:
     return findings
 
 
-def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
+def _overlaps(role: str, rows: list[FrameRow], structures: list[Atoms]) -> list[Finding]:
     close = []
     for row, atoms in zip(rows, structures, strict=True):
         found = worst_overlap(atoms)
@@ -134,7 +133,7 @@ def _overlaps(role: str, rows: list[Row], structures: list[Atoms]) -> list[Findi
     return [Finding("geometry", "warning", close, message, _OVERLAP)]
 
 
-def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding]:
+def _copies(role: str, rows: list[FrameRow], structures: list[Atoms]) -> list[Finding]:
     heads = first_same(structures)
     copies = [i for i, head in enumerate(heads) if i != head]
     findings = []
@@ -152,7 +151,7 @@ def _copies(role: str, rows: list[Row], structures: list[Atoms]) -> list[Finding
     return findings
 
 
-def _other(row: Row, twin: Row) -> str:
+def _other(row: FrameRow, twin: FrameRow) -> str:
     """The frame of the same structure, and both levels of theory where they differ."""
     theories = [r.get("theory") or "" for r in (row, twin)]
     told = f", {' and '.join(t or 'none' for t in theories)}" if theories[0] != theories[1] else ""
@@ -192,7 +191,7 @@ def check_units(
 
 
 def unit_findings(
-    rows: list[Row],
+    rows: list[FrameRow],
     predictions: Sequence[dict[str, Any]],
     *,
     use_stress: bool = True,
@@ -216,7 +215,7 @@ def unit_findings(
 
 
 def _comparisons(
-    rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool
+    rows: list[FrameRow], predictions: Sequence[dict[str, Any]], by_state: bool
 ) -> dict[str, Comparison]:
     """Labels and predictions of each quantity that both have, flattened."""
     pairs: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {"forces": [], "stress": []}
@@ -243,7 +242,9 @@ def _comparisons(
     return result | ({"energy": energies} if energies else {})
 
 
-def _energies(rows: list[Row], predictions: Sequence[dict[str, Any]], by_state: bool) -> Comparison | None:
+def _energies(
+    rows: list[FrameRow], predictions: Sequence[dict[str, Any]], by_state: bool
+) -> Comparison | None:
     """Energies relative to the mean of their composition, charge, spin and level of theory; ``None`` without two alike."""
     kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):

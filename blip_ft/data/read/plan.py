@@ -47,7 +47,7 @@ class LabelOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadPlan:
     """Everything that the rows of one source depend on; its hash is the key of the cache.
 
     Attributes:
@@ -79,7 +79,7 @@ class Reading:
 
 def plan(
     spec: Source, *, labels: bool = True, digest: bool = True, **options: Unpack[LabelOptions]
-) -> list[Reading]:
+) -> list[ReadPlan]:
     """What has to be read for a source; opens no more than it needs to identify the files.
 
     Args:
@@ -117,7 +117,7 @@ def as_text(spec: Source) -> str:
     return spec if isinstance(spec, str) else spec.path
 
 
-def _plan(spec: SourceConfig, labels: bool, digest: bool, options: LabelOptions) -> Reading:
+def _plan(spec: SourceConfig, labels: bool, digest: bool, options: LabelOptions) -> ReadPlan:
     own_fields = (options.get("fields") or {}) if spec.fields is None else spec.fields
     own_units = (
         (options.get("units") or {}) if spec.units is None else {str(k): v for k, v in spec.units.items()}
@@ -146,7 +146,7 @@ def _plan(spec: SourceConfig, labels: bool, digest: bool, options: LabelOptions)
         content = _digest([p for p, _ in paths])
     else:
         content = str(_hub_fingerprint(source, hub))
-    return Reading(
+    return ReadPlan(
         source=source,
         paths=tuple((str(p), name) for p, name in paths),
         digest=content,

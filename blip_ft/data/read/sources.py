@@ -31,7 +31,7 @@ from blip_ft.config import Source
 from blip_ft.data.read import files as readers
 from blip_ft.data.read import tables, units
 from blip_ft.data.read.hub import cached_dataset
-from blip_ft.data.read.plan import LabelOptions, Reading, plan
+from blip_ft.data.read.plan import LabelOptions, ReadPlan, plan
 from blip_ft.data.read.raw import check_geometry
 from blip_ft.data.read.schema import FEATURES, Mapper, RawFrame, canonical_split
 from blip_ft.data.read.set_aside import is_example
@@ -94,7 +94,7 @@ def iterate_frames(spec: Source) -> Iterator[RawFrame]:
             yield raw
 
 
-def unchecked_frames(reading: Reading, *, broken: bool) -> Iterator[RawFrame]:
+def unchecked_frames(reading: ReadPlan, *, broken: bool) -> Iterator[RawFrame]:
     """Frames of a reading as they are, whether there is a structure in them or not (``check_geometry`` tells).
 
     Args:
@@ -107,7 +107,7 @@ def unchecked_frames(reading: Reading, *, broken: bool) -> Iterator[RawFrame]:
     yield from _frames(reading, Mapper({}, units.factors({}), require_labels=False), broken=broken)
 
 
-def file_rows(reading: Reading) -> Iterator[dict[str, Any]]:
+def file_rows(reading: ReadPlan) -> Iterator[dict[str, Any]]:
     """The examples of one file of a reading, lists in place of arrays; other files may have further labels."""
     for row in _rows(reading, whole=False):
         if is_example(row):
@@ -139,7 +139,7 @@ def mappings(dataset: datasets.Dataset, *, paths: bool = True) -> list[str]:
     ]
 
 
-def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
+def _rows(reading: ReadPlan, *, whole: bool = True) -> Iterator[dict[str, Any]]:
     """Rows of the schema; the generator behind :func:`load_source`.
 
     Args:
@@ -163,7 +163,7 @@ def _rows(reading: Reading, *, whole: bool = True) -> Iterator[dict[str, Any]]:
         mapper.finish(reading.source, names)
 
 
-def _frames(reading: Reading, mapper: Mapper, *, broken: bool = False) -> Iterator[RawFrame]:
+def _frames(reading: ReadPlan, mapper: Mapper, *, broken: bool = False) -> Iterator[RawFrame]:
     """The frames of a reading that its selector names.
 
     Raises:
@@ -215,7 +215,7 @@ def _sliced(frames: Iterator[RawFrame], selector: str) -> Iterator[RawFrame]:
     return islice(frames, start, stop, step)
 
 
-def _nothing(reading: Reading, splits: set[str]) -> DataError:
+def _nothing(reading: ReadPlan, splits: set[str]) -> DataError:
     if not reading.selector:
         return DataError("there are no frames in it", file=reading.source, remedy="give a file with frames")
     if _SLICE.fullmatch(reading.selector):

@@ -3,7 +3,7 @@
 A posterior only spreads along directions that some structure excites. Training frames near
 equilibrium do not excite what matters in another phase or under pressure, so the directions are
 also taken from these context frames. They need no labels. ``data.context`` names structures of the
-user; beside them stand strained, sheared and rattled training frames (``posterior.context``).
+user; beside them stand strained, sheared and rattled training frames (``posterior.perturbed_share``).
 """
 
 from __future__ import annotations

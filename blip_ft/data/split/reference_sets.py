@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from blip_ft.config import ReferenceSetsConfig
+from blip_ft.data.frame import FrameRow
 from blip_ft.data.read.hub import quiet
 from blip_ft.errors import BlipError, DataError, nearest
 
-Row = Mapping[str, Any]
 #: columns of the schema that may tell sets apart
 COLUMNS = ("theory", "group")
 
@@ -57,7 +57,7 @@ class ReferenceSets:
     shifts: dict[str, dict[int, float]] = field(default_factory=dict)
     by: str = "theory"
 
-    def offset(self, row: Row, *, strict: bool = True) -> float:
+    def offset(self, row: FrameRow, *, strict: bool = True) -> float:
         """What is to be taken off the energy of a frame, eV.
 
         Args:
@@ -79,7 +79,7 @@ class ReferenceSets:
         shift = self.shifts[name]
         return float(sum(shift.get(int(z), 0.0) for z in np.asarray(numbers).ravel()))
 
-    def align_row(self, row: Row) -> dict[str, Any]:
+    def align_row(self, row: FrameRow) -> dict[str, Any]:
         """A row with its energy on the zero of the default.
 
         Raises:
@@ -175,7 +175,7 @@ class ReferenceSets:
             raise ValueError("reference_sets is damaged")
         return cls(content["default"], shifts, content["by"])
 
-    def unknown(self, row: Row) -> DataError:
+    def unknown(self, row: FrameRow) -> DataError:
         """The error for a frame whose set is not known."""
         name = row.get(self.by) or ""
         key, known = self.by, ", ".join(self.shifts)
@@ -225,7 +225,7 @@ def check_sets(options: ReferenceSetsConfig, roles: Mapping[str, datasets.Datase
                 known.offset(row)
 
 
-def sets_of(frames: datasets.Dataset | Sequence[Row], by: str) -> dict[str, list[int]]:
+def sets_of(frames: datasets.Dataset | Sequence[FrameRow], by: str) -> dict[str, list[int]]:
     """Places of the frames with an energy, by the set that they name ("" for none)."""
     out: dict[str, list[int]] = {}
     for index, row in enumerate(frames):

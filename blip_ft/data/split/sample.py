@@ -6,19 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import datasets
 
 from blip_ft.config import DataConfig
 from blip_ft.data.findings import Finding
+from blip_ft.data.frame import FrameRow
 from blip_ft.data.read.plan import label_options
 from blip_ft.data.read.schema import FEATURES
 from blip_ft.data.read.set_aside import is_example
 from blip_ft.data.read.sources import iterate_source, plain_row
 from blip_ft.errors import DataError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,11 @@ class Dropped:
     weight: float = 0.0
 
 
-def rows_of(config: DataConfig, dropped: Dropped | None = None) -> Callable[[], Iterator[Row]]:
+def rows_of(config: DataConfig, dropped: Dropped | None = None) -> Callable[[], Iterator[FrameRow]]:
     """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.read.set_aside`) but for what is dropped."""
     places = frozenset() if dropped is None else dropped.places
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[FrameRow]:
         for row in filter(is_example, all_rows(config)):
             if (row["source"], row["frame"]) not in places:
                 yield row
@@ -46,7 +44,7 @@ def rows_of(config: DataConfig, dropped: Dropped | None = None) -> Callable[[], 
     return rows
 
 
-def all_rows(config: DataConfig) -> Iterator[Row]:
+def all_rows(config: DataConfig) -> Iterator[FrameRow]:
     """All rows of ``data.train``, as they are read."""
     yield from map(plain_row, iterate_source(config.train, **label_options(config)))
 
@@ -84,7 +82,7 @@ def sample_of(config: DataConfig) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
-def dropped_of(config: DataConfig, rows: Iterable[Row]) -> Dropped:
+def dropped_of(config: DataConfig, rows: Iterable[FrameRow]) -> Dropped:
     """Frames of the sample that are not trained on, with the weights that they have in the stream itself.
 
     Args:

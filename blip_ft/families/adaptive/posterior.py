@@ -38,7 +38,7 @@ from blip_ft.families.adaptive.options import AdaptiveOptions
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.base.posterior import Posterior
 from blip_ft.variational.base import VariationalLayer
-from blip_ft.variational.noise import Rows, normal
+from blip_ft.variational.noise import RowLayout, normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -53,7 +53,7 @@ CLAMP_SHARE = 0.01
 class InferenceNetwork(nn.Module):
     """(rows, k) invariant numbers -> (rows,) ln alpha before the clamp, minus its start.
 
-    Rows are divided by sqrt(1 + their mean square), which bounds them smoothly. The last layer
+    RowLayout are divided by sqrt(1 + their mean square), which bounds them smoothly. The last layer
     starts at zero, so alpha starts as one number. Weights are a function of ``key`` alone.
     """
 
@@ -194,7 +194,7 @@ class AdaptivePosterior(Posterior):
         """sqrt(alpha)."""
         return self.amplitude
 
-    def recorder(self, rows: Mapping[str, Rows]) -> Recorder:
+    def recorder(self, rows: Mapping[str, RowLayout]) -> Recorder:
         """See :class:`Recorder`."""
         return Recorder(self, rows)
 
@@ -280,7 +280,7 @@ class Recorder:
         rows: layout of every kind of row in the batch.
     """
 
-    def __init__(self, posterior: AdaptivePosterior, rows: Mapping[str, Rows]) -> None:
+    def __init__(self, posterior: AdaptivePosterior, rows: Mapping[str, RowLayout]) -> None:
         self.posterior, self.rows = posterior, rows
         # a tied weight meets rows in several places: its mean is over all of them
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}

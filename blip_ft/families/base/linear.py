@@ -1,6 +1,6 @@
 """What all closed-form posteriors share: gradient rows, the scales, and a step of the mean, in the linearised model.
 
-Rows are gradients of model outputs with respect to the noisy weights, in units of rms(w0), over the noise of
+LinearizedModel are gradients of model outputs with respect to the noisy weights, in units of rms(w0), over the noise of
 their label. The prior's scale s has a closed form: leave one group of training frames out at a time
 in the linearised model and take the s with the best log likelihood of what was left out
 (:func:`~blip_ft.families.base.spectrum.left_out_scores`). Derivations: docs/theory.md.
@@ -25,7 +25,7 @@ PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
 
 
 @dataclass
-class Rows:
+class LinearizedModel:
     """Gradients of model outputs at the present mean, in units of their label's noise.
 
     Attributes:
@@ -75,7 +75,7 @@ class ClosedFormData:
         temperature: T; 1 is the noise of the labels as the objective states it.
     """
 
-    rows: Rows
+    rows: LinearizedModel
     prior_scale: float | None = None
     temperature: float = 1.0
 
@@ -138,7 +138,7 @@ def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
     return bool(loss.mean() <= error)
 
 
-def gauss_newton_steps(rows: Rows, scales: Sequence[float]) -> Tensor:
+def gauss_newton_steps(rows: LinearizedModel, scales: Sequence[float]) -> Tensor:
     """Steps of the weights, in units of rms(w0), towards the labels; (len(scales), P).
 
     argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the

@@ -55,7 +55,7 @@ class FamilyOptions(Strict):
     prior_scale: Positive | Literal["auto"] = "auto"
     """std s of the prior around the pretrained weights, in units of each matrix's rms; ``auto``
     (families with a closed form): chosen by leaving groups of training frames out"""
-    context: Annotated[float, Field(ge=0)] = 0.4
+    perturbed_share: Annotated[float, Field(ge=0)] = 0.4
     """perturbed copies of training frames without labels, per training frame, for families that want directions
     away from the data (``subspace``), and for ``objective.kind: function_kl``, which compares on as many"""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blip_ft.families.base.linear import ClosedFormData
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.variational.base import VariationalLayer
-from blip_ft.variational.noise import Rows, normal
+from blip_ft.variational.noise import RowLayout, normal
 from blip_ft.variational.prior import PretrainedPrior
 from blip_ft.variational.sites import Site
 
@@ -111,7 +111,7 @@ class Posterior(nn.Module, ABC):
         """Factor (rows, 1) of the perturbation in every row of a layer's input, for draws."""
         return None
 
-    def recorder(self, rows: Mapping[str, Rows]) -> RowRecorder | None:
+    def recorder(self, rows: Mapping[str, RowLayout]) -> RowRecorder | None:
         """The same for one evaluation in training.
 
         Args:

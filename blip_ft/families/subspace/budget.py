@@ -68,7 +68,7 @@ def fit(options: Wanted, limit: int, room: Room, say: Callable[[str], object]) -
         raise RecipeError(
             f"no subspace posterior of this model and {n_frames} frames fits into {megabytes(limit)}",
             field="posterior.max_bytes",
-            remedy=f"give at least {least} ({megabytes(least)}), or fewer frames (posterior.context)",
+            remedy=f"give at least {least} ({megabytes(least)}), or fewer frames (posterior.perturbed_share)",
         )
     _tell(found, scopes[0], options, n_frames, number, limit, say)
     return found

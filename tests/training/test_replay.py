@@ -19,7 +19,7 @@ from blip_ft.data.batch.dataset import make_item
 from blip_ft.data.read.sources import load_source
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.training.memory import Memory
+from blip_ft.training.replay import Memory
 
 
 def frames(n: int, *, seed: int, label: int | None) -> list[Atoms]:

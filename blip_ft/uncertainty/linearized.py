@@ -37,18 +37,18 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.uncertainty.shrinkage import shrunk
-from blip_ft.variational.noise import OFF, Rows, Tap, normal
+from blip_ft.variational.noise import OFF, RowLayout, Tap, normal
 
-OnePass = Literal["energy", "linear"]
+Linearized = Literal["energy", "linear"]
 #: latent numbers above which all directions of the forces cannot be asked for
 MAX_DIRECTIONS = 1024
 
 
-def predict_one_pass(
+def predict_linearized(
     potential: BayesianPotential,
     batch: Batch,
     *,
-    method: OnePass = "energy",
+    method: Linearized = "energy",
     n_directions: int | None = None,
     stress: bool = True,
 ) -> BatchMoments:
@@ -144,7 +144,7 @@ def energy_gradients(
 
 
 def _by_site(
-    taps: list[Tap], grads: tuple[Tensor, ...] | list[Tensor], rows: dict[str, Rows]
+    taps: list[Tap], grads: tuple[Tensor, ...] | list[Tensor], rows: dict[str, RowLayout]
 ) -> dict[str, Tensor]:
     """Sum over the calls of layers that share a weight."""
     out: dict[str, Tensor] = {}

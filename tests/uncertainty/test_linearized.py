@@ -14,11 +14,11 @@ from blip_ft.errors import BlipError
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.uncertainty import one_pass
+from blip_ft.uncertainty import linearized
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.jacobian import output_gradients
-from blip_ft.uncertainty.one_pass import energy_gradients, predict_one_pass, relative_error
+from blip_ft.uncertainty.linearized import energy_gradients, predict_linearized, relative_error
 from blip_ft.uncertainty.predict import predict_batch
 
 RANK = 12
@@ -83,7 +83,7 @@ def derivative(potential, batch, latent):
 def test_energy_std_is_that_of_the_gradient(family, atoms):
     potential = make(family)
     batch = batch_of(potential, atoms)
-    moments = predict_one_pass(potential, batch)
+    moments = predict_linearized(potential, batch)
     _, rows = next(iter(output_gradients(potential, batch, [])))
     std = torch.cat([(s / potential.prior.rms(n)).reshape(-1) for n, s in potential.posterior.std().items()])
     if family == "subspace":
@@ -101,7 +101,7 @@ def test_mean_is_the_mean_model():
     potential = make()
     batch = batch_of(potential, structures())
     moments, mean = (
-        predict_one_pass(potential, batch, method="linear"),
+        predict_linearized(potential, batch, method="linear"),
         predict_batch(potential, batch, n_draws=0),
     )
     for key in ("energy", "forces", "stress", "node_energy"):
@@ -115,7 +115,7 @@ def test_the_gradient_from_leaves_is_the_same(family):
     potential = make(family)
     batch = batch_of(potential, structures())
     _, taps = energy_gradients(potential, batch)
-    leaves = one_pass._from_leaves(potential, batch)
+    leaves = linearized._from_leaves(potential, batch)
     assert taps.keys() == leaves.keys()
     for name in taps:
         torch.testing.assert_close(taps[name], leaves[name], rtol=1e-9, atol=1e-12)
@@ -125,7 +125,7 @@ def test_the_gradient_from_leaves_is_the_same(family):
 def test_covariance_is_the_sum_over_latent_directions(family):
     potential = make(family)
     batch = batch_of(potential, structures())
-    moments = predict_one_pass(potential, batch, method="linear")
+    moments = predict_linearized(potential, batch, method="linear")
     columns = [derivative(potential, batch, e) for e in torch.eye(RANK, dtype=torch.float64)]
     energy = sum(e.square() for e, _, _ in columns).sqrt()
     forces = sum(torch.einsum("ni,nj->nij", f, f) for _, f, _ in columns)
@@ -139,7 +139,7 @@ def test_covariance_is_the_sum_over_latent_directions(family):
 def test_draws_agree_where_the_model_is_linear(family):
     potential = make(family, std=1e-5)
     batch = batch_of(potential, structures()[:3])
-    exact = predict_one_pass(potential, batch, method="linear")
+    exact = predict_linearized(potential, batch, method="linear")
     # 256 draws, or pairs, know a std to 1/sqrt(2 * 256) = 4.4 %
     drawn = moments_of_draws(potential, batch, 512 if family == "pathwise" else 256, stress=True)
     torch.testing.assert_close(drawn.energy_std, exact.energy_std, rtol=0.2, atol=0)
@@ -155,8 +155,8 @@ def test_covariance_rotates_with_the_structure(family):
     crystal = structures()[0]
     turned = crystal.copy()
     turned.set_cell(crystal.cell.array @ rotation.T, scale_atoms=True)
-    one = predict_one_pass(potential, batch_of(potential, [crystal]), method="linear")
-    other = predict_one_pass(potential, batch_of(potential, [turned]), method="linear")
+    one = predict_linearized(potential, batch_of(potential, [crystal]), method="linear")
+    other = predict_linearized(potential, batch_of(potential, [turned]), method="linear")
     r = torch.from_numpy(rotation)
     torch.testing.assert_close(other.forces_cov, r @ one.forces_cov @ r.T, rtol=1e-8, atol=1e-18)
     torch.testing.assert_close(other.energy_std, one.energy_std, rtol=1e-9, atol=0)
@@ -166,7 +166,7 @@ def test_covariance_rotates_with_the_structure(family):
 @given(k=st.integers(1, RANK), seed=st.integers(0, 2**31))
 def test_random_directions_are_unbiased_and_as_exact_as_stated(k, seed):
     rng = np.random.default_rng(seed)
-    directions = [one_pass._directions(RANK, k, int(s)).numpy() for s in rng.integers(0, 2**62, 400)]
+    directions = [linearized._directions(RANK, k, int(s)).numpy() for s in rng.integers(0, 2**62, 400)]
     # a force that one latent direction moves, the worst case: variance is (u . e)^2 summed
     estimates = np.array([(d[:, 0] ** 2).sum() for d in directions])
     assert abs(estimates.mean() - 1) < 5 * max(2 * relative_error(k, RANK), 1e-12) / 20
@@ -177,21 +177,21 @@ def test_random_directions_are_unbiased_and_as_exact_as_stated(k, seed):
 def test_fewer_directions_estimate_the_same():
     potential = make()
     batch = batch_of(potential, structures()[:2])
-    exact = predict_one_pass(potential, batch, method="linear").forces_std_norm
-    rough = predict_one_pass(potential, batch, method="linear", n_directions=8).forces_std_norm
+    exact = predict_linearized(potential, batch, method="linear").forces_std_norm
+    rough = predict_linearized(potential, batch, method="linear", n_directions=8).forces_std_norm
     assert not torch.equal(rough, exact)
     assert abs(float(rough.square().sum() / exact.square().sum()) - 1) < 4 * relative_error(8, RANK)
-    full = predict_one_pass(potential, batch, method="linear", n_directions=RANK).forces_std_norm
+    full = predict_linearized(potential, batch, method="linear", n_directions=RANK).forces_std_norm
     torch.testing.assert_close(full, exact)
 
 
 def test_too_many_latent_numbers_are_refused(monkeypatch):
-    monkeypatch.setattr(one_pass, "MAX_DIRECTIONS", 100)
+    monkeypatch.setattr(linearized, "MAX_DIRECTIONS", 100)
     potential = make("weight")
     batch = batch_of(potential, structures()[:2])
     with pytest.raises(BlipError, match="n_directions"):
-        predict_one_pass(potential, batch, method="linear")
-    moments = predict_one_pass(potential, batch, method="linear", n_directions=4)
+        predict_linearized(potential, batch, method="linear")
+    moments = predict_linearized(potential, batch, method="linear", n_directions=4)
     assert bool((moments.forces_std_norm > 0).all())
 
 
@@ -199,7 +199,7 @@ def test_too_many_latent_numbers_are_refused(monkeypatch):
 def test_no_posterior_no_std(family):
     potential = make(family)
     potential.posterior.directions.zero_()
-    moments = predict_one_pass(potential, batch_of(potential, structures()), method="linear")
+    moments = predict_linearized(potential, batch_of(potential, structures()), method="linear")
     assert moments.energy_std is None
     assert moments.forces_cov is None
 

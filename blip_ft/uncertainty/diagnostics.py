@@ -34,7 +34,7 @@ STUCK_CHANGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Signature:
+class Diagnostic:
     """One failure that was found.
 
     Attributes:
@@ -55,12 +55,12 @@ class Signature:
         return asdict(self)
 
 
-def find_signatures(
+def find_diagnostics(
     *,
     metrics: Mapping[str, Mapping[str, Any]],
     calibration: Calibration,
     history: Sequence[Mapping[str, Any]],
-) -> list[Signature]:
+) -> list[Diagnostic]:
     """Run every detector.
 
     Args:
@@ -69,19 +69,19 @@ def find_signatures(
         history: one mapping per epoch, in order. Read here: ``epoch``, ``train_loss``, and
             ``posterior_std_mean``, the geometric mean over weights of posterior std / prior std.
     """
-    found: list[Signature] = []
+    found: list[Diagnostic] = []
     for name in PROPERTIES:
         item: PropertyCalibration = getattr(calibration, name)
         found += wrong_labels(name, item) + one_frame_carries(name, item) + over_wide_seen(name, item)
     return found + over_narrow_unseen(metrics) + exploding_variance(history) + sigma_stuck(history)
 
 
-def wrong_labels(name: str, item: PropertyCalibration) -> list[Signature]:
+def wrong_labels(name: str, item: PropertyCalibration) -> list[Diagnostic]:
     """Calibration frames that were left out, as their labels are wrong beyond doubt."""
     if not item.left_out:
         return []
     return [
-        Signature(
+        Diagnostic(
             "wrong_labels",
             "warning",
             f"{name}: the labels of {len(item.left_out)} calibration frames are wrong beyond doubt and took no part in "
@@ -91,12 +91,12 @@ def wrong_labels(name: str, item: PropertyCalibration) -> list[Signature]:
     ]
 
 
-def one_frame_carries(name: str, item: PropertyCalibration) -> list[Signature]:
+def one_frame_carries(name: str, item: PropertyCalibration) -> list[Diagnostic]:
     """One calibration frame that alone makes the error bars much wider."""
     if not item.carried_by:
         return []
     return [
-        Signature(
+        Diagnostic(
             "one_frame_carries_the_scale",
             "warning",
             f"{name}: one frame carries the scale of the error bars ({item.carried_by}): without it they would be "
@@ -107,7 +107,7 @@ def one_frame_carries(name: str, item: PropertyCalibration) -> list[Signature]:
     ]
 
 
-def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
+def over_wide_seen(name: str, item: PropertyCalibration) -> list[Diagnostic]:
     """Error bars of one property against the residuals of the calibration frames.
 
     A small scale alone has two causes, which need opposite remedies: the spread is too large
@@ -120,7 +120,7 @@ def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
     wide = zms < WIDE_ZMS or (item.scale < SMALL_SCALE and zms < 1)
     if wide:
         return [
-            Signature(
+            Diagnostic(
                 "over_wide_seen",
                 "warning",
                 f"{name}: on the calibration frames the model's own error bars are about "
@@ -133,7 +133,7 @@ def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
         ]
     if item.scale < SMALL_SCALE:
         return [
-            Signature(
+            Diagnostic(
                 "spread_switched_off",
                 "warning",
                 f"{name}: the spread of the draws does not follow the errors of the calibration "
@@ -146,7 +146,7 @@ def over_wide_seen(name: str, item: PropertyCalibration) -> list[Signature]:
     return []
 
 
-def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Signature]:
+def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Diagnostic]:
     """Error bars of forces on every unseen set (the pooled sets are skipped)."""
     found = []
     for name in single_sets(metrics):
@@ -161,7 +161,7 @@ def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Signatu
                 else ""
             ]
             found.append(
-                Signature(
+                Diagnostic(
                     "over_narrow_unseen",
                     "warning",
                     f"forces of '{name}': error bars are too narrow ({', '.join(f for f in facts if f)})",
@@ -174,7 +174,7 @@ def over_narrow_unseen(metrics: Mapping[str, Mapping[str, Any]]) -> list[Signatu
     return found
 
 
-def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
+def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Diagnostic]:
     """A posterior std far above the prior's or its start, or training that is not finite."""
     remedy = (
         "keep the posterior near the prior: a smaller optimizer.std_learning_rate, a shorter "
@@ -185,7 +185,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
             value = row.get(key)
             if value is not None and not math.isfinite(value):
                 return [
-                    Signature(
+                    Diagnostic(
                         "exploding_variance",
                         "error",
                         f"{key.replace('_', ' ')} is {readable(value)} at epoch {_epoch(row)}",
@@ -197,7 +197,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
         return []
     if stds[-1] > EXPLODED_STD:
         return [
-            Signature(
+            Diagnostic(
                 "exploding_variance",
                 "error",
                 f"the mean posterior std ended at {stds[-1]:.3g} times the prior's (start {stds[0]:.3g})",
@@ -206,7 +206,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
         ]
     if stds[0] > 0 and stds[-1] > EXPLODED_GROWTH * stds[0]:
         return [
-            Signature(
+            Diagnostic(
                 "exploding_variance",
                 "warning",
                 f"the mean posterior std grew {stds[-1] / stds[0]:.3g}-fold over the run, to "
@@ -218,7 +218,7 @@ def exploding_variance(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
     return []
 
 
-def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
+def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Diagnostic]:
     """A posterior std that did not move: the error bars are then the recipe's, not the data's."""
     stds = _series(history, "posterior_std_mean")
     if len(stds) < 2 or min(stds) <= 0:
@@ -227,7 +227,7 @@ def sigma_stuck(history: Sequence[Mapping[str, Any]]) -> list[Signature]:
     if change >= STUCK_CHANGE:
         return []
     return [
-        Signature(
+        Diagnostic(
             "sigma_stuck",
             "warning",
             f"the mean posterior std never left its start ({stds[0]:.3g} of the prior's; largest "

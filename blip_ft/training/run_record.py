@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blip_ft.training.prepare import Prepared
 
 
-def make_receipt(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[str, Any]:
+def make_record(recipe: Recipe, prepared: Prepared, *, seconds: float) -> dict[str, Any]:
     """JSON-serialisable record of a run."""
     potential, references = prepared.potential, prepared.references
     report = potential.converted.report

@@ -16,7 +16,7 @@ from ase import Atoms
 
 from blip_ft.backbones import edges
 from blip_ft.data.references import References
-from blip_ft.errors import GateError, readable
+from blip_ft.errors import SanityCheckError, readable
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.predict import predict_atoms
 
@@ -88,7 +88,7 @@ def check_step_zero(
         stock_double: the vendor's predictions in float64.
 
     Raises:
-        GateError: a frame differs by more than ``TOLERANCE``.
+        SanityCheckError: a frame differs by more than ``TOLERANCE``.
     """
     dtype = str(potential.backbone.dtype).removeprefix("torch.")
     errors, stress = _differences(potential, atoms, stock)
@@ -103,7 +103,7 @@ def check_step_zero(
         bad = [again[i] for i in _beyond(double, "float64")]
     worst = [float(np.max([e[k] for e in errors], initial=0.0)) for k in (0, 1)]  # NaN stays NaN
     if bad:
-        raise GateError(
+        raise SanityCheckError(
             f"step 0 is not the pretrained model: {len(bad)} of {len(errors)} frames differ, by up to "
             f"{readable(worst[0], '.2e')} eV/atom and {readable(worst[1], '.2e')} eV/Å (allowed: {TOLERANCE[dtype]})",
             frame=bad[0],
@@ -152,7 +152,7 @@ def check_references(
         references: the fit.
 
     Raises:
-        GateError: it is not the residual that the fit promised for these frames.
+        SanityCheckError: it is not the residual that the fit promised for these frames.
     """
     chosen = np.unique(np.linspace(0, len(atoms) - 1, min(len(atoms), REFERENCE_FRAMES)).round().astype(int))
     few, residual = [atoms[i] for i in chosen], labels[chosen] - pretrained[chosen]
@@ -163,7 +163,7 @@ def check_references(
         float(np.sqrt(np.mean((e / n) ** 2))) for e in (labels[chosen] - energies, residual - shift)
     )
     if not abs(rms - promised) <= 1e-5 + 1e-3 * promised:  # NaN does not pass
-        raise GateError(
+        raise SanityCheckError(
             f"the energy references do not act in the assembled model: residual {readable(rms, '.6f')} eV/atom, "
             f"the fit promised {readable(promised, '.6f')}",
             remedy="set data.references=keep and report this, with the adapter's version",

@@ -6,14 +6,14 @@ import pytest
 
 from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.uncertainty.calibration import fit
-from blip_ft.uncertainty.metrics import metrics_table
-from blip_ft.uncertainty.signatures import (
+from blip_ft.uncertainty.diagnostics import (
     exploding_variance,
-    find_signatures,
+    find_diagnostics,
     over_narrow_unseen,
     over_wide_seen,
     sigma_stuck,
 )
+from blip_ft.uncertainty.metrics import metrics_table
 
 HEALTHY = [{"epoch": i, "posterior_std_mean": 0.1 + 0.02 * i, "train_loss": 5.0 - i} for i in range(4)]
 
@@ -25,8 +25,8 @@ def history(*stds: float, **more: float) -> list[dict[str, float]]:
 def test_healthy_run_has_none(make_prediction):
     sets = {"seen": make_prediction(30), "hot": make_prediction(30, seed=1)}
     calibration = Calibration(forces=fit(sets["seen"].forces_error.ravel(), sets["seen"].forces_std.ravel()))
-    assert find_signatures(metrics=metrics_table(sets), calibration=calibration, history=HEALTHY) == []
-    assert find_signatures(metrics={}, calibration=Calibration.identity(), history=[]) == []
+    assert find_diagnostics(metrics=metrics_table(sets), calibration=calibration, history=HEALTHY) == []
+    assert find_diagnostics(metrics={}, calibration=Calibration.identity(), history=[]) == []
 
 
 @pytest.mark.parametrize(("factor", "found"), [(10.0, True), (4.0, True), (1.5, False), (0.2, False)])
@@ -105,7 +105,7 @@ def test_sigma_stuck():
 
 def test_all_are_collected_and_serialisable():
     wide = PropertyCalibration(0.01, 0.1, n_residuals=50, n_frames=5, zms_before=0.01)
-    found = find_signatures(
+    found = find_diagnostics(
         metrics={"hot": {"zms": 9.0, "coverage90": 0.3}},
         calibration=Calibration(forces=wide),
         history=history(0.1, 0.1, 0.1),
