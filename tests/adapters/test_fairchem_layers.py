@@ -22,6 +22,7 @@ from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.testing.helpers import close, evaluate, evaluate_all
 from blip_ft.uncertainty.jacobian import output_gradients
 from blip_ft.variational import NoiseState, RowLayout, Site, convert, unload
+from blip_ft.variational.mean import FullChange
 
 from . import tiny_uma
 
@@ -82,7 +83,7 @@ def make(name: str) -> tuple[Any, Tensor, RowLayout]:
     rows = RowLayout.from_index(
         torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS)), len(COUNTS)
     )
-    delta = nn.Parameter(0.1 * normal(*site.shape, seed=1))
+    delta = FullChange(nn.Parameter(0.1 * normal(*site.shape, seed=1)))
     layer = kind(base, site, delta, NoiseState(rows={"edge": rows}), "edge")
     return layer, normal(sum(COUNTS), *shape, seed=2), rows
 
