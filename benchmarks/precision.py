@@ -2,13 +2,18 @@
 
     python benchmarks/precision.py [--backends sevennet chgnet mace uma orb] [--frames 16]
 
-Frames are spread over the shipped SiO2 polymorphs. Reference is the backbone in float64. ``float32`` is the backbone cast to it.
-``tf32`` rounds the inputs of every float32 matrix product to 10 bits of mantissa, as the tensor cores of GPUs do, and sums in
-float32: the numbers of such a GPU on any machine, without its speed. ``bf16`` and ``fp16`` are torch's autocast, Lightning's
-``bf16-mixed`` and ``16-mixed``: weights in float32, matrix products in bfloat16 or float16. The gradient is that of the mean squared error of energies and forces with respect
+Frames are spread over the shipped SiO2 polymorphs. Reference is the backbone in float64. ``float32`` is the
+backbone cast to it.
+``tf32`` rounds the inputs of every float32 matrix product to 10 bits of mantissa, as the tensor cores of GPUs
+do, and sums in
+float32: the numbers of such a GPU on any machine, without its speed. ``bf16`` and ``fp16`` are torch's
+autocast, Lightning's
+``bf16-mixed`` and ``16-mixed``: weights in float32, matrix products in bfloat16 or float16. The gradient is
+that of the mean squared error of energies and forces with respect
 to all weights, a second derivative of the energy; shown is the norm of its error over its norm.
 
-Writes benchmarks/results/precision.json, and keeps there what other backends have, as backends need several environments.
+Writes benchmarks/results/precision.json, and keeps there what other backends have, as backends need several
+environments.
 ``mace``, ``uma`` and ``orb`` are the small models of tests/models.
 """
 

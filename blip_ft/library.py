@@ -1,4 +1,5 @@
-"""What users of the library call: put variational layers around a model, train it in one's own loop, load, predict, evaluate.
+"""What users of the library call: put variational layers around a model, train it in one's own loop, load,
+predict, evaluate.
 
 Recipes do more (references, splits, checks, resume, reports); this is for those who write the loop themselves.
 docs/python.md shows it.
@@ -83,7 +84,8 @@ def bayesian(
 
     Args:
         backbone: freshly loaded; converted in place.
-        family: posterior family. Those whose spread is trained step by step (``weight``, ``channel``, ``adaptive``) suit
+        family: posterior family. Those whose spread is trained step by step (``weight``, ``channel``,
+            ``adaptive``) suit
             a loop of one's own; those of closed form are fitted by recipes.
         train: modules whose mean is trained: a preset of the adapter or regular expressions.
         noise: modules that carry noise, likewise.

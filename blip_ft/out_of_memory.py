@@ -1,7 +1,8 @@
 """Work that does not fit into memory, done by halves.
 
 No structure of a batch feels another, so a batch that is too large is two batches, and their results together are
-its own, to rounding. What says that memory has run out differs by device: torch's ``OutOfMemoryError`` on a GPU, a plain
+its own, to rounding. What says that memory has run out differs by device: torch's ``OutOfMemoryError`` on a
+GPU, a plain
 ``RuntimeError`` of its allocator on a CPU, ``MemoryError`` where numpy or Python asked.
 """
 

@@ -51,7 +51,8 @@ class CHGNetBackbone(ConservativeBackbone):
     name: ClassVar[str] = "chgnet"
     packages: ClassVar[tuple[str, ...]] = ("chgnet", "pymatgen", "torch")
     refused_precisions: ClassVar[Mapping[str, str]] = {
-        "tf32": "forces are off by 27 meV/Å (rms, SiO2): its normalisation divides small signals near the cutoff by their "
+        "tf32": "forces are off by 27 meV/Å (rms, SiO2): its normalisation divides small signals near the "
+        "cutoff by their "
         "spread",
     }
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {

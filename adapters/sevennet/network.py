@@ -1,7 +1,8 @@
 """The forward pass of a SevenNet model on pairs of neighbours, with its own modules' weights.
 
 The vendor's modules stay what and where they are, so that its calculator, files and names know nothing of this.
-Convolutions, linear maps and gates are evaluated here on features in inner order (:mod:`~blip_ft.adapters.shared.convolution`); all else is the
+Convolutions, linear maps and gates are evaluated here on features in inner order
+(:mod:`~blip_ft.adapters.shared.convolution`); all else is the
 vendor's own call.
 """
 

@@ -1,8 +1,10 @@
-"""The convolution of e3nn models on pairs of neighbours: their ``uvu`` tensor product and the sum over neighbours in one.
+"""The convolution of e3nn models on pairs of neighbours: their ``uvu`` tensor product and the sum over
+neighbours in one.
 
 e3nn's tensor product makes arrays of (edges, channels, 2 l1 + 1, 2 l2 + 1), and autograd makes them again for every
 derivative; nothing of that size exists here. The coupling coefficients meet the spherical harmonics first, once for all
-layers (:meth:`Convolution.couplings`), and what is left is linear in each of its arguments (``kernels``): the value, its
+layers (:meth:`Convolution.couplings`), and what is left is linear in each of its arguments (``kernels``): the
+value, its
 first and its second derivative are all that forces and their training need. On a CPU they run as machine code, on other
 devices as batched products of torch.
 
@@ -78,7 +80,8 @@ class Convolution:
     """What an e3nn ``TensorProduct`` of node features with spherical harmonics does, in numbers; it holds no weights.
 
     Args:
-        product: all of its paths are ``uvu`` with weights from outside, and the second input has one channel of each irrep.
+        product: all of its paths are ``uvu`` with weights from outside, and the second input has one channel
+            of each irrep.
 
     Raises:
         ValueError: it is of another kind.
@@ -227,7 +230,8 @@ def _merged(irreps: Any) -> tuple[dict[str, int], list[int]]:
 
 
 def _coefficients(product: Any, first: int, second: int, last: int) -> Tensor:
-    """(2 l1 + 1, 2 l2 + 1, 2 l3 + 1) as the product has them: where no l is 0 it keeps a table, rounded as the model was
+    """(2 l1 + 1, 2 l2 + 1, 2 l3 + 1) as the product has them: where no l is 0 it keeps a table, rounded as the
+    model was
     when it was built; e3nn's formulas with l = 0 need none.
     """
     name = f"_w3j_{first}_{second}_{last}"

@@ -58,7 +58,8 @@ def check_object(
     if own_name(found) == names[name]:
         return found
     raise CheckpointError(
-        f"its configuration names '{name}', which here is {own_name(found)}, none of the {kind} that this adapter knows",
+        f"its configuration names '{name}', which here is {own_name(found)}, none of the {kind} that this "
+        f"adapter knows",
         remedy="see 'blip-finetune doctor' for the version of the package; another module may have replaced the class",
         file=file,
     )

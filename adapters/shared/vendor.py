@@ -80,10 +80,12 @@ def _refuse_accelerator(name: str, adapter: str) -> None:
     for part in name.lower().split("_"):
         if part in _ACCELERATORS:
             raise RecipeError(
-                f"kernels of {_ACCELERATORS[part]} are not used: training and error bars differentiate forces by the weights, and "
+                f"kernels of {_ACCELERATORS[part]} are not used: training and error bars differentiate "
+                f"forces by the weights, and "
                 "give each structure weights of its own, which fused kernels take once for all; their second "
                 "derivatives have not been shown to be right for that",
-                remedy=f"leave '{name}' out; models that were trained with such kernels open without them, and exported "
+                remedy=f"leave '{name}' out; models that were trained with such kernels open without "
+                f"them, and exported "
                 f"ones run with them in {adapter}'s own programs",
                 field=f"model.options.{name}",
             )

@@ -1,7 +1,8 @@
 """A batch evaluated as several, one after the other, so that one of them has to fit into memory.
 
 A graph of forces that can be differentiated holds some MB per atom until the backward call. Here no graph is kept: the
-backward call evaluates each part again, differentiates it and lets it go. Noise is keyed, so that the second evaluation is
+backward call evaluates each part again, differentiates it and lets it go. Noise is keyed, so that the second
+evaluation is
 the first. It costs one evaluation more.
 """
 

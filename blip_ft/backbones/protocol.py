@@ -239,7 +239,7 @@ class Backbone(nn.Module, ABC):
     def stock_calculator(self) -> Any:
         """The vendor's own ASE calculator around an untouched copy of the model.
 
-        Call before conversion. Used by the step-0 gate only.
+        Call before conversion. Used by the step-0 sanity check only.
         """
 
     def arrange(self) -> None:
@@ -251,7 +251,8 @@ class Backbone(nn.Module, ABC):
     def rearrange(self) -> None:
         """Make the vendor's code cheaper to differentiate, without changing a bit of what it gives.
 
-        Called once (:meth:`arrange`), before conversion and after the stock calculator was made, whose code stays the vendor's. A
+        Called once (:meth:`arrange`), before conversion and after the stock calculator was made, whose code
+        stays the vendor's. A
         model whose native file holds code, not weights alone, must be left as it is.
         """
 
@@ -300,7 +301,8 @@ class Backbone(nn.Module, ABC):
         """What the model is told beside the geometry: ``charge`` (e), ``spin`` (multiplicity), or neither.
 
         The value is the model's for structures that have none in ``atoms.info``; ``None`` where each must
-        have its own. An adapter that reads them in :meth:`graph` (:func:`blip_ft.backbones.electrons.given`) says so here.
+        have its own. An adapter that reads them in :meth:`graph` (:func:`blip_ft.backbones.electrons.given`)
+        says so here.
         """
         return {}
 

@@ -44,7 +44,8 @@ def add_prediction(parser: argparse.ArgumentParser) -> None:
         "--batch-atoms",
         type=count,
         metavar="N",
-        help="atoms per call, at most; a larger structure comes alone (2048 on a GPU; on a CPU 64 per thread, at least 128)",
+        help="atoms per call, at most; a larger structure comes alone (2048 on a GPU; on a CPU 64 per "
+        "thread, at least 128)",
     )
     parser.add_argument(
         "--method",

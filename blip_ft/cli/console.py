@@ -54,7 +54,9 @@ def module_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    """Metrics of one set in their own units, which their names say; with the number of values behind them where it is small."""
+    """Metrics of one set in their own units, which their names say; with the number of values behind them
+    where it is small.
+    """
     from blip_ft.uncertainty.metrics import FEW, basis
 
     table = new_table("metric", "value", title=title)

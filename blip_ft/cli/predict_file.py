@@ -5,7 +5,8 @@ is extended XYZ: energy, forces and stress as ASE's results, everything else of 
 :mod:`blip_ft.uncertainty.outputs` in ``info`` (per structure) and ``arrays`` (per atom).
 
 Aleatoric and total stds are not written for what no calibration frame had a label of. Other info,
-arrays and results of the input are kept; its own energies, forces and stress are replaced. Numbers have all their digits, and
+arrays and results of the input are kept; its own energies, forces and stress are replaced. Numbers have all
+their digits, and
 what ASE cannot write so that it reads it again is written in another way (:mod:`blip_ft.data.write.extxyz`).
 """
 
@@ -239,7 +240,8 @@ def _not_a_number(prediction: Mapping[str, Any]) -> DataError | None:
             return DataError(
                 "the model's prediction is not finite",
                 field=name,
-                remedy="the structure is far from all that the model knows (atoms on top of each other?): remove it, or "
+                remedy="the structure is far from all that the model knows (atoms on top of each other?): "
+                "remove it, or "
                 "leave it out by --skip-bad",
             )
     return None

@@ -182,7 +182,8 @@ class ClosedFormFitter:
         }
         self.potential.fit_reports.append({"final": final} | report)
         self.console.print(
-            f"posterior: {posterior.describe(report)}; prior scale {s:.3g}, {report['effective_parameters']:.0f} effective "
+            f"posterior: {posterior.describe(report)}; prior scale {s:.3g}, "
+            f"{report['effective_parameters']:.0f} effective "
             f"parameters, draws at {self.potential.amplitude:.2g} of the width"
         )
         return report

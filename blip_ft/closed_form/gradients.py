@@ -243,7 +243,9 @@ class GradientRows:
         return [d * root for d in chosen]
 
     def _parts(self, items: Sequence[Item]) -> list[range]:
-        """Batches of frames that all have labels, or none; those that are in work together have :data:`BATCH` frames."""
+        """Batches of frames that all have labels, or none; those that are in work together have :data:`BATCH`
+        frames.
+        """
         size = max(1, BATCH // width(self.potential.backbone.device))
         labelled = sum(bool(item.labels) for item in items)
         parts = [range(i, min(i + size, labelled)) for i in range(0, labelled, size)]

@@ -172,9 +172,11 @@ def check_noise(recipe: Recipe) -> None:
     """
     if recipe.posterior.closed_form and recipe.model.noise in ("none", [], ["none"]):
         raise RecipeError(
-            f"posterior.family={recipe.posterior.family} is a covariance of noisy weights, and no weight is to have noise",
+            f"posterior.family={recipe.posterior.family} is a covariance of noisy weights, and no weight "
+            f"is to have noise",
             field="model.noise",
-            remedy="name modules (model.noise=all or readout), or use posterior.family=channel, which does without noise",
+            remedy="name modules (model.noise=all or readout), or use posterior.family=channel, which "
+            "does without noise",
         )
 
 
@@ -187,7 +189,8 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
             "data.reference_energies are of no set",
             file=file,
             field="data.reference_sets",
-            remedy="set references: given, reference_sets: {default: pbe, energies: {pbe: {Si: -0.8}, r2scan: {Si: -1.1}}}; "
+            remedy="set references: given, reference_sets: "
+            "{default: pbe, energies: {pbe: {Si: -0.8}, r2scan: {Si: -1.1}}}; "
             "or neither, and each set's references are fitted",
         )
     if sets is None and (data.references == "given") != bool(data.reference_energies):

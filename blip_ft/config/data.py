@@ -130,10 +130,13 @@ class ReferenceSetsConfig(Strict):
     default: str
     """the set on whose zero the model's energies are; those of the other sets are brought onto it"""
     by: Literal["theory", "group"] = "theory"
-    """what names the set of a frame: its level of theory, or its group; which key of the source that is, ``data.fields``
+    """what names the set of a frame: its level of theory, or its group; which key of the source that is,
+    ``data.fields``
     says where it is not found by itself"""
     energies: dict[str, dict[str, float]] = {}
-    """``data.references: given``: energies of isolated atoms of each set, eV: ``{pbe: {Si: -0.8, O: -1.9}, r2scan: {...}}``"""
+    """``data.references: given``: energies of isolated atoms of each set, eV: ``{pbe: {Si: -0.8, O: -1.9},
+    r2scan: {...}}``
+    """
 
 
 class DataConfig(Strict):
@@ -185,7 +188,8 @@ class DataConfig(Strict):
     sample; 0 for none"""
     bad_labels: Literal["auto", "warn", "drop", "stop"] = "auto"
     """what to do about labels that do not belong to their structures. ``auto``: leave out frames whose
-    label is wrong beyond doubt (docs/data.md), each is listed, and warn of the others; ``warn``: use all; ``drop``: leave
+    label is wrong beyond doubt (docs/data.md), each is listed, and warn of the others; ``warn``: use all;
+    ``drop``: leave
     all of these frames out; ``stop``"""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """structures per rank and step, or at most so many atoms or edges (``data.batch_by``)"""

@@ -132,7 +132,8 @@ def fit_references(numbers: Sequence[ArrayLike], residual: ArrayLike) -> Referen
 def far_energies(numbers: Sequence[ArrayLike], residual: ArrayLike, floor: float = FAR) -> NDArray[np.bool_]:
     """(F,) frames whose energy is wrong beyond doubt: nothing that composition explains comes near it.
 
-    A robust regression on composition finds what is far (:data:`FAR_TIMES` spreads and ``floor``); the frame's composition has to be determined by the others, as the only frame with an element is never far.
+    A robust regression on composition finds what is far (:data:`FAR_TIMES` spreads and ``floor``); the frame's
+    composition has to be determined by the others, as the only frame with an element is never far.
 
     Args:
         numbers: atomic numbers of each frame.

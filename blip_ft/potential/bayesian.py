@@ -153,7 +153,9 @@ class BayesianPotential(nn.Module):
 
     @property
     def drawing(self) -> tuple[int, float]:
-        """Number and width of the draws: ``n_draws`` and ``amplitude``, or what :func:`drawing` has put in their place."""
+        """Number and width of the draws: ``n_draws`` and ``amplitude``, or what :func:`drawing` has put in
+        their place.
+        """
         other = _DRAWING.get()
         return (self.n_draws, self.amplitude) if other is None or other[0] is not self else other[1:]
 
@@ -203,7 +205,9 @@ class BayesianPotential(nn.Module):
         return self._perturbation(self.posterior.latent(keys, self.backbone.dtype))
 
     def expect(self, structures: Sequence[int]) -> None:
-        """Say which structures the next batches of training bring, by their keys: noise is then made for many at once."""
+        """Say which structures the next batches of training bring, by their keys: noise is then made for many
+        at once.
+        """
         self._ahead.expect(() if self.posterior.factorised else structures)
 
     def _perturbation(self, latent: Tensor) -> dict[str, Tensor]:

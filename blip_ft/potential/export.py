@@ -275,7 +275,8 @@ def _notes(
     lost = []
     if step > STEP:
         lost.append(
-            f"energies of up to {seen.whole:.0f} eV per atom have steps of {1e3 * step:.2g} meV per atom in float32, in "
+            f"energies of up to {seen.whole:.0f} eV per atom have steps of {1e3 * step:.2g} meV per atom "
+            f"in float32, in "
             "which the vendor's program gives them"
         )
     floor = step / np.sqrt(12) / amplitude

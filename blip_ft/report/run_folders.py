@@ -1,6 +1,7 @@
 """What the folders of runs say: which model, how many frames, whether the run has finished, how good it is.
 
-A folder is read as it is found, by the files that ``fit`` leaves (README, "What you get"). A run that was killed has only
+A folder is read as it is found, by the files that ``fit`` leaves (README, "What you get"). A run that was
+killed has only
 some of them, and one that was copied or edited may have any content: both are states of a run here, no errors.
 """
 
@@ -43,7 +44,8 @@ class Run:
     Attributes:
         name: of the folder.
         folder: its path.
-        state: ``finished``; ``running``: another program on this machine writes there; ``unfinished``: it has not come to
+        state: ``finished``; ``running``: another program on this machine writes there; ``unfinished``: it has
+            not come to
             its end; ``broken``: a file of a finished run is missing or cannot be read.
         problem: what is missing or broken, else empty.
         recipe: as it was run; empty where it is not known.

@@ -2,7 +2,8 @@
 
 :class:`AdapterContract` holds for every backbone; ``conservative.py`` adds what holds where forces are
 gradients of the energy, ``variational.py`` what holds once weights are random, ``vendor.py`` what holds
-for weights that come in files of a vendor's package. An adapter's test combines them, gives ``load`` and the attributes, and inherits all tests::
+for weights that come in files of a vendor's package. An adapter's test combines them, gives ``load`` and the
+attributes, and inherits all tests::
 
     @pytest.mark.backend("sevennet")
     class TestSevenNet(VendorContract, ConservativeContract):

@@ -169,7 +169,9 @@ class FakeBackbone(ConservativeBackbone):
         return {"charge": 0.0, "spin": 1.0} if self.size == "charged" else {}
 
     def graph(self, atoms: Atoms) -> dict[str, Tensor]:
-        """Edges of one structure; keys as in :func:`blip_ft.backbones.edges.collate`, and ``electrons`` (2,) where they count."""
+        """Edges of one structure; keys as in :func:`blip_ft.backbones.edges.collate`, and ``electrons`` (2,)
+        where they count.
+        """
         self.check(atoms)
         plain = edges.bare(atoms)
         i, j, vector = primitive_neighbor_list(  # type: ignore[no-untyped-call]

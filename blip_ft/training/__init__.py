@@ -1,1 +1,1 @@
-"""Fine-tuning: Lightning module and data module, safety gates, and the whole run."""
+"""Fine-tuning: Lightning module and data module, sanity checks, and the whole run."""

@@ -32,7 +32,8 @@ class BrokenStepError(BlipError):
 class Usual:
     """NLL of steps, for comparison: of the latest, and the largest of the first epoch.
 
-    What is large when a frame is first seen is its label (``data.bad_labels`` says what becomes of it), not the training;
+    What is large when a frame is first seen is its label (``data.bad_labels`` says what becomes of it), not
+    the training;
     one that explodes in its first epoch is ended by its held-out score.
     """
 

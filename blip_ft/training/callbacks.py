@@ -135,7 +135,10 @@ class StopWhenRising(Callback):
         self.risen = self.risen + 1 if score > (1 + RISEN) * best else 0
         start = self.best.start
         if not math.isfinite(score) or (math.isfinite(start) and score > EXPLODED * max(start, 1e-9)):
-            self.reason = f"the held-out score has gone from {readable(start)} to {readable(score)}: lower optimizer.learning_rate"
+            self.reason = (
+                f"the held-out score has gone from {readable(start)} to {readable(score)}: "
+                f"lower optimizer.learning_rate"
+            )
         elif self.patience is not None and self.risen >= self.patience:
             self.reason = (
                 f"the held-out score has been above its best for {self.risen} epochs (optimizer.patience)"

@@ -1,7 +1,8 @@
 """A step of training that does not fit into memory goes on in parts.
 
 Where memory runs out, in the evaluation or in the backward call, the step is made again with batches of at most half so
-many atoms per part (:mod:`blip_ft.backbones.parts_in_turn`), and all steps after it keep to that bound. Loss and gradients are those of the
+many atoms per part (:mod:`blip_ft.backbones.parts_in_turn`), and all steps after it keep to that bound. Loss
+and gradients are those of the
 whole batch to rounding.
 """
 
@@ -60,7 +61,8 @@ class AtomLimit:
         if pieces >= len(sizes):
             raise BlipError(
                 f"{what} does not fit into memory, structure by structure: the largest has {max(sizes)} atoms",
-                remedy="leave large structures out, train fewer weights (model.train), or use a device with more memory",
+                remedy="leave large structures out, train fewer weights (model.train), or use a device "
+                "with more memory",
             )
         if not self.potential.posterior.draws_are_weights:
             raise BlipError(

@@ -300,13 +300,16 @@ class _Epochs:
         elif best.last is not None:
             say(
                 f"no epoch is better on the validation frames than the state at the start ({kind} "
-                f"{readable(best.start, '.2f')} {unit}), which is kept: lower optimizer.learning_rate, or give more frames",
+                f"{readable(best.start, '.2f')} {unit}), which is kept: lower optimizer.learning_rate, or "
+                f"give more frames",
                 style="yellow",
             )
 
     # ---- pieces --------------------------------------------------------------------------
     def _earlier(self) -> tuple[Path | None, dict[str, Any]]:
-        """Lightning's checkpoint of an earlier start, with its place in the training; the posterior that belongs to it."""
+        """Lightning's checkpoint of an earlier start, with its place in the training; the posterior that
+        belongs to it.
+        """
         pieces = self.run_.pieces
         found = None if pieces is None else pieces.file(self.name)
         if found is None:

@@ -44,7 +44,8 @@ class FineTuneModule(lightning.LightningModule):
             has no noise and no KL; the same likelihood, optimiser and steps.
         left_out: {key: name} of training frames that are left out, as they broke a step; filled in place.
 
-    Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names; per epoch: ``val/crps`` (force
+    Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names;
+    per epoch: ``val/crps`` (force
     CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
     the energy MAE in meV/atom), ``val/force_mae``
     (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
@@ -112,7 +113,8 @@ class FineTuneModule(lightning.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing.
 
-        Lightning holds ``loss`` until the step is over, and with it would hold the graph: it is given another tensor, so
+        Lightning holds ``loss`` until the step is over, and with it would hold the graph: it is given another
+        tensor, so
         that a graph that does not fit can be let go.
 
         Raises:

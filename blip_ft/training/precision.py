@@ -1,7 +1,9 @@
 """In which precision a training may compute, and what is refused with its reason.
 
-Weights are in ``model.dtype``. Below that stands TF32 (``model.tf32``: float32 matrix products of a GPU, with 10 bits of
-mantissa). Lightning's half precisions (``trainer.precision``) are refused for all models, TF32 for those whose forces do not survive it
+Weights are in ``model.dtype``. Below that stands TF32 (``model.tf32``: float32 matrix products of a GPU, with
+10 bits of
+mantissa). Lightning's half precisions (``trainer.precision``) are refused for all models, TF32 for those whose
+forces do not survive it
 (``Backbone.refused_precisions``): the errors of each are measured in docs/adapters.md, "Precision".
 """
 
@@ -18,7 +20,8 @@ from blip_ft.errors import RecipeError
 
 _LAYERS = "variational layers compute in the precision of their weights, which they could not"
 _BF16 = (
-    "with matrix products in bfloat16 energies are off by 1.6 to 20 meV/atom and forces by 11 to 380 meV/Å (rms, SiO2, by "
+    "with matrix products in bfloat16 energies are off by 1.6 to 20 meV/atom and forces by 11 to 380 "
+    "meV/Å (rms, SiO2, by "
     f"backbone), as much as fine-tuning is to correct; and {_LAYERS}"
 )
 _FP16 = (

@@ -47,7 +47,7 @@ from blip_ft.training.replay import Probe, load_probe
 from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
 
-#: frames compared with the vendor's calculator in the step-0 gate, at least one of every set
+#: frames compared with the vendor's calculator in the step-0 sanity check, at least one of every set
 GATE_FRAMES = 12
 
 
@@ -293,7 +293,8 @@ def _check_left_out(recipe: Recipe, potential: BayesianPotential, train: FrameDa
             "make one group",
             file=train.frames["source"][0],
             field="posterior.prior_scale",
-            remedy="give more frames, or sources for data.validation, data.calibration and data.test so that more are left "
+            remedy="give more frames, or sources for data.validation, data.calibration and data.test so "
+            "that more are left "
             "to train on; or a number, for instance posterior.prior_scale=0.1",
         )
 

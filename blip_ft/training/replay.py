@@ -155,7 +155,8 @@ def load_memory(
 ) -> list[Item]:
     """Replayed frames with their labels; none where the recipe replays nothing.
 
-    Labels of their own are checked as those of the other roles are, and wrong ones left out as ``data.bad_labels`` says.
+    Labels of their own are checked as those of the other roles are, and wrong ones left out as
+    ``data.bad_labels`` says.
 
     Args:
         recipe: options.

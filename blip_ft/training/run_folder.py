@@ -1,7 +1,8 @@
 """The folder of a run: made at once, held by one program, replaced only by a whole run.
 
 ``run.json`` makes a folder a run: its recipe, where and by whom it was begun, and whether it is whole. With
-``overwrite=true`` the earlier run of the name stays until the new one, in ``NAME.new`` beside it, is whole; then the two
+``overwrite=true`` the earlier run of the name stays until the new one, in ``NAME.new`` beside it, is whole;
+then the two
 change places. What is no run is never removed.
 """
 

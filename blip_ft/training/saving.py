@@ -23,7 +23,8 @@ class SaveTraining(Checkpoint):
     """Keep the training now and then, and before a signal ends it.
 
     A checkpoint is taken at the end of an epoch, or between two steps of one, where that takes its share of the time so
-    far at most (``pieces.SHARE``). One in mid-epoch needs the step to be one of the optimiser, and no validation to follow
+    far at most (``pieces.SHARE``). One in mid-epoch needs the step to be one of the optimiser, and no
+    validation to follow
     it: Lightning would leave that out when it goes on.
 
     Args:

@@ -2,7 +2,8 @@
 
 With N training structures and temperature T the loss of a step is
 
-    mean over structures of the parts that each has  +  T/N (with its warm-up) the parts of the whole  +  what stands alone.
+    mean over structures of the parts that each has  +  T/N (with its warm-up) the parts of the whole  +  what
+    stands alone.
 
 ===============  =========================================  ==========================================
 term             each structure                             of the whole

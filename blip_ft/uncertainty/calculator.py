@@ -21,7 +21,8 @@ class BlipCalculator(Calculator):
     found on the calibration frames, ``*_std_total`` both. Where no calibration frame had a label of a property, its
     scatter is unknown: there is no ``*_std_aleatoric`` and no ``*_std_total`` of it.
 
-    ``results`` holds the rows of :data:`blip_ft.uncertainty.outputs.OUTPUTS` that the method gives, with their shapes and
+    ``results`` holds the rows of :data:`blip_ft.uncertainty.outputs.OUTPUTS` that the method gives, with their
+    shapes and
     units.
 
     Args:

@@ -28,7 +28,8 @@ Two things keep the fit sane on few frames:
 Residuals with zero error *and* zero spread (forces that vanish by symmetry) say nothing about
 either and are left out.
 
-A label that is wrong beyond doubt (:mod:`blip_ft.data.check.doubt`) would widen all error bars, a thousandfold if need be: its
+A label that is wrong beyond doubt (:mod:`blip_ft.data.check.doubt`) would widen all error bars, a thousandfold
+if need be: its
 frame takes no part in the fit of that property, and ``left_out`` names it. Where there is none, nothing changes. What
 is in doubt stays in; ``carried_by`` names a frame that alone makes the error bars twice as wide or more.
 

@@ -3,7 +3,8 @@
 Four failures are known from the method's paper and its reproductions: error bars far too wide
 on data like the training set, far too narrow on data unlike it, a posterior that explodes, and
 one that never leaves its start. Found beside them: a spread that the calibration had to switch off, one
-calibration frame that alone widens all error bars, and labels that no calibration should see. Each has a detector here, and a remedy in terms of recipe keys.
+calibration frame that alone widens all error bars, and labels that no calibration should see. Each has a
+detector here, and a remedy in terms of recipe keys.
 """
 
 from __future__ import annotations

@@ -154,10 +154,8 @@ def _linearised(
     else:
         latents = potential.draw_latents(n_draws).double()
         r = potential.posterior.latent_numel
-        if whole := r <= min(n_draws, MAX_DIRECTIONS):
-            directions = torch.eye(r, dtype=torch.float64)
-        else:
-            directions = latents
+        whole = r <= min(n_draws, MAX_DIRECTIONS)
+        directions = torch.eye(r, dtype=torch.float64) if whole else latents
         derivatives = [(e, f) for e, f, _ in latent_derivatives(potential, batch, directions)]
         columns = [torch.stack(x) for x in zip(*derivatives, strict=True)]
         if whole:

@@ -65,7 +65,8 @@ def predict_linearized(
         Units of ``Prediction``; what the method does not give is ``None``.
 
     Raises:
-        BlipError: a family whose draws are no weights; ``linear`` for a model whose forces are not gradients of its energy, or for a
+        BlipError: a family whose draws are no weights; ``linear`` for a model whose forces are not gradients
+            of its energy, or for a
             family with too many latent numbers for all directions.
     """
     if not potential.posterior.ready:

@@ -16,7 +16,8 @@ class Output:
     """One quantity of a predicted structure.
 
     Attributes:
-        name: key in ``results`` of the calculator, in ``info`` or ``arrays`` of a file, in the dicts of ``predict_atoms``.
+        name: key in ``results`` of the calculator, in ``info`` or ``arrays`` of a file, in the dicts of
+            ``predict_atoms``.
         per: ``structure`` or ``atom``.
         components: of one entry, ``()`` for a number.
         unit: with ASE's sign and Voigt order for stresses.

@@ -192,7 +192,8 @@ class VariationalLayer(nn.Module, ABC):
         """The linear part of the map with one weight per structure, ``weight`` (B, *shape)."""
 
     def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
-        """:meth:`mean` of each structure with its whole weight, ``mean`` (*shape) + ``noise`` (B, *shape): one product for
+        """:meth:`mean` of each structure with its whole weight, ``mean`` (*shape) + ``noise`` (B, *shape): one
+        product for
         both.
         """
         out = self.sampled(x, mean + noise, rows)

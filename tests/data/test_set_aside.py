@@ -272,7 +272,8 @@ VASPRUN = """<?xml version="1.0" encoding="ISO-8859-1"?>
  <kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray></kpoints>
  <parameters><separator name="electronic"><i type="int" name="NELM">    4</i></separator></parameters>
  <atominfo><array name="atoms"><set><rc><c>Si</c><c>1</c></rc></set></array></atominfo>
- <structure name="initialpos"><crystal><varray name="basis"><v>2.6 0 0</v><v>0 2.6 0</v><v>0 0 2.6</v></varray></crystal>
+ <structure name="initialpos"><crystal><varray name="basis"><v>2.6 0 0</v><v>0 2.6 0</v><v>0 0
+ 2.6</v></varray></crystal>
   <varray name="positions"><v>0 0 0</v></varray></structure>
  {steps}
 </modeling>

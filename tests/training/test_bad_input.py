@@ -220,7 +220,9 @@ def test_labels_no_structure_has(
 def test_one_wrong_label_in_each_role_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A force of 50 eV/Å in a calibration frame and an energy of 300 eV in a training frame are left out, and listed."""
+    """A force of 50 eV/Å in a calibration frame and an energy of 300 eV in a training frame are left out, and
+    listed.
+    """
     clean = frames(24)
     write(tmp_path / "train.extxyz", clean)
     options = ("data.split.by=block", "plain.enabled=true")

@@ -203,7 +203,9 @@ def test_draws_come_in_pairs() -> None:
 
 
 def test_pairs_cancel_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where labels leave little, pairs have the spread of the linearised model; one-sided draws, and centred ones, do not."""
+    """Where labels leave little, pairs have the spread of the linearised model; one-sided draws, and centred
+    ones, do not.
+    """
     potential = fitted_potential(width=0.7, noise=1e-3)
     batch = crystal_of(potential)
     n = 2 * potential.posterior.latent_numel

@@ -220,7 +220,8 @@ def make_stream(
 ) -> Callable[[int, int], FrameStream] | None:
     """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream.
 
-    Where frames are dropped, files are not dealt to workers: each of them knows how many frames to expect of its own only as
+    Where frames are dropped, files are not dealt to workers: each of them knows how many frames to expect of
+    its own only as
     long as none is missing.
     """
     config, options = recipe.data, recipe.data.stream

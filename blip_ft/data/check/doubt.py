@@ -7,7 +7,8 @@ model has no part in:
 - forces: the forces of a structure without an external field sum to zero. A net force about as large as the error,
   where the other frames have none, comes from the label alone. Or the label is tens of eV/Å where everything that is
   predicted for the frame is ten times smaller.
-- energies: frames of the same atoms agree with each other, and the forces of this frame are as good as those of the others.
+- energies: frames of the same atoms agree with each other, and the forces of this frame are as good as those
+of the others.
   A model that fails on a structure fails on both; a constant per composition, which references leave open, moves
   all frames of it.
 - stress: larger by ten than anything predicted, and beyond what solids have.
@@ -31,7 +32,8 @@ Bools = NDArray[np.bool_]
 TIMES = 30.0
 #: ... and by at least this much: eV/Å, eV/atom (beside good forces), eV/Å^3
 FORCE_FLOOR, ENERGY_FLOOR, STRESS_FLOOR = 1.0, 0.5, 0.5
-#: what no error of a model explains by itself, eV/Å and eV/atom, where the frame's predictions are this many times smaller
+#: what no error of a model explains by itself, eV/Å and eV/atom, where the frame's predictions are this many
+#: times smaller
 ABSURD_FORCE, ABSURD_ENERGY, SMALLER = 10.0, 10.0, 10.0
 #: share of the error that a net force has to have, and how many times what other frames have
 NET_SHARE, NET_TIMES = 0.5, 10.0

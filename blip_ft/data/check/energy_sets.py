@@ -182,14 +182,19 @@ def _finding(
     )
     cause = "they are of several levels of theory or settings, which one set of references cannot bring together: "
     if column == "source":
-        remedy = f"{cause}train on one file; another one can take part with references of its own, data.replay: {{source: FILE, labels: own}}"
+        remedy = (
+            f"{cause}train on one file; another one can take part with references of its own, "
+            f"data.replay: {{source: FILE, labels: own}}"
+        )
     else:
         other = next((n for n, _, _ in notes if n and n != main), "NAME")
         file = re.sub(r" \(.*\)$", "", str(first["source"]))
         by = "" if column == "theory" else f", by: {column}"
         remedy = (
-            f"{cause}give each its own, data.reference_sets: {{default: {main or 'NAME'}{by}}}, where default is the set that "
-            f"predictions are to be of; or train on one of them, data: {{train: {file}@{main or 'NAME'}, fields: {{split: "
+            f"{cause}give each its own, data.reference_sets: {{default: {main or 'NAME'}{by}}}, where "
+            f"default is the set that "
+            f"predictions are to be of; or train on one of them, data: {{train: {file}@{main or 'NAME'}, "
+            f"fields: {{split: "
             f"{key}}}}}, with another one as data.replay: {{source: {file}@{other}, labels: own}}"
         )
     return Finding("label", "warning", [], message, remedy)

@@ -10,7 +10,8 @@ _REMEDY = (
     "frames of other groups"
 )
 _ONE_GROUP = (
-    "all frames are of this one group: if it is one trajectory, errors are those of its neighbours, and another one would "
+    "all frames are of this one group: if it is one trajectory, errors are those of its neighbours, and "
+    "another one would "
     "tell more; name trajectories by data.fields: {group: KEY} if there are several"
 )
 
@@ -21,7 +22,8 @@ def group_leaks(splits: Splits) -> list[Finding]:
     Neighbouring frames of a trajectory are nearly one structure, so errors on such a role are
     smaller, and error bars better, than on a new trajectory. That is a warning for test sets. For
     validation and calibration, which are often cut off the same trajectories on purpose, it is
-    mentioned. Frames that name no group are not compared. One group of all frames tells nothing apart, least of all where it
+    mentioned. Frames that name no group are not compared. One group of all frames tells nothing apart, least
+    of all where it
     is the name of the substance: that is mentioned too.
     """
     train = set(splits.train["group"]) - {""}

@@ -146,7 +146,8 @@ def judge_replay(
     if judged.bad and raises and recipe.data.bad_labels == "stop":
         index, reason = next(iter(judged.bad.items()))
         raise DataError(
-            f"{len(judged.bad)} replayed frames have labels that do not belong to their structures, the first: {reason}",
+            f"{len(judged.bad)} replayed frames have labels that do not belong to their structures, the "
+            f"first: {reason}",
             file=rows[index]["source"],
             frame=rows[index]["frame"],
             field=reason.partition(" ")[0],

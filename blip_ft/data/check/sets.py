@@ -40,7 +40,8 @@ UNIT_FRAMES = 16
 CORRELATED = 0.8
 #: predictions and labels of a smaller rms are zero by symmetry and have no slope: eV/Å, eV/Å^3, eV
 _ZERO = {"forces": 1e-3, "stress": 1e-5, "energy": 1e-6}
-#: rms differences from a model that are usual, eV/Å and eV/Å^3 (1 GPa): labels so near to it are not remarkable whatever their
+#: rms differences from a model that are usual, eV/Å and eV/Å^3 (1 GPa): labels so near to it are not
+#: remarkable whatever their
 #: slope, as those of relaxed structures, which are zero and hardly correlate with anything
 _NEAR = {"forces": 0.1, "stress": 0.00624, "energy": 0.0}
 #: slopes from fewer values say so
@@ -245,7 +246,9 @@ def _comparisons(
 def _energies(
     rows: list[FrameRow], predictions: Sequence[dict[str, Any]], by_state: bool
 ) -> Comparison | None:
-    """Energies relative to the mean of their composition, charge, spin and level of theory; ``None`` without two alike."""
+    """Energies relative to the mean of their composition, charge, spin and level of theory; ``None`` without
+    two alike.
+    """
     kinds: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, predicted in zip(rows, predictions, strict=True):
         if row["energy"] is not None and np.isfinite(predicted["energy"]):

@@ -16,7 +16,10 @@ from blip_ft.errors import DataError
 
 #: share of a stress that its off-diagonal pairs may differ by
 SYMMETRIC = 1e-2
-_ASYMMETRIC = "another tensor (a derivative by the lattice vectors) or a broken line? take the stress, or remove the label"
+_ASYMMETRIC = (
+    "another tensor (a derivative by the lattice vectors) or a broken line? take the stress, or "
+    "remove the label"
+)
 #: larger numbers are no labels: a stress of 10 TPa in Pa has 1e13
 LARGEST = 1e15
 

@@ -154,7 +154,9 @@ def _lookup(name: str, quantity: str) -> tuple[float, tuple[int, int]]:
 
 
 def _suggestion(name: str, quantity: str) -> str:
-    """A unit of this quantity that a name may stand for: ``kcalmol`` is no misspelt ``kcal``, which is 6e23 times more."""
+    """A unit of this quantity that a name may stand for: ``kcalmol`` is no misspelt ``kcal``, which is 6e23
+    times more.
+    """
     for parts in _divided(name.lower()):
         text = "/".join(_SPELT.get(part, part) for part in parts)
         for candidate in (text, f"{text}^3"):

@@ -1,6 +1,7 @@
 """Sets of energies with references of their own: frames of several levels of theory in one training.
 
-One model has one zero of energy per element. Where frames of several sets take part (``data.reference_sets``), the model
+One model has one zero of energy per element. Where frames of several sets take part (``data.reference_sets``),
+the model
 has the references of one set, the default. The labels of another set s are brought onto its zero before anything is
 trained on them,
 
@@ -186,7 +187,8 @@ class ReferenceSets:
                 file=row["source"],
                 frame=row["frame"],
                 field=key,
-                remedy=f"name its set in the file, under the key of the others; which key counts: data.fields: {{{key}: KEY}}",
+                remedy=f"name its set in the file, under the key of the others; which key counts: "
+                f"data.fields: {{{key}: KEY}}",
             )
         return DataError(
             f"the frame is of the set '{name}', of which no training frame has an energy; they have {known}",

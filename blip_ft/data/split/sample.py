@@ -33,7 +33,9 @@ class Dropped:
 
 
 def rows_of(config: DataConfig, dropped: Dropped | None = None) -> Callable[[], Iterator[FrameRow]]:
-    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.read.set_aside`) but for what is dropped."""
+    """What opens the stream of ``data.train``: its examples (:mod:`blip_ft.data.read.set_aside`) but for what
+    is dropped.
+    """
     places = frozenset() if dropped is None else dropped.places
 
     def rows() -> Iterator[FrameRow]:
@@ -113,7 +115,8 @@ def unchecked(config: DataConfig) -> list[Finding]:
     if options is None or options.frames <= options.sample:
         return []
     message = (
-        f"the labels of {options.sample} of {options.frames} frames of the stream, its sample, are compared with the model: "
+        f"the labels of {options.sample} of {options.frames} frames of the stream, its sample, are "
+        f"compared with the model: "
         "wrong ones beyond it are trained on"
     )
     return [Finding("coverage", "info", [], message, "data.stream.sample sets their number")]
