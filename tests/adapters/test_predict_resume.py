@@ -24,7 +24,8 @@ pytestmark = pytest.mark.backend("chgnet")
 
 KILLED = """
 import os, signal, sys
-from blip_ft import cli, predict_file
+from blip_ft import cli
+from blip_ft.cli import predict_file
 predict_atoms, calls = predict_file.predict_atoms, []
 def counted(*args, **options):
     calls.append(1)
