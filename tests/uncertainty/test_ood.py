@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from blip_ft.backbones.protocol import Prediction
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.batch.dataset import Item
-from blip_ft.potential.bayesian import BayesianPotential, distance
+from blip_ft.potential import distance
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.distance import FeatureDistance, ledoit_wolf
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.uncertainty import ood
