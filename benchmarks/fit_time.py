@@ -62,13 +62,13 @@ def stages() -> dict[str, Callable[[], Any]]:
     from blip_ft.uncertainty.jacobian import all_components, output_gradients
     from blip_ft.uncertainty.predict import predict_batch
 
-    fitter = either("ClosedFormFitter", "blip_ft.closed_form.fitter", "blip_ft.closed_form.fitter")
-    collate = either("collate", "blip_ft.data.batch.dataset", "blip_ft.data.batch.dataset")
+    fitter = either("ClosedFormFitter", "blip_ft.closed_form.fitter", "blip_ft.training.closed_form")
+    collate = either("collate", "blip_ft.data.batch.dataset", "blip_ft.data.dataset")
     noise = since("blip_ft.variational.noise", "Noise")
     if (keep_memory := since("blip_ft.allocator", "keep_memory")) is not None:
         keep_memory()
     weights_only = since("blip_ft.backbones.conservative", "weights_only") or since(
-        "blip_ft.backbones.conservative", "weights_only"
+        "blip_ft.conservative", "weights_only"
     )
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, quiet = load_recipe(RECIPE, []), Console(quiet=True)
