@@ -65,7 +65,10 @@ def stages() -> dict[str, Callable[[], Any]]:
     fitter = either("ClosedFormFitter", "blip_ft.closed_form.fitter", "blip_ft.training.closed_form")
     collate = either("collate", "blip_ft.data.batch.dataset", "blip_ft.data.dataset")
     noise = since("blip_ft.variational.noise", "Noise")
-    if (keep_memory := since("blip_ft.allocator", "keep_memory")) is not None:
+    keep_memory = since("blip_ft.system.allocator", "keep_memory") or since(
+        "blip_ft.allocator", "keep_memory"
+    )
+    if keep_memory is not None:
         keep_memory()
     weights_only = since("blip_ft.backbones.conservative", "weights_only") or since(
         "blip_ft.conservative", "weights_only"

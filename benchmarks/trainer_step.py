@@ -29,7 +29,6 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 from rich.table import Table
 
-from blip_ft.allocator import keep_memory
 from blip_ft.backbones.conservative import weights_only
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.backbones.registry import get_adapter
@@ -39,7 +38,8 @@ from blip_ft.data.frame import to_atoms
 from blip_ft.data.split.splits import load_splits
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.side_by_side import width
+from blip_ft.system.allocator import keep_memory
+from blip_ft.system.side_by_side import width
 from blip_ft.variational.noise import OFF
 
 OUT = Path(__file__).parent / "results" / "trainer_step.json"

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from blip_ft import allocator
+from blip_ft.system import allocator
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 #: takes and frees ten blocks of 8 MB together, again and again, and counts the pages that it got
 FAULTS = """
 import json, resource, sys
 import numpy as np
-from blip_ft.allocator import keep_memory
+from blip_ft.system.allocator import keep_memory
 made = keep_memory() if {call} else None
 def work():
     for _ in range(10):

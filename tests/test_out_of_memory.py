@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip_ft.errors import DataError
-from blip_ft.out_of_memory import by_halves, is_out_of_memory
+from blip_ft.system.out_of_memory import by_halves, is_out_of_memory
 from blip_ft.uncertainty.batch_limits import bounded, default_atoms, ranges
 from blip_ft.uncertainty.predict import predict_atoms
 

@@ -18,7 +18,7 @@ from blip_ft.data.batch.dataset import Item, collate
 from blip_ft.data.frame import content_key
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.side_by_side import cut, side_by_side, width
+from blip_ft.system.side_by_side import cut, side_by_side, width
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_batch
 from blip_ft.variational.noise import OFF, Noise

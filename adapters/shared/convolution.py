@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbones.conservative import geometry_is_wanted
-from blip_ft.side_by_side import side_by_side, width
+from blip_ft.system.side_by_side import side_by_side, width
 
 try:
     from blip_ft.adapters.shared import kernels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbones.protocol import Batch, Prediction
-from blip_ft.side_by_side import side_by_side
+from blip_ft.system.side_by_side import side_by_side
 
 
 def evaluate_parts(

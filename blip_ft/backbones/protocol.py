@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from blip_ft.backbones import electrons
 from blip_ft.errors import BlipError, DataError
-from blip_ft.side_by_side import cut
+from blip_ft.system.side_by_side import cut
 from blip_ft.variational.layers import VariationalLayer, layer_type
 
 #: coordinates beyond it, Å, have an error of 1e-8 Å and more in double precision: they come from a fault

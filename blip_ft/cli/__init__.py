@@ -34,7 +34,7 @@ from blip_ft.cli import (
     runs,
 )
 from blip_ft.errors import BlipError
-from blip_ft.signals import Stopped
+from blip_ft.system.signals import Stopped
 
 #: in the order of the help
 COMMANDS: tuple[Any, ...] = (

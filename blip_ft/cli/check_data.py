@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from blip_ft.allocator import keep_memory
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset, GraphCache
@@ -18,6 +17,7 @@ from blip_ft.data.findings import SEVERITIES, Finding, from_error
 from blip_ft.data.split.sample import unchecked
 from blip_ft.data.split.splits import load_splits
 from blip_ft.errors import DataError
+from blip_ft.system.allocator import keep_memory
 
 if TYPE_CHECKING:
     from blip_ft.training.cost import Cost

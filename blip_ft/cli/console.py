@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blip_ft.errors import readable
-from blip_ft.progress import duration
-from blip_ft.ranks import is_rank_zero
+from blip_ft.system.duration import duration
+from blip_ft.system.ranks import is_rank_zero
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict structures into a file; the exit code is 3 where some were left out."""
     from blip_ft.cli.kept_batches import how_to_go_on
-    from blip_ft.signals import Interrupts, Stopped
+    from blip_ft.system.signals import Interrupts, Stopped
 
     potential = load(args)  # says so before the long imports
     from blip_ft.cli.predict_file import predict_file

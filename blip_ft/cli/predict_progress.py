@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from blip_ft.cli.predict_file import Say
-from blip_ft.progress import duration
+from blip_ft.system.duration import duration
 
 #: least seconds between two lines
 EVERY = 60.0

@@ -32,7 +32,7 @@ from blip_ft.families.base.linear import (
 from blip_ft.families.base.options import ClosedFormOptions
 from blip_ft.families.base.posterior import ClosedFormPosterior
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.progress import progress
+from blip_ft.system.progress import progress
 from blip_ft.uncertainty.predict import predict_set
 
 #: scales of a Gauss-Newton step that are tried, shares of the prior's. Validation frames, which resemble the training

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip_ft import divided
 from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
 from blip_ft.families.base.linear import LinearizedModel
 from blip_ft.objectives.likelihood import frame_weights
-from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.side_by_side import side_by_side, width
+from blip_ft.system import divided
+from blip_ft.system.out_of_memory import by_halves
+from blip_ft.system.side_by_side import side_by_side, width
 from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
 
 #: structures whose graphs are held at the same time

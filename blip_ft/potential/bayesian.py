@@ -31,7 +31,7 @@ from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.build import make_posterior, make_prior
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.distance import FeatureDistance
-from blip_ft.side_by_side import width
+from blip_ft.system.side_by_side import width
 from blip_ft.variational.convert import convert
 from blip_ft.variational.drawn import DrawnWeights, SamplesAhead
 from blip_ft.variational.lora import LowRank

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blip_ft.allocator import keep_memory
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.data.split.reference_sets import ReferenceSets
@@ -40,6 +39,7 @@ from blip_ft.potential.checks import (
     sealed,
 )
 from blip_ft.potential.distance import FeatureDistance
+from blip_ft.system.allocator import keep_memory
 from blip_ft.version import __version__
 
 #: 2: may hold the tensors of the out-of-distribution score; 3: of the posterior's options only those of its family, a

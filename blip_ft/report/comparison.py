@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from blip_ft.files import whole_file
-from blip_ft.progress import duration
 from blip_ft.report.compare_runs import Comparison, Difference, Figure
 from blip_ft.report.run_folders import FIGURES, Run
 from blip_ft.report.tables import COLUMNS, MODELS, format_value
+from blip_ft.system.duration import duration
 
 #: headings of a run's figures
 _HEADINGS = {c.key: f"{c.title}, {c.unit}" for c in COLUMNS}

@@ -21,7 +21,7 @@ from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.potential.export import member
-from blip_ft.side_by_side import side_by_side
+from blip_ft.system.side_by_side import side_by_side
 from blip_ft.testing.helpers import array, close, evaluate, rotation_defect, same
 from blip_ft.uncertainty.calculator import BlipCalculator
 from blip_ft.uncertainty.predict import predict_atoms

@@ -28,9 +28,9 @@ from blip_ft.families.base.gram import gram_matrix
 from blip_ft.families.base.linear import ClosedFormData
 from blip_ft.families.base.options import ClosedFormOptions
 from blip_ft.families.base.posterior import ClosedFormPosterior
-from blip_ft.memory_used import peak_bytes
 from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.system.memory_used import peak_bytes
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import ROLES, draws_of
 from blip_ft.training.objective import Objective, make_objective
@@ -347,7 +347,7 @@ def _take_step(
 ) -> None:
     """A step without effect on the weights: the learning rate is 0."""
     from blip_ft.backbones.conservative import weights_only
-    from blip_ft.side_by_side import width
+    from blip_ft.system.side_by_side import width
 
     backbone = objective.potential.backbone
     batch = collate(backbone, items, parts=width(backbone.device)).to(backbone.device)

@@ -13,7 +13,7 @@ from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
 from blip_ft.data.batch.sampler import EpochBatchSampler, PackedBatchSampler
 from blip_ft.data.batch.stream import FrameStream
-from blip_ft.side_by_side import width
+from blip_ft.system.side_by_side import width
 
 
 class FrameDataModule(lightning.LightningDataModule):

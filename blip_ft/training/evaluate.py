@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blip_ft import divided
 from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset
 from blip_ft.data.batch.ledger import Ledger
 from blip_ft.files import file_name
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
-from blip_ft.progress import progress
+from blip_ft.system import divided
+from blip_ft.system.progress import progress
 from blip_ft.training.device import device_of
 from blip_ft.training.pieces import Pieces
 from blip_ft.uncertainty.calibration import calibrate, rmse_calibration

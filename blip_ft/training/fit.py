@@ -38,8 +38,8 @@ from blip_ft.errors import BlipError, CheckpointError, RecipeError
 from blip_ft.files import file_name, remedy_of, whole_file
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
-from blip_ft.ranks import is_rank_zero
-from blip_ft.signals import Interrupts, Stopped, requeue
+from blip_ft.system.ranks import is_rank_zero
+from blip_ft.system.signals import Interrupts, Stopped, requeue
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import Evaluated, evaluate, linearity_of
 from blip_ft.training.kept_ledger import check_same, keep_ledger, recall_ledger

@@ -21,7 +21,7 @@ from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import ElboScale, Likelihood, function_kl
 from blip_ft.objectives.likelihood import compared
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.side_by_side import width
+from blip_ft.system.side_by_side import width
 from blip_ft.training.terms import Part, Sources, Start, Step, Term
 from blip_ft.variational.noise import OFF
 

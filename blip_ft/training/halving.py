@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import collate
 from blip_ft.errors import BlipError
-from blip_ft.out_of_memory import is_out_of_memory, log, release
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.system.out_of_memory import is_out_of_memory, log, release
 from blip_ft.uncertainty.batch_limits import ranges
 
 

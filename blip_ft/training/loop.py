@@ -26,7 +26,7 @@ from blip_ft.errors import RecipeError, readable
 from blip_ft.families.base.options import ClosedFormOptions
 from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.signals import Stopped
+from blip_ft.system.signals import Stopped
 from blip_ft.terms import objective_spec
 from blip_ft.training.callbacks import (
     AverageMean,

@@ -15,7 +15,6 @@ import torch
 from ase import Atoms
 from rich.console import Console
 
-from blip_ft.allocator import keep_memory
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.backbones.registry import get_adapter
 from blip_ft.closed_form.budget import fit_to_budget
@@ -37,6 +36,7 @@ from blip_ft.data.split.sample import Dropped, dropped_of, unchecked, without_dr
 from blip_ft.data.split.splits import Splits, load_splits
 from blip_ft.errors import DataError, RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.system.allocator import keep_memory
 from blip_ft.terms import PLAIN, objective_spec
 from blip_ft.training import sanity_checks
 from blip_ft.training.options import try_options

@@ -32,7 +32,7 @@ from blip_ft.data.split.reference_sets import sets_of
 from blip_ft.data.split.splits import load_role
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
-from blip_ft.side_by_side import width
+from blip_ft.system.side_by_side import width
 from blip_ft.training.terms import Part, Sources, Start, Step, Term, expected_nll
 from blip_ft.uncertainty.predict import predict_atoms
 

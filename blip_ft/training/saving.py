@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from blip_ft.signals import Interrupts
+from blip_ft.system.signals import Interrupts
 from blip_ft.training.pieces import Pieces
 
 #: steps between two looks at the time where several ranks have to agree on it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from blip_ft.signals import Interrupts
+from blip_ft.system.signals import Interrupts
 from blip_ft.training.pieces import Pieces
 
 

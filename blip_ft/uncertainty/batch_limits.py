@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from blip_ft.side_by_side import width
+from blip_ft.system.side_by_side import width
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from blip_ft.data.batch.dataset import FrameDataset
-from blip_ft.out_of_memory import by_halves
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.distance import FeatureDistance
+from blip_ft.system.out_of_memory import by_halves
 from blip_ft.variational.noise import OFF
 
 #: training atoms that are looked at, about; more frames are thinned out evenly

@@ -24,10 +24,10 @@ from torch import Tensor
 from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import FrameDataset, collate
 from blip_ft.errors import DataError
-from blip_ft.out_of_memory import by_halves, is_out_of_memory, release
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
-from blip_ft.side_by_side import side_by_side, width
+from blip_ft.system.out_of_memory import by_halves, is_out_of_memory, release
+from blip_ft.system.side_by_side import side_by_side, width
 from blip_ft.uncertainty import batch_limits
 from blip_ft.uncertainty.draws import moments_of_draws
 from blip_ft.uncertainty.linearized import Linearized, predict_linearized

@@ -10,7 +10,7 @@ import warnings
 import torch
 
 from blip_ft.adapters.shared.vendor import default_dtype, quiet
-from blip_ft.side_by_side import side_by_side
+from blip_ft.system.side_by_side import side_by_side
 
 
 def test_each_thread_has_the_type_that_it_asked_for():

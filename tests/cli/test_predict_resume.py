@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from blip_ft.cli import predict_file as module
-from blip_ft.signals import Stopped
+from blip_ft.system.signals import Stopped
 
 from .structures import leftovers, structure
 

@@ -18,6 +18,7 @@ from blip_ft.errors import BlipError
 
 COMMANDS = (
     "fit",
+    "resume",
     "check",
     "evaluate",
     "predict",

@@ -128,7 +128,7 @@ def test_slurm_starts_the_job_again(
 
 @pytest.mark.parametrize("answer", ["missing", "refused"])
 def test_slurm_that_does_not_answer(answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from blip_ft.signals import requeue
+    from blip_ft.system.signals import requeue
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from blip_ft import progress as module
-from blip_ft.progress import progress
+from blip_ft.system import progress as module
+from blip_ft.system.progress import progress
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from torch import Tensor
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.data.frame import row_key, to_atoms
 from blip_ft.errors import DataError
-from blip_ft.side_by_side import cut
+from blip_ft.system.side_by_side import cut
 
 _ONE = torch.ones((), dtype=torch.float64)
 

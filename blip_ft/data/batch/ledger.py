@@ -20,7 +20,7 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.data.batch.dataset import Item
 from blip_ft.errors import DataError
-from blip_ft.out_of_memory import by_halves
+from blip_ft.system.out_of_memory import by_halves
 
 Floats = NDArray[np.float64]
 

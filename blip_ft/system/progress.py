@@ -47,14 +47,3 @@ def progress(console: Console, what: str, total: int, *, bar: bool = True) -> It
                 console.print(f"{what}: {done}/{total} frames  {left:.0f} s left")
 
     yield advance
-
-
-def duration(seconds: float | None) -> str:
-    """In hours, minutes and seconds; a dash where it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from blip_ft.side_by_side import cut
+from blip_ft.system.side_by_side import cut
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -1,0 +1,1 @@
+"""The machine and its processes: memory, threads, ranks, signals, progress."""
