@@ -48,7 +48,7 @@ from blip_ft.training.scratch import initial
 from blip_ft.training.terms import Sources, load_frames
 
 #: frames compared with the vendor's calculator in the step-0 sanity check, at least one of every set
-GATE_FRAMES = 12
+PROBE_FRAMES = 12
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | None = None) -> Prepared:
-    """Stages 1 to 3: load, check, convert, prove.
+    """Stages 1 to 3 of a fit: load, check, convert, prove.
 
     Args:
         recipe: validated.
@@ -89,145 +89,192 @@ def prepare(recipe: Recipe, console: Console, known: Mapping[bytes, Known] | Non
     """
     check_noise(recipe)
     keep_memory()
-    options = recipe.model
-    adapter = get_adapter(options.adapter)
-    check_precision(recipe, adapter)
-    splits = load_splits(recipe.data)
-    try_options(recipe, splits)
-    backbone = adapter.load(options.checkpoint, trust=options.trust, **options.options)
-    if recipe.objective.use_stress and not backbone.has_stress:
-        raise RecipeError(
-            f"'{options.checkpoint}' predicts no stress, so it cannot be trained on stress labels",
-            field="objective.use_stress",
-            remedy="objective.use_stress=false, or a model whose forces and stress come from its energy",
-        )
-    if options.from_scratch:
-        backbone = initial(backbone, recipe.seed)
-        console.print(backbone.origin["checkpoint"])
-        if "rest" not in ([options.train] if isinstance(options.train, str) else options.train):
-            console.print(
+    stages = _Stages(recipe, console)
+    stages.load(known or {})
+    stages.check_data()
+    stages.fit_to_budget()
+    stages.convert()
+    stages.bring_energies_together()
+    return stages.end()
+
+
+class _Stages:
+    """What is known so far, and how each stage adds to it.
+
+    Args:
+        recipe: validated.
+        console: where findings are printed.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console) -> None:
+        self.recipe, self.console = recipe, console
+        self.findings: list[Finding] = []
+        self.report: DataReport | None = None
+        self.dropped: Dropped | None = None
+        self.reduced: list[str] = []
+
+    def load(self, known: Mapping[bytes, Known]) -> None:
+        """Frames and the pretrained model."""
+        recipe, options = self.recipe, self.recipe.model
+        adapter = get_adapter(options.adapter)
+        check_precision(recipe, adapter)
+        self.splits = load_splits(recipe.data)
+        try_options(recipe, self.splits)
+        backbone = adapter.load(options.checkpoint, trust=options.trust, **options.options)
+        if recipe.objective.use_stress and not backbone.has_stress:
+            raise RecipeError(
+                f"'{options.checkpoint}' predicts no stress, so it cannot be trained on stress labels",
+                field="objective.use_stress",
+                remedy="objective.use_stress=false, or a model whose forces and stress come from its energy",
+            )
+        if options.from_scratch:
+            backbone = self._initial(backbone)
+        if options.dtype == "float64":
+            backbone.double()
+        self.calculator = backbone.stock_calculator()
+        # for the vendor's calculator in float64, where that is needed
+        self.original = copy.deepcopy(backbone)
+        backbone.arrange()
+        self.backbone, self.ledger = backbone, Ledger(backbone)
+        self.ledger.take(known)
+        cache = GraphCache(1e9 * recipe.data.cache_gb)
+        self.sets = {
+            role: FrameDataset(frames, backbone, cache) for role, frames in self.splits.roles().items()
+        }
+
+    def _initial(self, backbone: Backbone) -> Backbone:
+        """The same architecture with the vendor's initial weights."""
+        train = self.recipe.model.train
+        backbone = initial(backbone, self.recipe.seed)
+        self.console.print(backbone.origin["checkpoint"])
+        if "rest" not in ([train] if isinstance(train, str) else train):
+            self.console.print(
                 "parameters outside linear blocks keep initial values: see model.train", style="yellow"
             )
-    if options.dtype == "float64":
-        backbone.double()
-    findings = check_frames(splits, backbone) + group_leaks(splits)
-    findings += labels_found(splits.roles(), use_stress=recipe.objective.use_stress)
-    calculator = backbone.stock_calculator()
-    original = copy.deepcopy(backbone)  # for the vendor's calculator in float64, where that is needed
-    backbone.arrange()
-    cache, ledger = GraphCache(1e9 * recipe.data.cache_gb), Ledger(backbone)
-    ledger.take(known or {})
-    sets = {role: FrameDataset(frames, backbone, cache) for role, frames in splits.roles().items()}
-    report: DataReport | None = None
-    dropped: Dropped | None = None
-    if not options.from_scratch:  # initial weights know no units and no labels to compare with
-        findings += check_units(
-            splits.train,
-            lambda atoms: sanity_checks.stock_predictions(calculator, atoms),
-            use_stress=recipe.objective.use_stress,
-            by_state=not backbone.conditions,
-        )
-        checked, report = _labels_checked(recipe, splits, backbone, findings, sets, ledger)
-        findings = report.findings + unchecked(recipe.data)
-        if checked is not splits:
-            wrong = _dropped(recipe, report)
-            sets = _without(sets, wrong)
-            if recipe.data.stream is not None and "train" in wrong:
-                dropped = dropped_of(recipe.data, [splits.train[i] for i in wrong["train"]])
-                checked = replace(checked, train=without_dropped(recipe.data, splits.train, dropped))
-                sets["train"] = sets["train"].relabelled(checked.train)
-            splits = checked
-    sets = {name.removeprefix("test/"): dataset for name, dataset in sets.items()}
-    context = load_context(recipe.data, backbone, len(splits.train), console.print)
-    reduced: list[str] = []
-    n_context = len(context) + math.ceil(recipe.posterior.perturbed_share * len(splits.train))
-    n_atoms = [len(z) for z in splits.train["numbers"]]
-    recipe = fit_to_budget(recipe, backbone, n_atoms, n_context, reduced.append)
-    options = recipe.model
-    for line in reduced:
-        console.print(line, markup=False)
-    console.print(
-        "frames: " + ", ".join(f"{name} {len(d)}" for name, d in sets.items()) + f"  ({splits.rule})",
-        markup=False,
-    )
+        return backbone
 
-    for line in sorted({text for d in sets.values() for text in mappings(d.frames)}):
-        console.print(f"labels of {line}", markup=False)
+    def check_data(self) -> None:
+        """Frames by themselves, then labels beside the pretrained model; without what is to be dropped."""
+        recipe, splits, backbone = self.recipe, self.splits, self.backbone
+        self.findings = check_frames(splits, backbone) + group_leaks(splits)
+        self.findings += labels_found(splits.roles(), use_stress=recipe.objective.use_stress)
+        if not recipe.model.from_scratch:  # initial weights know no units and no labels to compare with
+            self.findings += check_units(
+                splits.train,
+                lambda atoms: sanity_checks.stock_predictions(self.calculator, atoms),
+                use_stress=recipe.objective.use_stress,
+                by_state=not backbone.conditions,
+            )
+            checked, self.report = _labels_checked(
+                recipe, splits, backbone, self.findings, self.sets, self.ledger
+            )
+            self.findings = self.report.findings + unchecked(recipe.data)
+            if checked is not splits:
+                self._drop(checked, _dropped(recipe, self.report))
+        self.sets = {name.removeprefix("test/"): dataset for name, dataset in self.sets.items()}
+        self.context = load_context(recipe.data, backbone, len(self.splits.train), self.console.print)
 
-    probe = _spread(sets, GATE_FRAMES)
-    stock = sanity_checks.stock_predictions(calculator, probe)
+    def _drop(self, checked: Splits, wrong: Mapping[str, Mapping[int, str]]) -> None:
+        """Go on without frames that have a wrong label."""
+        data, train = self.recipe.data, self.splits.train
+        self.sets = _without(self.sets, wrong)
+        if data.stream is not None and "train" in wrong:
+            self.dropped = dropped_of(data, [train[i] for i in wrong["train"]])
+            checked = replace(checked, train=without_dropped(data, train, self.dropped))
+            self.sets["train"] = self.sets["train"].relabelled(checked.train)
+        self.splits = checked
 
-    potential = BayesianPotential(
-        backbone,
-        options,
-        recipe.posterior,
-        seed=recipe.seed,
-        n_draws=recipe.uncertainty.n_draws,
-    )
-    counts = potential.converted.report.counts
-    _check_left_out(recipe, potential, sets["train"])
-    console.print(
-        f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, {counts['noisy']:,} with noise; "
-        f"{counts['left']:,} left as they are"
-    )
-    step_zero = sanity_checks.check_step_zero(
-        potential,
-        probe,
-        stock,
-        lambda atoms: sanity_checks.stock_predictions(original.double().stock_calculator(), atoms),
-    )
-    console.print(
-        f"step 0 equals the vendor's calculator on {step_zero.n_frames} frames: "
-        f"{step_zero.energy_ev_per_atom:.1e} eV/atom, {step_zero.forces_ev_per_ang:.1e} eV/Å"
-        + (
-            f" ({step_zero.n_checked_in_float64} of them in float64)"
-            if step_zero.n_checked_in_float64
-            else ""
+    def fit_to_budget(self) -> None:
+        """The recipe with what ``posterior.max_bytes`` leaves of it."""
+        recipe, train = self.recipe, self.splits.train
+        n_context = len(self.context) + math.ceil(recipe.posterior.perturbed_share * len(train))
+        n_atoms = [len(z) for z in train["numbers"]]
+        self.recipe = fit_to_budget(recipe, self.backbone, n_atoms, n_context, self.reduced.append)
+        for line in self.reduced:
+            self.console.print(line, markup=False)
+        sizes = ", ".join(f"{name} {len(d)}" for name, d in self.sets.items())
+        self.console.print(f"frames: {sizes}  ({self.splits.rule})", markup=False)
+        for line in sorted({text for d in self.sets.values() for text in mappings(d.frames)}):
+            self.console.print(f"labels of {line}", markup=False)
+
+    def convert(self) -> None:
+        """Variational layers, and the proof that step 0 is the pretrained model."""
+        recipe = self.recipe
+        probe = _spread(self.sets, PROBE_FRAMES)
+        stock = sanity_checks.stock_predictions(self.calculator, probe)
+        self.potential = BayesianPotential(
+            self.backbone,
+            recipe.model,
+            recipe.posterior,
+            seed=recipe.seed,
+            n_draws=recipe.uncertainty.n_draws,
         )
-    )
-    own = None
-    if recipe.data.reference_sets is not None:
-        own, fits = fit_reference_sets(
-            recipe.data, potential, sets["train"], splits.isolated_of, console, ledger
+        counts = self.potential.converted.report.counts
+        _check_left_out(recipe, self.potential, self.sets["train"])
+        self.console.print(
+            f"converted {counts['converted']:,} weights: {counts['trained']:,} trained, "
+            f"{counts['noisy']:,} with noise; {counts['left']:,} left as they are"
         )
-        findings += warn_outside_sets(own, fits, sets)
-        sets = {name: own.align(dataset) for name, dataset in sets.items()}
-        potential.reference_sets = own
-    references, check, notes = set_references(
-        recipe.data if own is None else of_set(recipe.data, own.default),
-        potential,
-        sets["train"],
-        splits.isolated if own is None else splits.isolated_of.get(own.default, {}),
-        console,
-        ledger,
-    )
-    findings += notes
-    if references is not None:
-        findings += warn_outside(references, sets)
-    frames = load_frames(
-        [PLAIN, objective_spec(recipe.objective.kind)],
-        Sources(recipe, sets["train"].frames, potential, context, findings),
-    )
-    for finding in findings:
-        style = None if finding.severity == "info" else "yellow"
-        console.print(str(finding), style=style, soft_wrap=True, markup=False)  # [ ] are no styles here
-    return Prepared(
-        recipe,
-        potential,
-        splits,
-        sets,
-        findings,
-        step_zero,
-        references,
-        check,
-        context,
-        make_stream(recipe, splits, backbone, own, dropped),
-        frames,
-        load_probe(recipe, potential),
-        report,
-        reduced,
-        ledger,
-    )
+        zero = self.step_zero = sanity_checks.check_step_zero(
+            self.potential,
+            probe,
+            stock,
+            lambda atoms: sanity_checks.stock_predictions(self.original.double().stock_calculator(), atoms),
+        )
+        double = f" ({zero.n_checked_in_float64} of them in float64)" if zero.n_checked_in_float64 else ""
+        self.console.print(
+            f"step 0 equals the vendor's calculator on {zero.n_frames} frames: "
+            f"{zero.energy_ev_per_atom:.1e} eV/atom, {zero.forces_ev_per_ang:.1e} eV/Å{double}"
+        )
+
+    def bring_energies_together(self) -> None:
+        """Energies per element that bring the zero of the labels and that of the model together."""
+        data, splits = self.recipe.data, self.splits
+        isolated: Mapping[int, float] = splits.isolated
+        self.own_sets = None
+        if data.reference_sets is not None:
+            own, fits = fit_reference_sets(
+                data, self.potential, self.sets["train"], splits.isolated_of, self.console, self.ledger
+            )
+            self.findings += warn_outside_sets(own, fits, self.sets)
+            self.sets = {name: own.align(dataset) for name, dataset in self.sets.items()}
+            self.potential.reference_sets = self.own_sets = own
+            data, isolated = of_set(data, own.default), splits.isolated_of.get(own.default, {})
+        self.references, self.references_check, notes = set_references(
+            data, self.potential, self.sets["train"], isolated, self.console, self.ledger
+        )
+        self.findings += notes
+        if self.references is not None:
+            self.findings += warn_outside(self.references, self.sets)
+
+    def end(self) -> Prepared:
+        """Frames of the objective's terms; everything that was found is printed."""
+        recipe = self.recipe
+        frames = load_frames(
+            [PLAIN, objective_spec(recipe.objective.kind)],
+            Sources(recipe, self.sets["train"].frames, self.potential, self.context, self.findings),
+        )
+        for finding in self.findings:
+            style = None if finding.severity == "info" else "yellow"
+            # [ ] are no styles here
+            self.console.print(str(finding), style=style, soft_wrap=True, markup=False)
+        return Prepared(
+            recipe,
+            self.potential,
+            self.splits,
+            self.sets,
+            self.findings,
+            self.step_zero,
+            self.references,
+            self.references_check,
+            self.context,
+            make_stream(recipe, self.splits, self.backbone, self.own_sets, self.dropped),
+            frames,
+            load_probe(recipe, self.potential),
+            self.report,
+            self.reduced,
+            self.ledger,
+        )
 
 
 def _labels_checked(
