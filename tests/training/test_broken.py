@@ -243,8 +243,14 @@ def test_leaving_out_survives_a_resume(folder: Path, monkeypatch: pytest.MonkeyP
     assert differences(folder / "runs/whole", folder / "runs/run") == []
 
 
-@pytest.mark.default
-@pytest.mark.parametrize("n", [8, 16, 32])
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(8, marks=pytest.mark.default),
+        pytest.param(16, marks=pytest.mark.full),
+        pytest.param(32, marks=pytest.mark.full),
+    ],
+)
 def test_few_frames_do_no_harm(n: int, tmp_path: Path, capsys: Capture) -> None:
     """By default the held-out force error is not above the pretrained model's by more than its spread."""
     prepare(tmp_path, {"posterior": {"rank": 16, "projections": 2}, "trainer": {"accelerator": "cpu"}})

@@ -195,8 +195,9 @@ def test_two_ranks_are_killed_and_go_on(tmp_path: Path) -> None:
         assert (run / name).read_bytes() == (tmp_path / "ranks2" / name).read_bytes(), name
 
 
-@pytest.mark.default
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    "failing", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.default)]
+)
 def test_a_rank_that_fails_ends_all(failing: int, tmp_path: Path) -> None:
     """Within a minute, with its message and no process left behind."""
     code = (

@@ -132,6 +132,7 @@ def compare(folder: Path, chains: list[dict[str, Any]]) -> None:
         assert differences(folder / "runs/whole", folder / "runs" / one["name"]) == [], one["name"]
 
 
+@pytest.mark.default
 def test_killed_in_every_stage(tmp_path: Path) -> None:
     """The default family, the moving average and plain training, at a few points."""
     prepare(tmp_path, PATHWISE)
@@ -143,11 +144,15 @@ def test_killed_in_every_stage(tmp_path: Path) -> None:
     compare(tmp_path, chains)
 
 
-@pytest.mark.default
 @pytest.mark.parametrize(
     "sections",
-    [PATHWISE, ADAPTIVE, REPLAY, SUBSPACE, POSTHOC],
-    ids=["pathwise", "adaptive", "replay", "subspace", "posthoc"],
+    [
+        pytest.param(PATHWISE, id="pathwise", marks=pytest.mark.default),
+        pytest.param(ADAPTIVE, id="adaptive", marks=pytest.mark.full),
+        pytest.param(REPLAY, id="replay", marks=pytest.mark.default),
+        pytest.param(SUBSPACE, id="subspace", marks=pytest.mark.full),
+        pytest.param(POSTHOC, id="posthoc", marks=pytest.mark.full),
+    ],
 )
 def test_killed_at_ten_points_of_every_stage(sections: dict[str, Any], tmp_path: Path) -> None:
     prepare(tmp_path, sections)
