@@ -18,7 +18,37 @@ from torch.utils.data import Sampler
 from blip_ft.errors import DataError
 
 
-class EpochBatchSampler(Sampler[list[int]]):
+class Epochs:
+    """Which epoch is next, and whether it begins in its midst, as that of a resumed run does.
+
+    Attributes:
+        steps: batches of a whole epoch.
+        epoch: its number, which order and content of the batches depend on.
+        begun: epoch, and how many of its batches are not wanted.
+    """
+
+    steps: int
+    epoch: int = 0
+    begun: tuple[int, int] = (0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls it before each."""
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin with an epoch, without so many of its batches; those after it are whole."""
+        self.epoch, self.begun = epoch, (epoch, batch)
+
+    @property
+    def done(self) -> int:
+        """Batches of the epoch that are not wanted."""
+        return self.begun[1] if self.begun[0] == self.epoch else 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+class EpochBatchSampler(Epochs, Sampler[list[int]]):
     """Shuffled, nearly equal batches; a ``batch_sampler`` for ``torch.utils.data.DataLoader``.
 
     An epoch has ``steps = max(1, min(ceil(n / (batch_size * world)), n // world))`` steps. Its
@@ -50,22 +80,10 @@ class EpochBatchSampler(Sampler[list[int]]):
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.world, self.rank = world, rank
-        self.epoch, self.begun = 0, (0, 0)
         self.steps = max(1, min(-(-n // (batch_size * world)), n // world))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation; Lightning calls it before each epoch."""
-        self.epoch = epoch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Begin with an epoch, without so many of its batches; those after it are whole."""
-        self.epoch, self.begun = epoch, (epoch, batch)
-
-    def __len__(self) -> int:
-        return self.steps
-
     def __iter__(self) -> Iterator[list[int]]:
-        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+        return islice(self.whole_epoch(), self.done, None)
 
     def whole_epoch(self) -> Iterator[list[int]]:
         """All batches of the epoch, also those that :meth:`start_at` leaves out."""
@@ -74,7 +92,7 @@ class EpochBatchSampler(Sampler[list[int]]):
             yield np.array_split(batch, self.world)[self.rank].tolist()
 
 
-class PackedBatchSampler(Sampler[list[int]]):
+class PackedBatchSampler(Epochs, Sampler[list[int]]):
     """Batches whose structures have at most ``limit`` atoms or edges together.
 
     Every epoch packs all structures into the same number of batches, so that the length of an epoch
@@ -120,7 +138,7 @@ class PackedBatchSampler(Sampler[list[int]]):
                 field="data.batch_size",
                 remedy="raise it, or leave the structure out",
             )
-        self.limit, self.seed, self.world, self.rank, self.epoch = limit, seed, world, rank, 0
+        self.limit, self.seed, self.world, self.rank = limit, seed, world, rank
         self.begun = (0, 0)
         self._classes = np.minimum(_rounded_up(self.sizes), limit)
         order = np.argsort(-self._classes, kind="stable")
@@ -135,19 +153,8 @@ class PackedBatchSampler(Sampler[list[int]]):
                 remedy="raise it, or use fewer devices",
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose what the batches hold."""
-        self.epoch = epoch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Begin with an epoch, without so many of its batches; those after it are whole."""
-        self.epoch, self.begun = epoch, (epoch, batch)
-
-    def __len__(self) -> int:
-        return self.steps
-
     def __iter__(self) -> Iterator[list[int]]:
-        return islice(self.whole_epoch(), _done(self.begun, self.epoch), None)
+        return islice(self.whole_epoch(), self.done, None)
 
     def whole_epoch(self) -> Iterator[list[int]]:
         """All batches of the epoch, also those that :meth:`start_at` leaves out."""
@@ -167,11 +174,6 @@ class PackedBatchSampler(Sampler[list[int]]):
             batches[k].append(index)
             heapq.heappush(heap, (load + int(self._classes[index]), k))
         return batches, max(load for load, _ in heap)
-
-
-def _done(begun: tuple[int, int], epoch: int) -> int:
-    """Batches of an epoch that are not wanted."""
-    return begun[1] if begun[0] == epoch else 0
 
 
 def _rounded_up(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Backbone, Batch
 from blip_ft.config import DataConfig, Recipe
 from blip_ft.data.batch.dataset import collate, make_item
+from blip_ft.data.batch.sampler import Epochs
 from blip_ft.data.batch.shards import Grid, Shard, make_grid, smallest, turns
 from blip_ft.data.frame import KEY_COLUMNS, FrameRow, row_key, to_atoms
 from blip_ft.data.read.plan import label_options, plan
@@ -29,7 +30,7 @@ from blip_ft.data.split.splits import Splits
 from blip_ft.errors import DataError
 
 
-class FrameStream(torch.utils.data.IterableDataset[Batch]):
+class FrameStream(Epochs, torch.utils.data.IterableDataset[Batch]):
     """Batches of a stream; for a ``DataLoader`` with ``batch_size=None``.
 
     Args:
@@ -72,7 +73,6 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         self.world, self.rank, self.held_out = world, rank, held_out
         self.total_weight = float(frames if weight is None else weight)
         self.sets, self.left_out = sets, left_out
-        self.epoch, self.begun = 0, (0, 0)
         #: parts of a batch that are worked on at the same time
         self.parts = 1
         if frames < world:
@@ -90,21 +90,10 @@ class FrameStream(torch.utils.data.IterableDataset[Batch]):
         self._turns = turns(self.grid, whole) if grid else max(1, min(-(-frames // whole), frames // world))
         self.steps = len(self.grid) * self._turns
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
-        self.epoch = epoch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Begin with an epoch, without so many of its batches, whose rows are only read."""
-        self.epoch, self.begun = epoch, (epoch, batch)
-
-    def __len__(self) -> int:
-        return self.steps
-
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        done = self.begun[1] if self.begun[0] == self.epoch else 0
+        done = self.done
         # workers are asked in turn, the first of them for the first batch that is wanted
         mine = set(range(done + worker, self.steps, workers))
         needed = {step % len(self.grid) for step in mine}
