@@ -58,7 +58,7 @@ def memory_for(atoms: int, *, error: str = "cpu", backward: bool = False) -> Ite
         error: key of :data:`ERRORS`.
         backward: it runs out when a loss is differentiated.
     """
-    seen, energy = Seen(), FakeBackbone._energy
+    seen, energy = Seen(), FakeBackbone.energy_of
 
     def limited(self: FakeBackbone, batch: Batch, *, leaves: bool = True) -> Evaluation:
         n = int(batch.numbers.numel())
@@ -77,5 +77,5 @@ def memory_for(atoms: int, *, error: str = "cpu", backward: bool = False) -> Ite
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FakeBackbone, "_energy", limited)
+        patch.setattr(FakeBackbone, "energy_of", limited)
         yield seen

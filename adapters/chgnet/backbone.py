@@ -186,7 +186,7 @@ class CHGNetBackbone(ConservativeBackbone):
         return batch
 
     # ---- evaluation ----------------------------------------------------------------------
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaf is ``edge_vec`` (e, 3)."""
         key = "edge_vec" if self.dtype == torch.float64 else "edge_vec_single"
         edge_vec = batch.graph[key].to(self.dtype).detach().clone().requires_grad_(leaves)
@@ -196,7 +196,7 @@ class CHGNetBackbone(ConservativeBackbone):
         energy = sum_rows(node_energy, batch.structure, batch.n_structures)
         return Evaluation(node_energy, energy, (edge_vec,) if leaves else (), features)
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3)."""
         (pull,) = grads
         return edges.forces(batch, pull), edges.voigt(edges.stress(batch, pull))

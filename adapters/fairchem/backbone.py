@@ -344,14 +344,14 @@ class _EscnBackbone(Backbone):
 class FairchemBackbone(_EscnBackbone, ConservativeBackbone):
     """A UMA or eSEN model whose forces and stress are derivatives of its energy."""
 
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaf is ``edge_vec`` (e, 3)."""
         edge_vec = batch.graph["edge_vec"].to(self.dtype).detach().clone().requires_grad_(leaves)
         embedding = self._embed(batch, edge_vec)
         node_energy, energy = self._read_out(batch, embedding)
         return Evaluation(node_energy, energy, (edge_vec,) if leaves else (), embedding[:, 0])
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3)."""
         (pull,) = grads
         return edges.forces(batch, pull), edges.voigt(edges.stress(batch, pull))

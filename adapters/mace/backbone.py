@@ -169,7 +169,7 @@ class MACEBackbone(ConservativeBackbone):
         return edges.collate(atoms, graphs)
 
     # ---- evaluation ----------------------------------------------------------------------
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaf is ``edge_vec`` (e, 3)."""
         edge_vec = batch.graph["edge_vec"].to(self.dtype).detach().clone().requires_grad_(leaves)
         element = self._index[batch.numbers]  # type: ignore[index]
@@ -182,7 +182,7 @@ class MACEBackbone(ConservativeBackbone):
         features = out["node_feats"][:, self._scalars]
         return Evaluation(node_energy, energy, (edge_vec,) if leaves else (), features)
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3)."""
         (pull,) = grads
         return edges.forces(batch, pull), edges.voigt(edges.stress(batch, pull))

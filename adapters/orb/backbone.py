@@ -260,7 +260,7 @@ class ConservativeOrb(OrbBackbone, ConservativeBackbone):
             self, batch, forces=forces, stress=stress, create_graph=create_graph
         )
 
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaf is ``edge_vec`` (e, 3)."""
         edge_vec = batch.graph["edge_vec"].to(self.dtype).detach().clone().requires_grad_(leaves)
         graphs = vendor.atom_graphs(batch, edge_vec, self.kind.max_neighbors)
@@ -272,7 +272,7 @@ class ConservativeOrb(OrbBackbone, ConservativeBackbone):
                 energy = energy + model.pair_repulsion_fn(graphs)["energy"]
         return Evaluation(None, energy, (edge_vec,) if leaves else (), features)
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3)."""
         (pull,) = grads
         return edges.forces(batch, pull), edges.voigt(edges.stress(batch, pull))

@@ -2,7 +2,7 @@
 
 The vendor's modules are run one after the other on a plain dictionary of tensors, those on irreps by
 ``_sevennet_network``; only its last module, which differentiates the energy, is replaced, because it
-ties ``create_graph`` to the module's train mode. :meth:`SevenNetBackbone._assemble` does the same
+ties ``create_graph`` to the module's train mode. :meth:`SevenNetBackbone.assemble` does the same
 arithmetic (``sevenn.nn.force_output.ForceStressOutputFromEdge``).
 
 Edges follow the convention of :mod:`blip_ft.backbones.edges`, but each pair of neighbours has one only: the
@@ -160,7 +160,7 @@ class SevenNetBackbone(ConservativeBackbone):
         return edges.collate(atoms, graphs)
 
     # ---- evaluation ----------------------------------------------------------------------
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaf is ``edge_vec`` (e, 3)."""
         dtype = self.dtype
         edge_vec = batch.graph["edge_vec"].to(dtype).detach().clone().requires_grad_(leaves)
@@ -191,7 +191,7 @@ class SevenNetBackbone(ConservativeBackbone):
         energy = sum_rows(node_energy, batch.structure, batch.n_structures)
         return Evaluation(node_energy, energy, (edge_vec,) if leaves else (), features)
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(edge_vec)`` (e, 3), in the vendor's arithmetic."""
         (pull,) = grads
         rows, columns = (0, 1, 2, 1, 2, 0), (0, 1, 2, 2, 0, 1)  # the vendor's choice of xx yy zz yz zx xy

@@ -8,9 +8,9 @@ graphs to keep and honours the caller's grad mode.
 The two steps are separate methods so that gradients with respect to weights can be had from the
 *same* backward call as the forces::
 
-    evaluation = backbone._energy(batch)
+    evaluation = backbone.energy_of(batch)
     grads = torch.autograd.grad(evaluation.energy.sum(), (*evaluation.leaves, *weights))
-    forces, stress = backbone._assemble(batch, grads[: len(evaluation.leaves)])
+    forces, stress = backbone.assemble(batch, grads[: len(evaluation.leaves)])
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Evaluation:
     Attributes:
         node_energy: (n,) eV, or ``None`` where the energy is no sum over atoms.
         energy: (B,) eV.
-        leaves: tensors that require grad; the adapter's ``_assemble`` knows their meaning.
+        leaves: tensors that require grad; the adapter's ``assemble`` knows their meaning.
         node_features: (n, f) invariant features of the atoms, or ``None``.
     """
 
@@ -48,11 +48,11 @@ class ConservativeBackbone(Backbone):
     """A backbone whose forces and stress are exact derivatives of its energy."""
 
     @abstractmethod
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies of a batch; with ``leaves`` its geometry is made of leaves that require grad."""
 
     @abstractmethod
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces (n, 3) in eV/Å and stress (B, 6) in eV/Å^3 from the gradients of the summed energy
         with respect to ``Evaluation.leaves``; stress is NaN for structures that are not periodic in
         all directions.
@@ -75,7 +75,7 @@ class ConservativeBackbone(Backbone):
             raise RuntimeError("forces need autograd: use torch.no_grad (Trainer(inference_mode=False))")
         force, virial = None, None
         with torch.set_grad_enabled(enabled or wanted):
-            result = self._energy(batch, leaves=wanted)
+            result = self.energy_of(batch, leaves=wanted)
             if wanted:
                 grads = gradients(
                     result.energy,
@@ -83,7 +83,7 @@ class ConservativeBackbone(Backbone):
                     create_graph=create_graph and enabled,
                     retain_graph=enabled,
                 )
-                force, virial = self._assemble(batch, grads)
+                force, virial = self.assemble(batch, grads)
         prediction = Prediction(
             energy=result.energy,
             forces=force if forces else None,

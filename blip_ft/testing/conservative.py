@@ -80,10 +80,10 @@ class ConservativeContract(AdapterContract):
     def test_one_backward_call_gives_forces_and_weight_gradients(self, backbone, quartz):
         batch = backbone.batch([quartz])
         expected = backbone(batch)
-        evaluation = backbone._energy(batch)
+        evaluation = backbone.energy_of(batch)
         leaves, weights = evaluation.leaves, trainable(backbone)
         grads = torch.autograd.grad(evaluation.energy.sum(), (*leaves, *weights), allow_unused=True)
-        forces, stress = backbone._assemble(batch, grads[: len(leaves)])
+        forces, stress = backbone.assemble(batch, grads[: len(leaves)])
         close(forces, expected.forces, 1e-12)
         close(stress, expected.stress, 1e-12)
         again = torch.autograd.grad(expected.energy.sum(), weights, allow_unused=True)

@@ -196,7 +196,7 @@ class FakeBackbone(ConservativeBackbone):
         return batch
 
     # ---- evaluation ----------------------------------------------------------------------
-    def _energy(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
+    def energy_of(self, batch: Batch, *, leaves: bool = True) -> Evaluation:
         """Energies; the leaves are a displacement (n, 3) of all atoms and a strain (B, 3, 3), both 0."""
         edge_vec = batch.graph["edge_vec"].to(self.dtype)
         shift = edge_vec.new_zeros((batch.numbers.numel(), 3)).requires_grad_(leaves)
@@ -213,7 +213,7 @@ class FakeBackbone(ConservativeBackbone):
         energy = sum_rows(node_energy, batch.structure, batch.n_structures)
         return Evaluation(node_energy, energy, (shift, strain) if leaves else (), features)
 
-    def _assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assemble(self, batch: Batch, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Forces and stress from ``dE/d(displacement)`` and ``dE/d(strain)``."""
         pull, virial = grads
         stress = edges.voigt(virial) / batch.graph["volume"].to(pull.dtype).unsqueeze(1)

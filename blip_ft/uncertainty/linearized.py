@@ -114,7 +114,7 @@ def energy_gradients(
     with state.perturbed(rows=rows_of(batch), taps=True), torch.enable_grad():
         assert state.taps is not None
         if isinstance(backbone, ConservativeBackbone):
-            result = backbone._energy(batch)
+            result = backbone.energy_of(batch)
             taps = [t for t in state.taps if t.layer.site.name in wanted]
             grads = torch.autograd.grad(
                 result.energy.sum(),
@@ -123,7 +123,7 @@ def energy_gradients(
                 materialize_grads=True,
             )
             n = len(result.leaves)
-            forces, virial = backbone._assemble(batch, grads[:n])
+            forces, virial = backbone.assemble(batch, grads[:n])
             prediction = Prediction(
                 result.energy,
                 forces,
@@ -230,7 +230,7 @@ def latent_derivatives(
     )
     latent.requires_grad_(True)
     with torch.enable_grad(), state.perturbed("structure", posterior.sample(latent), rows_of(batch)):
-        result = backbone._energy(batch)
+        result = backbone.energy_of(batch)
         (slope,) = torch.autograd.grad(result.energy.sum(), latent, create_graph=True)
         for i, u in enumerate(directions):
             along = slope @ u
@@ -241,7 +241,7 @@ def latent_derivatives(
                 allow_unused=True,
                 materialize_grads=True,
             )
-            forces, virial = (x.detach().double() for x in backbone._assemble(batch, grads))
+            forces, virial = (x.detach().double() for x in backbone.assemble(batch, grads))
             yield along.detach().double(), forces, virial
 
 

@@ -75,7 +75,7 @@ def test_a_killed_prediction_goes_on_to_the_same_file(
 def test_predictions_by_halves(potential: BayesianPotential, structures: dict[str, Any]):
     atoms = [structures[name] for name in ("quartz", "carbide", "slab", "ethanol")]
     want = predict_atoms(potential, atoms)
-    energy, failed = type(potential.backbone)._energy, []
+    energy, failed = type(potential.backbone).energy_of, []
 
     def limited(self: Any, batch: Any, **options: Any) -> Any:
         if len(batch.numbers) > 11:
@@ -84,7 +84,7 @@ def test_predictions_by_halves(potential: BayesianPotential, structures: dict[st
         return energy(self, batch, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(potential.backbone), "_energy", limited)
+        patch.setattr(type(potential.backbone), "energy_of", limited)
         got = predict_atoms(potential, atoms)
     assert failed
     for one, other in zip(got, want, strict=True):

@@ -56,9 +56,9 @@ def test_options_before_work(
     if "cuda" in override:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     evaluated: list[Any] = []
-    energy = FakeBackbone._energy
+    energy = FakeBackbone.energy_of
     monkeypatch.setattr(
-        FakeBackbone, "_energy", lambda self, *a, **k: evaluated.append(1) or energy(self, *a, **k)
+        FakeBackbone, "energy_of", lambda self, *a, **k: evaluated.append(1) or energy(self, *a, **k)
     )
     monkeypatch.chdir(made)
     before = sorted(p.name for p in made.rglob("*"))
