@@ -62,6 +62,13 @@ def test_make_targets_exist(document: Path):
     assert set(used) <= known
 
 
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Commands") : text.index("## Backends")]
+    names = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
+    assert [name for name in names if f"`{name}" not in section] == []
+
+
 def test_the_readme_is_read_at_all():
     assert len(blocks(ROOT / "README.md")) >= 3
     assert "blip-finetune predict" in "".join(blocks(ROOT / "README.md"))
