@@ -30,7 +30,7 @@ BATCH = 8
 
 
 @dataclass
-class Replay:
+class FunctionPrior:
     """Structures labelled by the pretrained model, each of which comes once per epoch.
 
     Attributes:
@@ -67,7 +67,7 @@ class FunctionKl(Term):
         scale: constants of the mini-batch loss.
     """
 
-    replay: Replay
+    replay: FunctionPrior
     likelihood: Likelihood
     scale: ElboScale
 
@@ -80,7 +80,7 @@ class FunctionKl(Term):
     def build(cls, start: Start, frames: Sequence[Any]) -> Self:
         """Ask the pretrained model about the structures."""
         assert start.train is not None
-        replay = make_replay(
+        replay = make_function_prior(
             start.potential,
             frames,
             start.train,
@@ -129,7 +129,7 @@ def replayed(
     return frames
 
 
-def make_replay(
+def make_function_prior(
     potential: BayesianPotential,
     frames: Sequence[Atoms],
     train: FrameDataset,
@@ -138,7 +138,7 @@ def make_replay(
     seed: int,
     world: int = 1,
     rank: int = 0,
-) -> Replay:
+) -> FunctionPrior:
     """Ask the model, whose mean must be at the pretrained weights, about ``frames``.
 
     Args:
@@ -162,7 +162,7 @@ def make_replay(
         for item, energy, force in zip(chosen, out.energy.cpu(), forces, strict=True):
             stress = torch.full((6,), torch.nan, dtype=torch.float64)
             item.labels.update(energy=energy, forces=force, stress=stress)
-    return Replay(potential, items, _error(potential, train, likelihood), seed, world, rank)
+    return FunctionPrior(potential, items, _error(potential, train, likelihood), seed, world, rank)
 
 
 def _error(potential: BayesianPotential, train: FrameDataset, likelihood: Likelihood) -> dict[str, float]:

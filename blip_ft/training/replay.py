@@ -38,7 +38,7 @@ from blip_ft.uncertainty.predict import predict_atoms
 
 
 @dataclass
-class Memory:
+class Replay:
     """Replayed frames and how many of them come with each step.
 
     Attributes:
@@ -95,18 +95,18 @@ class Rehearsal(Term):
         likelihood: of their labels.
     """
 
-    memory: Memory
+    memory: Replay
     likelihood: Likelihood
 
     @classmethod
     def load(cls, sources: Sources) -> list[Item]:
-        """See :func:`load_memory`."""
-        return load_memory(sources.recipe, sources.potential, sources.findings)
+        """See :func:`load_replay`."""
+        return load_replay(sources.recipe, sources.potential, sources.findings)
 
     @classmethod
     def build(cls, start: Start, frames: Sequence[Any]) -> Self | None:
-        """See :func:`make_memory`."""
-        memory = make_memory(start.recipe, start.potential, list(frames), world=start.world, rank=start.rank)
+        """See :func:`make_replay`."""
+        memory = make_replay(start.recipe, start.potential, list(frames), world=start.world, rank=start.rank)
         return None if memory is None else cls(memory, start.likelihood)
 
     def __call__(self, step: Step) -> Part:
@@ -150,7 +150,7 @@ class Probe:
         }
 
 
-def load_memory(
+def load_replay(
     recipe: Recipe, potential: BayesianPotential, findings: list[Finding] | None = None
 ) -> list[Item]:
     """Replayed frames with their labels; none where the recipe replays nothing.
@@ -225,9 +225,9 @@ def load_probe(recipe: Recipe, potential: BayesianPotential) -> Probe | None:
     return Probe(frames, energy, [np.asarray(p["forces"]) for p in predictions])
 
 
-def make_memory(
+def make_replay(
     recipe: Recipe, potential: BayesianPotential, items: list[Item], *, world: int, rank: int
-) -> Memory | None:
+) -> Replay | None:
     """The replay of one rank; ``None`` without frames."""
     options = recipe.data.replay
     if options is None or not items:
@@ -235,7 +235,7 @@ def make_memory(
     size = recipe.data.batch_size * world
     if recipe.data.batch_by != "structures":
         size = max(1, math.ceil(size / max(len(item.atoms) for item in items)))
-    return Memory(potential, items, options.ratio, options.weight, size, recipe.seed, world, rank)
+    return Replay(potential, items, options.ratio, options.weight, size, recipe.seed, world, rank)
 
 
 def describe(drift: dict[str, Any]) -> str:

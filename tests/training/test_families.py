@@ -213,16 +213,16 @@ class TestReplayedFrames:
         """The frames of the loss are the user's, labelled by the pretrained model."""
         from ase.io import write
 
-        from blip_ft.training import replay
+        from blip_ft.training import function_prior
 
         seen: list[Any] = []
-        make_replay = replay.make_replay
+        make_function_prior = function_prior.make_function_prior
 
         def remember(potential: Any, structures: Any, *args: Any, **kwargs: Any) -> Any:
             seen.extend(structures)
-            return make_replay(potential, structures, *args, **kwargs)
+            return make_function_prior(potential, structures, *args, **kwargs)
 
-        monkeypatch.setattr(replay, "make_replay", remember)
+        monkeypatch.setattr(function_prior, "make_function_prior", remember)
         monkeypatch.chdir(tmp_path)
         write("train.extxyz", frames(12))
         write("mine.extxyz", frames(3, seed=5))

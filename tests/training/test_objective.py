@@ -20,8 +20,8 @@ from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import ElboScale, Likelihood, fair_crps
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.training import replay as training_replay
-from blip_ft.training.function_prior import Replay
+from blip_ft.training import function_prior
+from blip_ft.training.function_prior import FunctionPrior
 from blip_ft.training.objective import Objective, make_objective
 from blip_ft.training.terms import Start
 from blip_ft.variational.noise import Noise
@@ -80,16 +80,18 @@ class Problem:
     def batch(self, index: list[int]) -> Batch:
         return collate(self.potential.backbone, [self.items[i] for i in index])
 
-    def replay(self, world: int = 1, rank: int = 0) -> Replay:
+    def replay(self, world: int = 1, rank: int = 0) -> FunctionPrior:
         items = [Item(i.atoms, i.graph, i.labels, 10 * i.key) for i in self.items[:5]]
-        return Replay(self.potential, items, {"energy": 0.2, "forces": 0.5}, 0, world, rank)
+        return FunctionPrior(self.potential, items, {"energy": 0.2, "forces": 0.5}, 0, world, rank)
 
-    def objective(self, scale: ElboScale, *, replay: Replay | None = None, **options: Any) -> Objective:
+    def objective(
+        self, scale: ElboScale, *, replay: FunctionPrior | None = None, **options: Any
+    ) -> Objective:
         """That of the recipe, which remembers the structures of :meth:`replay`."""
         plain = options.pop("plain", False)
         found = replay or self.replay(**options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_replay, "make_replay", lambda *args, **kwargs: found)
+            patch.setattr(function_prior, "make_function_prior", lambda *args, **kwargs: found)
             start = Start(self.recipe, self.potential, self.likelihood, scale, train=[], **options)
             return make_objective(start, plain=plain)
 

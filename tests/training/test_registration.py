@@ -160,7 +160,7 @@ def test_a_run_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert "train/quiet" not in file.read(), "a term of the objective, not one of every training"
 
     used = yaml.safe_load(Path("runs/run/recipe.yaml").read_text())
-    assert used["posterior"] == {"family": "toy", "prior_scale": 0.2, "context": 0.4, "width": 0.02}
+    assert used["posterior"] == {"family": "toy", "prior_scale": 0.2, "perturbed_share": 0.4, "width": 0.02}
     potential = blip_ft.load("runs/run")
     assert isinstance(potential.posterior, ToyPosterior)
     assert potential.posterior.log_std.exp().item() != pytest.approx(0.02, rel=1e-3), "it was trained"

@@ -19,7 +19,7 @@ from blip_ft.data.batch.dataset import make_item
 from blip_ft.data.read.sources import load_source
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
-from blip_ft.training.replay import Memory
+from blip_ft.training.replay import Replay
 
 
 def frames(n: int, *, seed: int, label: int | None) -> list[Atoms]:
@@ -81,16 +81,16 @@ def test_own_labels_of_another_level_are_shifted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Memory:
+def memory(tmp_path: Path) -> Replay:
     write(tmp_path / "a.extxyz", frames(5, seed=0, label=0))
     backbone = FakeBackbone()
     model = ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64")
     potential = BayesianPotential(backbone, model, PosteriorConfig(rank=2))
     items = [make_item(row, backbone) for row in load_source(str(tmp_path / "a.extxyz"))]
-    return Memory(potential, items, ratio=0.5, weight=1.0, batch_size=4)
+    return Replay(potential, items, ratio=0.5, weight=1.0, batch_size=4)
 
 
-def test_every_frame_comes_as_often_and_the_order_is_a_function_of_seed_and_epoch(memory: Memory) -> None:
+def test_every_frame_comes_as_often_and_the_order_is_a_function_of_seed_and_epoch(memory: Replay) -> None:
     assert memory.per_step == 2
     keys = [k for step in range(5) for k in memory.batch(0, step).keys]
     assert sorted(keys) == sorted([item.key for item in memory.items] * 2)
@@ -98,7 +98,7 @@ def test_every_frame_comes_as_often_and_the_order_is_a_function_of_seed_and_epoc
     assert keys != [k for step in range(5) for k in memory.batch(1, step).keys]
 
 
-def test_ranks_share_a_step(memory: Memory) -> None:
+def test_ranks_share_a_step(memory: Replay) -> None:
     one = memory.batch(3, 1).keys
     shares = []
     for rank in (0, 1):
