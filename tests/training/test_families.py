@@ -120,7 +120,7 @@ def test_the_plain_model_is_the_mean_of_posthoc_laplace(
         "output": "runs",
         "data": {"train": "train.extxyz", "batch_size": 4},
         "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
-        "posterior": {"family": "posthoc_laplace", "projections": 1, "context": 0.2},
+        "posterior": {"family": "posthoc_laplace", "projections": 1, "perturbed_share": 0.2},
         "uncertainty": {"n_draws": 2},
         "plain": {"enabled": True},
         "trainer": {"max_epochs": 2, "accelerator": "cpu"},
@@ -181,7 +181,7 @@ class TestReplayedFrames:
             "name": "run",
             "data": {"train": str(tmp_path / "train.extxyz")},
             "model": {"adapter": "fake", "checkpoint": "tiny"},
-            "posterior": {"family": "weight", "prior_scale": 0.2, "context": 0.5},
+            "posterior": {"family": "weight", "prior_scale": 0.2, "perturbed_share": 0.5},
             "objective": {"kind": "function_kl", "temperature": 1.0},
         }
         for override in overrides:
@@ -231,7 +231,7 @@ class TestReplayedFrames:
             "output": "runs",
             "data": {"train": "train.extxyz", "context": "mine.extxyz"},
             "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
-            "posterior": {"family": "weight", "prior_scale": 0.2, "context": 0},
+            "posterior": {"family": "weight", "prior_scale": 0.2, "perturbed_share": 0},
             "objective": {"kind": "function_kl", "temperature": 1.0},
             "uncertainty": {"n_draws": 2},
             "plain": {"enabled": False},

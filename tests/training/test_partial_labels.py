@@ -95,7 +95,7 @@ def test_context_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         tmp_path,
         frames(),
         data={"train": str(tmp_path / "train.extxyz"), "context": str(tmp_path / "mine.extxyz")},
-        posterior={"family": "subspace", "rank": 4, "projections": 4, "context": 0.5},
+        posterior={"family": "subspace", "rank": 4, "projections": 4, "perturbed_share": 0.5},
     )
     fits = json.loads((tmp_path / "runs" / "run" / "receipt.json").read_text())["posterior"]
     last = fits[-1]

@@ -196,7 +196,7 @@ def test_chgnet_is_killed(tmp_path: Path) -> None:
         {
             "data": roles | {"batch_size": 2},
             "model": {"adapter": "chgnet", "checkpoint": "0.3.0"},
-            "posterior": {"rank": 8, "projections": 1, "context": 0.0},
+            "posterior": {"rank": 8, "projections": 1, "perturbed_share": 0.0},
             "uncertainty": {"n_draws": 2, "calibration_draws": 2, "linearity_frames": 0},
             "trainer": {"max_epochs": 2, "accelerator": "cpu"},
         },
