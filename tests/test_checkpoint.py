@@ -238,7 +238,7 @@ class TestContent:
         assert meta["backbone"] == {"size": "tiny", "seed": 0}
         assert meta["base"] == {"checkpoint": "tiny, seed 0", "sha256": ""}
         assert meta["dtype"] == "float64"
-        own = {"family", "prior_scale", "context", "mode", "prior", "init_std", "empirical_bayes"}
+        own = {"family", "prior_scale", "perturbed_share", "mode", "prior", "init_std", "empirical_bayes"}
         assert meta["posterior"].keys() == own
         assert meta["references"] == {"14": -123.456789012345, "8": -7.0}
         assert {"torch", "ase"} <= meta["versions"].keys()

@@ -213,7 +213,7 @@ def test_an_unpublished_file_needs_trust() -> None:
 
 
 def test_the_shipped_list_names_the_published_models() -> None:
-    listed = json.loads((Path(files.__file__).parent / "releases.json").read_text())
+    listed = json.loads((Path(files.__file__).parents[1] / "releases.json").read_text())
     assert all(len(digest) == 64 and int(digest, 16) for digest in listed)
     assert sum(name.startswith("MACE-") for name in listed.values()) == 19
 
