@@ -9,8 +9,8 @@ untouched backbone's energies and forces, that of the training steps the convert
 without noise (which is what plain fine-tuning does). Memory is what a step keeps for its backward
 pass, each storage once. Frames: quartz, 9 atoms. Writes benchmarks/results/cost.json, and keeps there what other
 backends, batch sizes and devices have, as backends need several environments. ``mace``, ``uma`` and ``orb``
-are the small
-models of tests/models, on which what is added weighs more than on the foundations that they stand for.
+are the small models of tests/models, on which what is added weighs more than on the foundations that they stand
+for.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
 The other revision lies in a git worktree of its own. Each of the two has a process that prepares the recipe; the
 stages are asked for in turn, base, today, base, today, and each round gives one ratio of CPU times: shown are
 median and quartiles. Then the whole recipe is trained by both, one after the other, each in a fresh process:
-CPU time, wall
-time, peak memory, and the scores of every set. The last line is ``fit: X of REV``. Writes
+CPU time, wall time, peak memory, and the scores of every set. The last line is ``fit: X of REV``. Writes
 benchmarks/results/fit_time.json.
 """
 

@@ -4,8 +4,7 @@
 
 RUN is a finished run of ``blip-finetune fit`` or of ``ammonia.py`` with a family in closed form (it
 needs ``recipe.yaml``, ``receipt.json`` and ``model/``). The trained mean stays; the posterior is fitted again
-with every
-value, calibrated on the calibration frames, and judged on the test sets. One value is varied at a time.
+with every value, calibrated on the calibration frames, and judged on the test sets. One value is varied at a time.
 Writes benchmarks/results/flatness-<run>.json and docs/flatness-<run>.svg.
 """
 

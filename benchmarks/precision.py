@@ -9,8 +9,8 @@ do, and sums in
 float32: the numbers of such a GPU on any machine, without its speed. ``bf16`` and ``fp16`` are torch's
 autocast, Lightning's
 ``bf16-mixed`` and ``16-mixed``: weights in float32, matrix products in bfloat16 or float16. The gradient is
-that of the mean squared error of energies and forces with respect
-to all weights, a second derivative of the energy; shown is the norm of its error over its norm.
+that of the mean squared error of energies and forces with respect to all weights, a second derivative of the
+energy; shown is the norm of its error over its norm.
 
 Writes benchmarks/results/precision.json, and keeps there what other backends have, as backends need several
 environments.

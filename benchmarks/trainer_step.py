@@ -4,12 +4,12 @@
     python benchmarks/trainer_step.py mace mace-small mace-medium
 
 ``sevenn.train.trainer.Trainer.run_one_epoch`` on SevenNet-0, and ``mace.tools.train.take_step`` (what
-``mace_run_train``
-calls) on the small MACE of tests/models and on models with the sizes of MACE-MP small and medium, whose weights are
+``mace_run_train`` calls) on the small MACE of tests/models and on models with the sizes of MACE-MP small and
+medium, whose weights are
 random: a step costs the same. Both sides train all weights on energies and forces by Adam, four frames a step;
-graphs are made
-before. Every round times each side once, in turn, and gives one ratio; shown are median and quartiles. Writes
-benchmarks/results/trainer_step.json and keeps there what other models have, as they need two environments.
+graphs are made before. Every round times each side once, in turn, and gives one ratio; shown are median and
+quartiles. Writes benchmarks/results/trainer_step.json and keeps there what other models have, as they need two
+environments.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@
 **Backends.** A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
 is named ``lora``. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
 ones this environment must have: a marked test of a listed backend fails if the package is absent, others are
-skipped. Without the
-variable, tests run on the packages that are installed.
+skipped. Without the variable, tests run on the packages that are installed.
 
 What touches no vendor's code is the same in both families of environments. Tests that need no backend get the mark
 ``common`` and run in one of them, except those of the files in ``ENVIRONMENT``, whose subject is the environment.

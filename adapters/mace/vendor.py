@@ -312,8 +312,7 @@ def _class_of(key: str, name: Any, file: Path | None) -> Any:
 
 def fuse(model: Any) -> int:
     """Put :class:`EdgeConvolution` in the place of every tensor product and the sum behind it, their number;
-    and sum the
-    paths of symmetric contractions element by element.
+    and sum the paths of symmetric contractions element by element.
 
     The vendor's blocks ask for product and sum in one call where ``conv_fusion`` is set, as it is for its GPU kernels.
     """

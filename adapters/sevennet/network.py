@@ -2,8 +2,7 @@
 
 The vendor's modules stay what and where they are, so that its calculator, files and names know nothing of this.
 Convolutions, linear maps and gates are evaluated here on features in inner order
-(:mod:`~blip_ft.adapters.shared.convolution`); all else is the
-vendor's own call.
+(:mod:`~blip_ft.adapters.shared.convolution`); all else is the vendor's own call.
 """
 
 from __future__ import annotations

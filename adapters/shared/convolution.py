@@ -4,9 +4,8 @@ neighbours in one.
 e3nn's tensor product makes arrays of (edges, channels, 2 l1 + 1, 2 l2 + 1), and autograd makes them again for every
 derivative; nothing of that size exists here. The coupling coefficients meet the spherical harmonics first, once for all
 layers (:meth:`Convolution.couplings`), and what is left is linear in each of its arguments (``kernels``): the
-value, its
-first and its second derivative are all that forces and their training need. On a CPU they run as machine code, on other
-devices as batched products of torch.
+value, its first and its second derivative are all that forces and their training need. On a CPU they run as machine
+code, on other devices as batched products of torch.
 
 Features are held as (component, channel) within each irrep, *inner* order, where e3nn has (channel, component). All
 channels of one irrep of the output are side by side, as e3nn's ``Irreps.simplify`` would have them.
@@ -231,8 +230,7 @@ def _merged(irreps: Any) -> tuple[dict[str, int], list[int]]:
 
 def _coefficients(product: Any, first: int, second: int, last: int) -> Tensor:
     """(2 l1 + 1, 2 l2 + 1, 2 l3 + 1) as the product has them: where no l is 0 it keeps a table, rounded as the
-    model was
-    when it was built; e3nn's formulas with l = 0 need none.
+    model was when it was built; e3nn's formulas with l = 0 need none.
     """
     name = f"_w3j_{first}_{second}_{last}"
     for key, buffer in product.named_buffers():

@@ -10,9 +10,8 @@ compiled, some tens of milliseconds each; llvmlite, which numba too is built on,
 A convolution has ten to twenty paths, each a call of such a loop: :func:`run` makes all of them from one table.
 
 Every edge is a pair of neighbours and is used in both directions, in the second M has the sign of Y_l2(-r) /
-Y_l2(r); or
-it has a direction (``Wish.both``).
-Channels u are the innermost loop and lie side by side in memory, so that they fill vector registers.
+Y_l2(r); or it has a direction (``Wish.both``). Channels u are the innermost loop and lie side by side in memory, so
+that they fill vector registers.
 """
 
 from __future__ import annotations

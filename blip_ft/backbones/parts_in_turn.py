@@ -2,8 +2,7 @@
 
 A graph of forces that can be differentiated holds some MB per atom until the backward call. Here no graph is kept: the
 backward call evaluates each part again, differentiates it and lets it go. Noise is keyed, so that the second
-evaluation is
-the first. It costs one evaluation more.
+evaluation is the first. It costs one evaluation more.
 """
 
 from __future__ import annotations

@@ -252,8 +252,7 @@ class Backbone(nn.Module, ABC):
         """Make the vendor's code cheaper to differentiate, without changing a bit of what it gives.
 
         Called once (:meth:`arrange`), before conversion and after the stock calculator was made, whose code
-        stays the vendor's. A
-        model whose native file holds code, not weights alone, must be left as it is.
+        stays the vendor's. A model whose native file holds code, not weights alone, must be left as it is.
         """
 
     # ---- export --------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """The command line, ``blip-finetune``: its arguments, and what becomes of errors.
 
 Each command is a file here: its line of help (``HELP``), its arguments (``add``), and what it does (``run``,
-which returns an exit code
-other than 0, or nothing). It
-imports what it needs when it runs, so that ``--help`` is instant. An error that the input caused
-(:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one message on standard error
-and exit code 2; anything else is a defect and keeps its trace-back.
+which returns an exit code other than 0, or nothing). It imports what it needs when it runs, so that ``--help`` is
+instant. An error that the input caused (:class:`~blip_ft.errors.BlipError`, a backend that is not installed) is one
+message on standard error and exit code 2; anything else is a defect and keeps its trace-back.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """The finished batches of a prediction, kept beside its output until it is whole.
 
 ``OUT.part`` holds the text of the output as far as it is made, whole batches of whole frames;
-``OUT.part.json`` one line
-of JSON that says what it is the prediction of, and one for each batch: frames read, frames left out, where the batch
-ends in ``OUT.part`` and its SHA-256. A batch counts once its line is there, so a program that is killed at any moment
-loses the batch that it was at. Whatever stands behind the last whole batch, or was changed since, is cut off when work
-goes on. The last step gives ``OUT.part`` its name: nothing is copied. Both are plain files of the folder that the next
-call of the program speaks of.
+``OUT.part.json`` one line of JSON that says what it is the prediction of, and one for each batch: frames read,
+frames left out, where the batch ends in ``OUT.part`` and its SHA-256. A batch counts once its line is there, so a
+program that is killed at any moment loses the batch that it was at. Whatever stands behind the last whole batch, or
+was changed since, is cut off when work goes on. The last step gives ``OUT.part`` its name: nothing is copied. Both
+are plain files of the folder that the next call of the program speaks of.
 
 Outputs that end in ``.gz`` are packed batch by batch, which gzip's format allows and its readers expect.
 """

@@ -6,8 +6,8 @@ is extended XYZ: energy, forces and stress as ASE's results, everything else of 
 
 Aleatoric and total stds are not written for what no calibration frame had a label of. Other info,
 arrays and results of the input are kept; its own energies, forces and stress are replaced. Numbers have all
-their digits, and
-what ASE cannot write so that it reads it again is written in another way (:mod:`blip_ft.data.write.extxyz`).
+their digits, and what ASE cannot write so that it reads it again is written in another way
+(:mod:`blip_ft.data.write.extxyz`).
 """
 
 from __future__ import annotations

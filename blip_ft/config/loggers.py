@@ -1,8 +1,7 @@
 """``trainer.logger``: where Lightning writes the figures of every step, by names in place of objects.
 
 ``metrics.csv`` is always written, as reports are made of it. Beside it stand TensorBoard's files, or what the
-key names: one
-logger, a list of them, or a mapping from each to the arguments of Lightning's class.
+key names: one logger, a list of them, or a mapping from each to the arguments of Lightning's class.
 """
 
 from __future__ import annotations

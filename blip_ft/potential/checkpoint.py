@@ -3,9 +3,8 @@
 The JSON holds everything needed to rebuild the architecture (adapter, its configuration, what was
 converted, the posterior family), the SHA-256 of the tensors and its own, where the base model came from, a format
 version, and what the model gives for a made-up structure (:mod:`blip_ft.potential.checks`). The tensors hold
-pretrained weights, mean, posterior, and the means and directions of the
-out-of-distribution score where there is one. Nothing is ever unpickled,
-and the base model's file is not needed again.
+pretrained weights, mean, posterior, and the means and directions of the out-of-distribution score where there is
+one. Nothing is ever unpickled, and the base model's file is not needed again.
 """
 
 from __future__ import annotations

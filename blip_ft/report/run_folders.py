@@ -1,8 +1,8 @@
 """What the folders of runs say: which model, how many frames, whether the run has finished, how good it is.
 
 A folder is read as it is found, by the files that ``fit`` leaves (README, "What you get"). A run that was
-killed has only
-some of them, and one that was copied or edited may have any content: both are states of a run here, no errors.
+killed has only some of them, and one that was copied or edited may have any content: both are states of a run here,
+no errors.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Run:
         name: of the folder.
         folder: its path.
         state: ``finished``; ``running``: another program on this machine writes there; ``unfinished``: it has
-            not come to
-            its end; ``broken``: a file of a finished run is missing or cannot be read.
+            not come to its end; ``broken``: a file of a finished run is missing or cannot be read.
         problem: what is missing or broken, else empty.
         recipe: as it was run; empty where it is not known.
         metrics: ``{model: {set: {metric: value}}}``.

@@ -3,12 +3,10 @@
 torch's threads share one operation among them. Structures of ten to a hundred atoms make operations too small for that:
 its second core shortens a training step of SevenNet-0 by a seventh and burns as much as the first. No structure feels
 another, so pieces of a batch can be evaluated, and differentiated, at the same time instead, each by one
-thread; torch's
-operations and the kernels of the adapters run without Python's lock.
+thread; torch's operations and the kernels of the adapters run without Python's lock.
 
 What a model keeps for the length of one evaluation (``variational.NoiseState``) belongs to the thread. Numbers
-are those
-of the whole batch to rounding, as they are for any other size of batches.
+are those of the whole batch to rounding, as they are for any other size of batches.
 """
 
 from __future__ import annotations

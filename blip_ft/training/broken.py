@@ -33,8 +33,7 @@ class Usual:
     """NLL of steps, for comparison: of the latest, and the largest of the first epoch.
 
     What is large when a frame is first seen is its label (``data.bad_labels`` says what becomes of it), not
-    the training;
-    one that explodes in its first epoch is ended by its held-out score.
+    the training; one that explodes in its first epoch is ended by its held-out score.
     """
 
     values: list[float] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """What a run will take: time, memory and disk, from a few timed steps of its own model on its own frames.
 
 Each stage of ``fit`` is counted in calls, and one call of each kind is timed on frames spread over the set.
-Calls cost in
-proportion to atoms. Time of a closed form, besides its gradient rows, is that of three products of matrices, whose
-rate is measured. What does not depend on the run (imports, figures of the report) was measured once.
+Calls cost in proportion to atoms. Time of a closed form, besides its gradient rows, is that of three products of
+matrices, whose rate is measured. What does not depend on the run (imports, figures of the report) was measured
+once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Where memory runs out, in the evaluation or in the backward call, the step is made again with batches of at most half so
 many atoms per part (:mod:`blip_ft.backbones.parts_in_turn`), and all steps after it keep to that bound. Loss
-and gradients are those of the
-whole batch to rounding.
+and gradients are those of the whole batch to rounding.
 """
 
 from __future__ import annotations

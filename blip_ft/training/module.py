@@ -45,10 +45,9 @@ class FineTuneModule(lightning.LightningModule):
         left_out: {key: name} of training frames that are left out, as they broke a step; filled in place.
 
     Logged per step: ``train/loss``, ``train/nll``, ``train/kl``, and the parts of other terms by their names;
-    per epoch: ``val/crps`` (force
-    CRPS in meV/Å of the mean with the draws' spread and the label noise; where no forces are labelled
-    the energy MAE in meV/atom), ``val/force_mae``
-    (meV/Å), ``val/energy_mae`` (meV/atom), ``posterior/relative_std`` (1 is the prior).
+    per epoch: ``val/crps`` (force CRPS in meV/Å of the mean with the draws' spread and the label noise; where no
+    forces are labelled the energy MAE in meV/atom), ``val/force_mae`` (meV/Å), ``val/energy_mae`` (meV/atom),
+    ``posterior/relative_std`` (1 is the prior).
     """
 
     def __init__(self, objective: Objective, left_out: dict[int, str] | None = None) -> None:
@@ -114,8 +113,7 @@ class FineTuneModule(lightning.LightningModule):
         """Gradients of the parameters alone: those of the geometry, which forces were made with, serve nothing.
 
         Lightning holds ``loss`` until the step is over, and with it would hold the graph: it is given another
-        tensor, so
-        that a graph that does not fit can be let go.
+        tensor, so that a graph that does not fit can be let go.
 
         Raises:
             BrokenStepError: one is not finite, and ``optimizer.broken`` is ``stop``.

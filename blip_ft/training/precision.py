@@ -1,10 +1,9 @@
 """In which precision a training may compute, and what is refused with its reason.
 
 Weights are in ``model.dtype``. Below that stands TF32 (``model.tf32``: float32 matrix products of a GPU, with
-10 bits of
-mantissa). Lightning's half precisions (``trainer.precision``) are refused for all models, TF32 for those whose
-forces do not survive it
-(``Backbone.refused_precisions``): the errors of each are measured in docs/adapters.md, "Precision".
+10 bits of mantissa). Lightning's half precisions (``trainer.precision``) are refused for all models, TF32 for those
+whose forces do not survive it (``Backbone.refused_precisions``): the errors of each are measured in
+docs/adapters.md, "Precision".
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ def warn_outside_sets(
     """A warning for compositions whose reference energy the training frames of a set leave open.
 
     For a frame of another set than the default that is open if either set leaves it open: its label is brought
-    onto a zero
-    that nothing determines.
+    onto a zero that nothing determines.
 
     Args:
         own: the sets.

@@ -2,8 +2,7 @@
 
 ``run.json`` makes a folder a run: its recipe, where and by whom it was begun, and whether it is whole. With
 ``overwrite=true`` the earlier run of the name stays until the new one, in ``NAME.new`` beside it, is whole;
-then the two
-change places. What is no run is never removed.
+then the two change places. What is no run is never removed.
 """
 
 from __future__ import annotations

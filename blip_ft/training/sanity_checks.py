@@ -47,9 +47,8 @@ def stock_predictions(calculator: Any, atoms: Sequence[Atoms]) -> list[dict[str,
     """Energy, forces and stress (None if the vendor gives none) from the vendor's calculator.
 
     It is given each structure as :func:`blip_ft.backbones.edges.bare` describes it, since what the vendor
-    rounds, or gets wrong in
-    left-handed cells (the sign of CHGNet's stress), is no property of the model; and it starts anew for each, since not
-    every vendor notices that the charge has changed.
+    rounds, or gets wrong in left-handed cells (the sign of CHGNet's stress), is no property of the model; and it
+    starts anew for each, since not every vendor notices that the charge has changed.
     """
     out = []
     for a in atoms:

@@ -22,8 +22,7 @@ class BlipCalculator(Calculator):
     scatter is unknown: there is no ``*_std_aleatoric`` and no ``*_std_total`` of it.
 
     ``results`` holds the rows of :data:`blip_ft.uncertainty.outputs.OUTPUTS` that the method gives, with their
-    shapes and
-    units.
+    shapes and units.
 
     Args:
         potential: from ``blip_ft.load``.

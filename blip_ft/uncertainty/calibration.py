@@ -29,9 +29,9 @@ Residuals with zero error *and* zero spread (forces that vanish by symmetry) say
 either and are left out.
 
 A label that is wrong beyond doubt (:mod:`blip_ft.data.check.doubt`) would widen all error bars, a thousandfold
-if need be: its
-frame takes no part in the fit of that property, and ``left_out`` names it. Where there is none, nothing changes. What
-is in doubt stays in; ``carried_by`` names a frame that alone makes the error bars twice as wide or more.
+if need be: its frame takes no part in the fit of that property, and ``left_out`` names it. Where there is none,
+nothing changes. What is in doubt stays in; ``carried_by`` names a frame that alone makes the error bars twice as
+wide or more.
 
 Beside the Gaussian factors, split-conformal factors are stored (:func:`conformal_quantile`).
 Coverage in the metrics uses the Gaussian total std (90 %: 1.645 std); the conformal factor is

@@ -22,8 +22,7 @@ from blip_ft.variational.noise import Noise
 #: rows (edges, as a rule) of all copies up to which draws are evaluated together, by type of device
 TOGETHER = {"cpu": 512, "cuda": 65536}
 #: the same for one structure alone: on one CPU core 8 draws of quartz (9 atoms) take 2.0 (small MACE) to 5.6
-#: (UMA) calls
-#: in place of 8 to 9, 8.5 with CHGNet as without; several structures share what a call costs already
+#: (UMA) calls in place of 8 to 9, 8.5 with CHGNet as without; several structures share what a call costs already
 TOGETHER_ALONE = {"cpu": 16384, "cuda": 65536}
 #: structures of all copies: each has weights of its own
 COPIES = 64

@@ -66,8 +66,7 @@ def predict_linearized(
 
     Raises:
         BlipError: a family whose draws are no weights; ``linear`` for a model whose forces are not gradients
-            of its energy, or for a
-            family with too many latent numbers for all directions.
+            of its energy, or for a family with too many latent numbers for all directions.
     """
     if not potential.posterior.ready:
         with torch.no_grad():

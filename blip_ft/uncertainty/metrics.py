@@ -283,8 +283,7 @@ def set_metrics(
         prediction: of the set.
         calibration: turns the epistemic std into the total one; what it has not measured has no probabilistic
             scores. Without it the epistemic std is taken as it is; a model without spread then has no
-            probabilistic scores. For such a
-            model give ``rmse_calibration(validation)``: a constant std.
+            probabilistic scores. For such a model give ``rmse_calibration(validation)``: a constant std.
         seed: of the simulated reference correlations.
     """
     out: Metrics = {"n_structures": prediction.n_structures, "n_atoms": int(prediction.n_atoms.sum())}

@@ -193,8 +193,7 @@ class VariationalLayer(nn.Module, ABC):
 
     def around(self, x: Tensor, mean: Tensor, noise: Tensor, rows: RowLayout) -> Tensor:
         """:meth:`mean` of each structure with its whole weight, ``mean`` (*shape) + ``noise`` (B, *shape): one
-        product for
-        both.
+        product for both.
         """
         out = self.sampled(x, mean + noise, rows)
         return out if self.bias is None else out + self.bias

@@ -5,8 +5,7 @@
 A fresh interpreter imports everything once and forks a child for every start, so that a start costs no imports and
 SIGKILL is real. The child kills itself at a given call of a function of the package: the n-th start of a chain at the
 n-th call, until the run is whole or has been killed often enough. Prints JSON: for every chain the signals and
-exit codes
-of its starts.
+exit codes of its starts.
 """
 
 from __future__ import annotations

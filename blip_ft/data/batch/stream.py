@@ -210,8 +210,7 @@ def make_stream(
     """What makes the stream of one rank, ``(world, rank)``; ``None`` if the recipe reads no stream.
 
     Where frames are dropped, files are not dealt to workers: each of them knows how many frames to expect of
-    its own only as
-    long as none is missing.
+    its own only as long as none is missing.
     """
     config, options = recipe.data, recipe.data.stream
     if options is None:

@@ -344,8 +344,8 @@ def _units(
     """Findings on units and signs per role, and whether energies or forces are in a wrong unit.
 
     What holds for train is not repeated for the other roles, and of a role that was divided off the sources of
-    train only what
-    is an error is told: that a few frames of one kind hardly correlate says little, where those of the whole file do.
+    train only what is an error is told: that a few frames of one kind hardly correlate says little, where those of
+    the whole file do.
     """
     found: list[Finding] = []
     wrong: set[str] = set()

@@ -103,8 +103,8 @@ class LabelFault:
         index: of the frame.
         label: which one.
         cause: ``offset`` (energies), ``group`` (energies that are off in all frames of a group, which may be
-            the model's error), ``atoms`` (order), ``axes``, ``factor``, ``frame``
-            (labels of another one) or ``unknown``.
+            the model's error), ``atoms`` (order), ``axes``, ``factor``, ``frame`` (labels of another one) or
+            ``unknown``.
         size: error in eV/atom (energy, signed), eV/Å (forces, rms) or eV/Å^3 (stress, rms).
         usual: what is usual for such frames, same unit.
         text: details of the cause.

@@ -23,8 +23,7 @@ def group_leaks(splits: Splits) -> list[Finding]:
     smaller, and error bars better, than on a new trajectory. That is a warning for test sets. For
     validation and calibration, which are often cut off the same trajectories on purpose, it is
     mentioned. Frames that name no group are not compared. One group of all frames tells nothing apart, least
-    of all where it
-    is the name of the substance: that is mentioned too.
+    of all where it is the name of the substance: that is mentioned too.
     """
     train = set(splits.train["group"]) - {""}
     single = len({group for frames in splits.roles().values() for group in set(frames["group"])}) == 1

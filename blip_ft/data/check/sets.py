@@ -41,8 +41,8 @@ CORRELATED = 0.8
 #: predictions and labels of a smaller rms are zero by symmetry and have no slope: eV/Å, eV/Å^3, eV
 _ZERO = {"forces": 1e-3, "stress": 1e-5, "energy": 1e-6}
 #: rms differences from a model that are usual, eV/Å and eV/Å^3 (1 GPa): labels so near to it are not
-#: remarkable whatever their
-#: slope, as those of relaxed structures, which are zero and hardly correlate with anything
+#: remarkable whatever their slope, as those of relaxed structures, which are zero and hardly correlate with
+#: anything
 _NEAR = {"forces": 0.1, "stress": 0.00624, "energy": 0.0}
 #: slopes from fewer values say so
 _FEW = 5

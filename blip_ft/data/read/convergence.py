@@ -11,8 +11,7 @@ ORCA              the energy is marked ``(... not fully converged!)``, or the la
 Quantum ESPRESSO  "convergence NOT achieved": energy without its ``!``, forces only with ``scf_must_converge=.false.``
 
 ASE gives an ORCA energy that is marked as NaN, and a step of Quantum ESPRESSO without its energy; elsewhere a
-value such
-as ``scf_converged`` that is false says so.
+value such as ``scf_converged`` that is false says so.
 """
 
 from __future__ import annotations

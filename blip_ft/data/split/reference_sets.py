@@ -1,9 +1,8 @@
 """Sets of energies with references of their own: frames of several levels of theory in one training.
 
 One model has one zero of energy per element. Where frames of several sets take part (``data.reference_sets``),
-the model
-has the references of one set, the default. The labels of another set s are brought onto its zero before anything is
-trained on them,
+the model has the references of one set, the default. The labels of another set s are brought onto its zero before
+anything is trained on them,
 
     E - sum_z n_z d_s(z),        d_s = shift of s - shift of the default,
 
