@@ -85,8 +85,7 @@ def bayesian(
     Args:
         backbone: freshly loaded; converted in place.
         family: posterior family. Those whose spread is trained step by step (``weight``, ``channel``,
-            ``adaptive``) suit
-            a loop of one's own; those of closed form are fitted by recipes.
+            ``adaptive``) suit a loop of one's own; those of closed form are fitted by recipes.
         train: modules whose mean is trained: a preset of the adapter or regular expressions.
         noise: modules that carry noise, likewise.
         seed: of all noise.
@@ -139,18 +138,14 @@ class Potential(BayesianPotential):
         Raises:
             BlipError: no frame has an energy.
         """
-        items = self.dataset(frames)
-        chosen = [
-            item for item in map(items.__getitem__, range(len(items))) if item.labels["energy"].isfinite()
-        ]
-        if not chosen:
-            raise BlipError("no frame has an energy to fit references on")
         self.references = {}
-        found = predict_atoms(self, [item.atoms for item in chosen], n_draws=0)
-        residual = np.array(
-            [float(item.labels["energy"]) - p["energy"] for item, p in zip(chosen, found, strict=True)]
-        )
-        self.references = dict(fit_references([item.atoms.numbers for item in chosen], residual).shift)
+        found = predict_set(self, self.dataset(frames), "references", n_draws=0, stress=False)
+        known = np.flatnonzero(np.isfinite(found.energy_label))
+        if not len(known):
+            raise BlipError("no frame has an energy to fit references on")
+        numbers = np.split(found.numbers, np.cumsum(found.n_atoms)[:-1])
+        residual = (found.energy_label - found.energy)[known]
+        self.references = dict(fit_references([numbers[i] for i in known], residual).shift)
         return self.references
 
     def elbo(
