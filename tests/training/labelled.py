@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from ase import Atoms
 
@@ -26,3 +29,17 @@ def frames(n: int = 12, *, seed: int = 0, scale: float = 1.0, other: bool = Fals
         a.arrays["REF_forces"] = scale * forces
         out.append(a)
     return out
+
+
+def small_run(folder: Path, train: str, /, **data: Any) -> dict[str, Any]:
+    """A recipe of the default family with few samples, on a file in a folder."""
+    return {
+        "name": "run",
+        "output": str(folder / "runs"),
+        "data": {"train": str(folder / train)} | data,
+        "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
+        "posterior": {"rank": 4},
+        "uncertainty": {"n_draws": 4, "calibration_draws": 4, "linearity_frames": 0},
+        "plain": {"enabled": False},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
+    }

@@ -19,25 +19,14 @@ from blip_ft.errors import DataError
 from blip_ft.training.fit import fit
 from blip_ft.training.prepare import Prepared, prepare
 
-from .labelled import frames
+from .labelled import frames, small_run
 
 #: the frame with a wrong label
 BAD = 5
 
 
 def recipe_of(folder: Path, **data: Any) -> Recipe:
-    return parse_recipe(
-        {
-            "name": "run",
-            "output": str(folder / "runs"),
-            "data": {"train": str(folder / "train.extxyz")} | data,
-            "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
-            "posterior": {"rank": 4},
-            "uncertainty": {"n_draws": 4, "calibration_draws": 4, "linearity_frames": 0},
-            "plain": {"enabled": False},
-            "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
-        }
-    )
+    return parse_recipe(small_run(folder, "train.extxyz", **data))
 
 
 def spoilt(n: int, *, seed: int, what: str = "forces") -> list[Atoms]:

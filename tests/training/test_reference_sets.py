@@ -22,7 +22,7 @@ from blip_ft.testing.fake import FakeBackbone
 from blip_ft.training.fit import fit
 from blip_ft.training.prepare import prepare
 
-from .labelled import frames
+from .labelled import frames, small_run
 
 #: eV/atom between the two sets, and of both from the model
 OFFSET, BASE = 0.35, -3.0
@@ -38,16 +38,7 @@ def two_sets(n: int = 60, key: str = "head", names: tuple[str, str] = ("pbe", "r
 
 
 def tree_of(folder: Path, **data: Any) -> dict[str, Any]:
-    return {
-        "name": "run",
-        "output": str(folder / "runs"),
-        "data": {"train": str(folder / "two.extxyz")} | data,
-        "model": {"adapter": "fake", "checkpoint": "tiny", "dtype": "float64"},
-        "posterior": {"rank": 4},
-        "uncertainty": {"n_draws": 4, "calibration_draws": 4, "linearity_frames": 0},
-        "plain": {"enabled": False},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
-    }
+    return small_run(folder, "two.extxyz", **data)
 
 
 def recipe_of(folder: Path, **data: Any) -> Recipe:
