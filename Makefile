@@ -18,11 +18,10 @@ EXTRAS_a := $(BACKENDS_a),test
 EXTRAS_b := $(BACKENDS_b),test,lint
 
 # Every test belongs to a ring (tests/conftest.py): `quick`, what `default` adds, what `full` adds. What touches no
-# vendor's code, `common`, is the same in both environments: tested in $(COMMON) alone.
-COMMON := a
+# vendor's code, `common`, is the same in both environments: tested in one of them, `common_a` or `common_b`.
 RING_test := (quick or default)
 RING_full := not outside_data
-SELECT = $(RING_$(1))$(if $(filter $(2),$(COMMON)),, and not common)
+SELECT = $(RING_$(1)) and (common_$(2) or not common)
 
 PIP = .venv-$*/bin/python -m pip install -q --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=40

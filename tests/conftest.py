@@ -16,7 +16,8 @@ ones this environment must have: a marked test of a listed backend fails if the 
 skipped. Without the variable, tests run on the packages that are installed.
 
 What touches no vendor's code is the same in both families of environments. Tests that need no backend get the mark
-``common`` and run in one of them, except those of the files in ``ENVIRONMENT``, whose subject is the environment.
+``common``, and ``common_a`` or ``common_b`` for the family of the two that runs them, so that both take about as long;
+those of the files in ``ENVIRONMENT``, whose subject is the environment, run in both.
 
 **Examples.** hypothesis tries the same 15 examples per property in every run, so that a change that has nothing to
 do with them does not fail by them; with ``--hypothesis-profile=full`` (`make test-full`) 100 new ones.
@@ -38,6 +39,13 @@ RINGS = ("quick", "default", "full")
 APART = ("gpu", "outside_data")
 #: files that are tested in every environment
 ENVIRONMENT = ("test_packaging.py", "test_doctor.py")
+#: files whose common tests run in family b, as it has the shorter tests of its own
+COMMON_OF_B = (
+    "test_halving.py",
+    "test_predict_resume.py",
+    "test_ranks.py",
+    "test_resume.py",
+)
 #: import name of every adapter's package
 PACKAGES = {
     "sevennet": "sevenn",
@@ -86,6 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(ring)
         if item.get_closest_marker("backend") is None and item.path.name not in ENVIRONMENT:
             item.add_marker("common")
+            item.add_marker("common_b" if item.path.name in COMMON_OF_B else "common_a")
 
 
 @pytest.hookimpl(tryfirst=True)

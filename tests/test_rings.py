@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import COLLECTED, ENVIRONMENT, PACKAGES, RINGS, _listed, ring_of
+from .conftest import COLLECTED, COMMON_OF_B, ENVIRONMENT, PACKAGES, RINGS, _listed, ring_of
 
 MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
 
@@ -81,6 +81,14 @@ def test_every_backend_has_a_contract_in_the_default_ring(name: str, everything:
     assert any("training/test_recipes.py::test_sio2_" in node for node in own)
 
 
+def test_what_is_common_runs_in_one_family(everything: list[pytest.Item]):
+    named = {item.path.name for item in everything}
+    assert named.issuperset(COMMON_OF_B)
+    for item in everything:
+        families = marks(item).intersection(("common_a", "common_b"))
+        assert len(families) == ("common" in marks(item)), item.nodeid
+
+
 def test_backends_of_this_environment_are_there():
     """What the environment is to have is never skipped for want of it."""
     for name in _listed() or ():
@@ -91,7 +99,9 @@ def test_make_leaves_nothing_out():
     """The default ring's tests run in both families, what is common in one; the full command drops nothing."""
     assert re.search(r"^RING_test := \(quick or default\)$", MAKEFILE, re.MULTILINE)
     assert re.search(r"^RING_full := not outside_data$", MAKEFILE, re.MULTILINE)
-    assert re.search(r"^COMMON := [ab]$", MAKEFILE, re.MULTILINE)
+    assert re.search(
+        r"^SELECT = \$\(RING_\$\(1\)\) and \(common_\$\(2\) or not common\)$", MAKEFILE, re.MULTILINE
+    )
     listed = "".join(re.findall(r"^BACKENDS_[ab] := (.*)$", MAKEFILE, re.MULTILINE))
     assert all(name in listed for name in PACKAGES)
     ci = (Path(__file__).parents[1] / ".ci/run").read_text(encoding="utf-8")

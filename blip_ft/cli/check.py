@@ -22,6 +22,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-cost", action="store_true", help="do not time steps to predict time, memory and disk of fit"
     )
+    parser.add_argument(
+        "--largest",
+        action="store_true",
+        help="with the cost, find the largest structure that fits into memory",
+    )
     parser.add_argument("--strict", action="store_true", help="exit code 2 if fit would refuse the data")
 
 
@@ -33,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from blip_ft.config import load_recipe
     from blip_ft.files import check_target
 
+    if args.largest and args.no_cost:
+        raise BlipError("--largest is a part of the cost", remedy="leave out --no-cost", field="--largest")
     recipe = load_recipe(args.recipe, overrides(args))
     page = None if args.html is None else check_target(args.html, overwrite=True)
     model = f"{recipe.model.adapter}:{recipe.model.checkpoint}"
@@ -48,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
             recipe,
             lambda done, total: bar.update(task, completed=done, total=total),
             cost=not args.no_cost,
+            largest=args.largest,
         )
     report, cost = checked.report, checked.cost
     if page is not None:

@@ -42,7 +42,11 @@ def check_data(recipe: Recipe, progress: Callable[[int, int], Any] | None = None
 
 
 def check_run(
-    recipe: Recipe, progress: Callable[[int, int], Any] | None = None, *, cost: bool = True
+    recipe: Recipe,
+    progress: Callable[[int, int], Any] | None = None,
+    *,
+    cost: bool = True,
+    largest: bool = False,
 ) -> Checked:
     """Everything that ``fit`` would check about the data, as a report.
 
@@ -53,6 +57,7 @@ def check_run(
         recipe: a validated recipe.
         progress: called with the number of frames compared with the model and of all.
         cost: also predict what the run would take.
+        largest: with it the largest structure that fits into memory.
 
     Raises:
         BlipError: the model cannot be loaded, or the recipe cannot be run with it.
@@ -96,4 +101,5 @@ def check_run(
     from blip_ft.training.cost import predict_cost  # Lightning takes seconds to import
 
     unknown = sum(map(len, sets.values())) - len(ledger)
-    return Checked(report, predict_cost(recipe, splits, backbone, sets, spent=spent, unknown=unknown))
+    predicted = predict_cost(recipe, splits, backbone, sets, spent=spent, unknown=unknown, largest=largest)
+    return Checked(report, predicted)

@@ -78,6 +78,8 @@ def cost_table(cost: Mapping[str, Any]) -> Table:
     table.add_row("all", duration(cost["seconds"]), style="bold")
     table.add_row("memory at most", f"{cost['memory_bytes'] / 1e9:.1f} GB")
     table.add_row("disk", f"{cost['disk_bytes'] / 1e6:.0f} MB")
+    for name, atoms in (cost["largest_atoms"] or {}).items():
+        table.add_row(f"largest structure, {name}", f"{atoms:,} atoms")
     return table
 
 

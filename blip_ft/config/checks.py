@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, file: Path | None) -> None:
     _check_trainer(recipe.trainer, file)
     _check_family(recipe, file)
     _check_data(recipe.data, file)
+    _check_parts(recipe, file)
 
 
 #: arguments of Lightning's Trainer that recipes have, known without its seconds of imports
@@ -223,3 +224,24 @@ def _check_data(data: DataConfig, file: Path | None) -> None:
                 field="data.batch_by",
                 remedy="use data.batch_by: structures",
             )
+
+
+def _check_parts(recipe: Recipe, file: Path | None) -> None:
+    """What ``data.atoms_at_once`` needs: structures that feel nothing of each other, and the frames of a batch."""
+    if recipe.data.atoms_at_once is None:
+        return
+    if not recipe.posterior.draws_are_weights:
+        raise RecipeError(
+            f"the spread of posterior.family={recipe.posterior.family} depends on all structures of a batch, which "
+            "cannot be divided",
+            file=file,
+            field="data.atoms_at_once",
+            remedy="remove the key and use a smaller data.batch_size",
+        )
+    if recipe.data.num_workers:
+        raise RecipeError(
+            "batches that workers have made cannot be divided",
+            file=file,
+            field="data.atoms_at_once",
+            remedy="remove the key, or use data.num_workers=0",
+        )

@@ -193,6 +193,9 @@ class DataConfig(Strict):
     all of these frames out; ``stop``"""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """structures per rank and step, or at most so many atoms or edges (``data.batch_by``)"""
+    atoms_at_once: Annotated[int, Field(ge=1)] | None = None
+    """atoms of a step that are in memory at once: a larger batch is evaluated in parts and the gradient evaluates each
+    again (activation checkpointing), with the same result. By default the whole batch, in parts once memory runs out"""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """processes that build graphs"""
     cache_gb: Annotated[float, Field(ge=0)] = 4.0

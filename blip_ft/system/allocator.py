@@ -1,4 +1,4 @@
-"""Let the C library keep the memory that it has.
+"""Let the C library keep the memory that it has, or give it back.
 
 glibc maps every large block anew and gives it back when it is freed, so that each intermediate tensor of a
 call is made of fresh pages: 25,000 to 60,000 page faults in one call of SevenNet-0, a fifth to a third of its
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from functools import cache
 
 #: blocks from this size on are mapped by themselves, bytes: as large as glibc allows
@@ -43,3 +44,9 @@ def keep_memory() -> bool:
         return False
     # the first call ends the threshold's own growth, so both are needed
     return bool(mallopt(_M_MMAP_THRESHOLD, MAPPED)) and bool(mallopt(_M_TRIM_THRESHOLD, KEPT))
+
+
+def trim() -> None:
+    """Give free memory of the heap back to the system, where glibc holds any."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

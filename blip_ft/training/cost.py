@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from rich.console import Console
 
+from blip_ft.backbones.conservative import weights_only
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.closed_form.budget import fit_to_budget
 from blip_ft.closed_form.fitter import STEP_SCALES, ClosedFormFitter
 from blip_ft.closed_form.gradients import BATCH, groups_of
 from blip_ft.config import Recipe
-from blip_ft.data.batch.dataset import FrameDataset, collate
+from blip_ft.data.batch.dataset import FrameDataset, Item, collate
 from blip_ft.data.split.splits import Splits
 from blip_ft.families.base.gram import gram_matrix
 from blip_ft.families.base.linear import ClosedFormData
@@ -31,12 +33,14 @@ from blip_ft.families.base.posterior import ClosedFormPosterior
 from blip_ft.objectives import ElboScale, Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.system.memory_used import peak_bytes
+from blip_ft.system.side_by_side import width
 from blip_ft.training.device import device_of
 from blip_ft.training.evaluate import ROLES, draws_of
+from blip_ft.training.largest import largest_structure
 from blip_ft.training.objective import Objective, make_objective
 from blip_ft.training.terms import Start
 from blip_ft.uncertainty.linearity import study
-from blip_ft.uncertainty.predict import predict_set
+from blip_ft.uncertainty.predict import predict_atoms, predict_set
 
 #: batches of each kind that are timed, after one that is not
 TIMED = 3
@@ -66,6 +70,7 @@ class Cost:
         disk: bytes of the run's folder.
         steps: steps of training in all.
         device: what the steps were timed on.
+        largest: {kind of call: atoms of the largest structure that fits}; ``None`` if nobody asked.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -73,6 +78,7 @@ class Cost:
     disk: float = 0.0
     steps: int = 0
     device: str = "cpu"
+    largest: dict[str, int] | None = None
 
     @property
     def seconds(self) -> float:
@@ -88,6 +94,7 @@ class Cost:
             "disk_bytes": int(self.disk),
             "steps": self.steps,
             "device": self.device,
+            "largest_atoms": self.largest,
         }
 
 
@@ -99,6 +106,7 @@ def predict_cost(
     *,
     spent: float,
     unknown: int,
+    largest: bool = False,
 ) -> Cost | None:
     """Time a few steps of every kind and count how often the run takes them.
 
@@ -109,6 +117,7 @@ def predict_cost(
         sets: frames with graphs, by role.
         spent: seconds that reading the data and comparing them with the model has taken already, as ``fit`` will.
         unknown: frames that this has not asked the model about, as ``fit`` will.
+        largest: also find the largest structure that fits into memory.
 
     Returns:
         ``None`` for a stream, whose epochs have no frames that could be looked at beforehand.
@@ -125,7 +134,11 @@ def predict_cost(
         backbone, recipe.model, recipe.posterior, seed=recipe.seed, n_draws=recipe.uncertainty.n_draws
     )
     potential.to(device_of(recipe))
-    return _Meter(recipe, potential, sets, n_context).cost(spent, unknown)
+    meter = _Meter(recipe, potential, sets, n_context)
+    cost = meter.cost(spent, unknown)
+    if largest:
+        cost.largest = meter.largest()
+    return cost
 
 
 class _Meter:
@@ -210,6 +223,27 @@ class _Meter:
         )
         return out
 
+    def largest(self) -> dict[str, int]:
+        """Atoms of the largest structure of a training step, and of a prediction with error bars."""
+        potential, train = self.potential, self.sets["train"]
+        potential.zero_grad(set_to_none=True)
+        device = potential.backbone.device
+        atoms = train[int(np.argmax(self.sizes["train"]))].atoms
+        out = {}
+        if potential.mean_parameters:
+            steps = _Steps(self.recipe, potential, train, len(self.batches), plain=False)
+
+            def take(grown: Atoms) -> None:
+                steps.take([_labelled(potential.backbone, grown)], 0)
+
+            out["training step"] = largest_structure(take, atoms, device)
+            steps.undo()
+
+        def predict(grown: Atoms) -> None:
+            predict_atoms(potential, [grown], n_draws=2 if potential.posterior.ready else 0)
+
+        return out | {"prediction": largest_structure(predict, atoms, device)}
+
     # ---- what is timed ---------------------------------------------------------------------
     def _spread(self, dataset: FrameDataset, count: int) -> FrameDataset:
         """Frames evenly spread over a set, in the order of their sizes."""
@@ -238,34 +272,20 @@ class _Meter:
 
     def _step(self, *, plain: bool) -> float:
         """Seconds per atom of a step of training, with the optimiser's."""
-        recipe, potential, train = self.recipe, self.potential, self.sets["train"]
-        likelihood = Likelihood(recipe.objective)
-        scale = ElboScale(
-            train.total_weight,
-            len(self.batches),
-            recipe.objective.kl_temperature,
-            recipe.objective.kl_warmup,
-        )
-        objective = make_objective(Start(recipe, potential, likelihood, scale, train), plain=plain)
-        objective.likelihood.to(potential.backbone.device)
-        parameters = [p for p in (*potential.parameters(), *likelihood.parameters()) if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=0.0)
+        train = self.sets["train"]
+        steps = _Steps(self.recipe, self.potential, train, len(self.batches), plain=plain)
         order = np.argsort([sum(self.sizes["train"][i] for i in b) for b in self.batches], kind="stable")
         middle = np.linspace(0, len(order) - 1, TIMED + 2).round().astype(int)[1:-1]
         chosen = [self.batches[order[i]] for i in middle]
         seconds = atoms = 0.0
         for number, index in enumerate([chosen[0], *chosen]):
             started = time.perf_counter()
-            _take_step(objective, optimizer, [train[i] for i in index], number)
-            _wait(potential)
+            steps.take([train[i] for i in index], number)
+            _wait(self.potential)
             if number:
                 seconds += time.perf_counter() - started
                 atoms += sum(self.sizes["train"][i] for i in index)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-        potential.zero_grad(set_to_none=True)
+        steps.undo()
         return seconds / atoms
 
     # ---- closed forms ----------------------------------------------------------------------
@@ -342,21 +362,60 @@ class _Meter:
         return _timed(work, 1, warm=False) * options.linearity_frames * float(mean) / frame.sizes("atoms")[0]
 
 
-def _take_step(
-    objective: Objective, optimizer: torch.optim.Optimizer, items: Sequence[Any], number: int
-) -> None:
-    """A step without effect on the weights: the learning rate is 0."""
-    from blip_ft.backbones.conservative import weights_only
-    from blip_ft.system.side_by_side import width
+class _Steps:
+    """Steps of training that leave no trace.
 
-    backbone = objective.potential.backbone
-    batch = collate(backbone, items, parts=width(backbone.device)).to(backbone.device)
-    loss = objective(batch, epoch=0, batch_index=0, step=number, world=1).loss
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with weights_only():
-        loss.backward(inputs=parameters)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    Args:
+        recipe: options of the objective.
+        potential: whose weights move, by rounding at most, until :meth:`undo`.
+        train: training frames.
+        n_batches: of an epoch.
+        plain: plain fine-tuning.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        potential: BayesianPotential,
+        train: FrameDataset,
+        n_batches: int,
+        *,
+        plain: bool,
+    ) -> None:
+        likelihood = Likelihood(recipe.objective)
+        scale = ElboScale(
+            train.total_weight, n_batches, recipe.objective.kl_temperature, recipe.objective.kl_warmup
+        )
+        self.objective: Objective = make_objective(
+            Start(recipe, potential, likelihood, scale, train), plain=plain
+        )
+        self.objective.likelihood.to(potential.backbone.device)
+        self.parameters = [p for p in (*potential.parameters(), *likelihood.parameters()) if p.requires_grad]
+        self.before = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+
+    def take(self, items: Sequence[Item], number: int) -> None:
+        """One step with these structures."""
+        backbone = self.objective.potential.backbone
+        batch = collate(backbone, items, parts=width(backbone.device)).to(backbone.device)
+        loss = self.objective(batch, epoch=0, batch_index=0, step=number, world=1).loss
+        with weights_only():
+            loss.backward(inputs=self.parameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def undo(self) -> None:
+        """Put the weights back."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.before, strict=True):
+                parameter.copy_(value)
+
+
+def _labelled(backbone: Backbone, atoms: Atoms) -> Item:
+    """An item of a structure whose labels are all zero."""
+    labels = {"energy": torch.zeros(()), "forces": torch.zeros(len(atoms), 3), "stress": torch.zeros(6)}
+    labels = {name: value.double() for name, value in labels.items()}
+    return Item(atoms=atoms, graph=backbone.graph(atoms), labels=labels, key=0)
 
 
 def _timed(work: Callable[[], Any], times: int, *, warm: bool = True) -> float:

@@ -67,7 +67,7 @@ class Objective:
         self.terms = list(terms)
         self.potential, self.likelihood, self.scale, self.recipe = potential, likelihood, scale, recipe
         self.draws, self.plain = 1 if plain else draws, plain
-        self.limit = AtomLimit(potential)
+        self.limit = AtomLimit(potential, recipe.data.atoms_at_once)
 
     def __call__(self, batch: Batch, *, epoch: int, batch_index: int, step: int, world: int) -> StepLoss:
         """Loss of a rank's share of a step.

@@ -15,11 +15,14 @@ from rich.console import Console
 
 from blip_ft import cli
 from blip_ft.backbones.parts_in_turn import evaluate_in_turn
+from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.gradients import GradientRows
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import parse_recipe
 from blip_ft.data.batch.dataset import Item, collate
+from blip_ft.errors import RecipeError
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.training.halving import AtomLimit
 from blip_ft.training.prepare import Prepared, prepare
 from blip_ft.variational.noise import OFF
 
@@ -84,6 +87,49 @@ def test_a_fit_with_little_memory_is_the_same_fit(
     assert max(seen.fitted) <= 11
     assert "of 4 structures (12 atoms): going on in parts of up to 6 atoms" in caplog.text
     close(got, want)
+
+
+@pytest.mark.default
+@pytest.mark.parametrize(
+    "posterior", [{"family": "weight", "prior_scale": 0.1}, {"rank": 8}], ids=["weight", "pathwise"]
+)
+def test_a_fit_in_parts_from_the_start_is_the_same_fit(tmp_path: Path, posterior: dict[str, Any]):
+    """A step has 12 atoms, its parts six: what does not fit is never tried in training."""
+    recipe = recipe_of(tmp_path, **posterior)
+    want = metrics_of(recipe, tmp_path, "whole")
+    recipe["data"]["atoms_at_once"] = 6
+    sizes: list[int] = []
+    take = AtomLimit.parts
+
+    def parts(self: AtomLimit, batch: Batch) -> Batch:
+        out = take(self, batch)
+        sizes.extend(p.n_structures for p in out.parts)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtomLimit, "parts", parts)
+        got = metrics_of(recipe, tmp_path, "parts")
+    assert set(sizes) == {2}
+    close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"posterior": {"family": "adaptive", "prior_scale": 0.1}}, "all structures of a batch"),
+        ({"data": {"num_workers": 1}}, "workers"),
+    ],
+)
+def test_what_cannot_be_divided_is_said_before_any_work(
+    tmp_path: Path, sections: dict[str, Any], message: str
+):
+    recipe = recipe_of(tmp_path, family="weight", prior_scale=0.1)
+    recipe["data"]["atoms_at_once"] = 6
+    for name, section in sections.items():
+        recipe[name] |= section
+    with pytest.raises(RecipeError, match=message) as caught:
+        parse_recipe(recipe)
+    assert caught.value.field == "data.atoms_at_once"
 
 
 @pytest.mark.default
