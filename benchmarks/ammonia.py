@@ -33,7 +33,7 @@ from rich.table import Table
 
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.config import Recipe, parse_recipe
-from blip_ft.potential.bayesian import drawing
+from blip_ft.families.model import drawing
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.training.evaluate import draws_of

@@ -90,6 +90,7 @@ class Stopwatch:
 def model_of(point: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Keys below ``model``: a shipped model, or a SevenNet of other widths with random weights in a file."""
     options = {"adapter": point["backend"], "checkpoint": MODELS[point["backend"]], "dtype": "float32"}
+    options["noise"] = "scalar" if point["backend"] == "sevennet" else "all"
     if not point["channels"]:
         return options
     import torch

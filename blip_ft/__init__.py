@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blip_ft.bayesian_module import BayesianModule
     from blip_ft.config import Recipe, load_recipe
     from blip_ft.errors import BlipError
     from blip_ft.library import Potential, bayesian, load, load_backbone, load_frames
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 #: public name -> (module, name in it)
 _PUBLIC = {
+    "BayesianModule": ("blip_ft.bayesian_module", "BayesianModule"),
     "BlipError": ("blip_ft.errors", "BlipError"),
     "Recipe": ("blip_ft.config", "Recipe"),
     "fit": ("blip_ft.training.fit", "fit"),
@@ -35,6 +37,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "BayesianModule",
     "BlipError",
     "Potential",
     "Recipe",

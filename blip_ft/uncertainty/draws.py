@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from blip_ft.backbones.protocol import Batch, Prediction
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.families.model import drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.system.side_by_side import side_by_side, width
 from blip_ft.uncertainty.moments import BatchMoments, to_double
 from blip_ft.variational.noise import Noise

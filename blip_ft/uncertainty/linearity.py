@@ -25,7 +25,8 @@ from torch import Tensor
 from blip_ft.backbones.conservative import ConservativeBackbone
 from blip_ft.backbones.protocol import Batch
 from blip_ft.data.batch.dataset import FrameDataset, collate
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.families.model import drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.draws import moments_of_draws, sampling_error
 from blip_ft.uncertainty.linearized import MAX_DIRECTIONS, energy_gradients, latent_derivatives
 from blip_ft.uncertainty.predict import predict_batch

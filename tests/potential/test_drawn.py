@@ -14,8 +14,9 @@ from torch import Tensor
 
 from blip_ft.config import ModelConfig, PosteriorConfig
 from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
+from blip_ft.families.model import drawing
 from blip_ft.families.registry import without_foreign_keys
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational.drawn import DrawnWeights
 from blip_ft.variational.noise import Noise
