@@ -110,9 +110,12 @@ def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
             frames.append(atoms)
         write(tmp_path / f"{name}.extxyz", frames)
     monkeypatch.chdir(tmp_path)
-    use, train = blocks(ROOT / "docs" / "python.md", "python")
-    (tmp_path / "use.py").write_text(use, encoding="utf-8")
-    (tmp_path / "train.py").write_text(train, encoding="utf-8")
+    use, train, module = blocks(ROOT / "docs" / "python.md", "python")
+    for name, text in (("use", use), ("train", train), ("module", module)):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    scope = runpy.run_path(str(tmp_path / "module.py"))
+    assert scope["draws"].shape == (16, 64, 1)
+    assert (scope["std"] > 0).all()
     scope = runpy.run_path(str(tmp_path / "use.py"))
     assert scope["result"]["forces_std_norm"].shape == (8,)
     assert scope["metrics"]["n_structures"] == 4
