@@ -116,5 +116,5 @@ def variable(text: str) -> tuple[str, str]:
 
 def _state(bridge: Bridge) -> str:
     """How far an instance is."""
-    worst = "" if bridge.worst is None else f"; least certain at {bridge.worst}"
+    worst = "" if bridge.largest is None else f"; least certain at {bridge.largest}"
     return f"step {bridge.step}, {bridge.evaluations} evaluations, {bridge.with_error_bars} with error bars{worst}"

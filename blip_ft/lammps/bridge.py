@@ -84,6 +84,7 @@ class Bridge:
         step: of the last evaluation.
         evaluations: their number; evaluations with error bars are ``with_error_bars``.
         worst: least certain atom of the last evaluation with error bars; ``None`` without stds of forces.
+        largest: that of all evaluations so far.
         exceeded: the first one above ``stop_above``.
     """
 
@@ -105,6 +106,7 @@ class Bridge:
         self.results: dict[str, Any] = {}
         self.step = self.evaluations = self.with_error_bars = 0
         self.worst: Worst | None = None
+        self.largest: Worst | None = None
         self.exceeded: Worst | None = None
         self._method: Method = method
         self._n_draws, self._info, self._after = n_draws, dict(conditions), after
@@ -292,6 +294,8 @@ class Bridge:
             worst = int(results["forces_std_norm"].argmax())
             std = float(results["forces_std_norm"][worst])
             self.worst = Worst(step, int(tag[order[worst]]), atoms.symbols[worst], std)
+            if self.largest is None or std > self.largest.std:
+                self.largest = self.worst
             if self.exceeded is None and self.stop_above is not None and std > self.stop_above:
                 self.exceeded = self.worst
         if self._after is not None:

@@ -353,6 +353,7 @@ class TestThreshold:
         assert lmp.extract_global("ntimestep") == bridge.step == first
         assert bridge.exceeded is not None
         assert bridge.exceeded.step == first
+        assert bridge.largest == bridge.exceeded  # all before were below
         assert bridge.exceeded.std == pytest.approx(stds[first], rel=1e-6)
         column = by_id(lmp, "d_forces_std_norm", 1)
         assert bridge.exceeded.atom == column.argmax() + 1
