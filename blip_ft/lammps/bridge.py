@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -246,11 +245,11 @@ class Bridge:
             self._evaluate(int(step), tag[:n], x[:n], f[:n])
         except BaseException as error:  # noqa: BLE001 raised by the method that was called
             self._failure = _with_step(error, int(step))
-            lmp = self._lmp
-            with suppress(Exception):  # raises what it has written into LAMMPS's log
-                lmp.error(0, f"blip_ft: {self._failure}")
-            self._shown = show_errors(lmp, False)
-            lmp.fix_external_set_vector(self.fix, _GOES_WELL, 0.0)
+            self._lmp.fix_external_set_vector(self.fix, _GOES_WELL, 0.0)
+            self._lmp.error(
+                0, f"blip_ft: {self._failure}"
+            )  # a warning in the log: an error would end the process
+            self._shown = show_errors(self._lmp, False)
 
     def _evaluate(self, step: int, tag: NDArray[Any], x: NDArray[np.float64], f: NDArray[np.float64]) -> None:
         """One evaluation. All arrays are of the n atoms in LAMMPS's order, which changes from step to step."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ase.io import write
 
 from blip_ft import cli
 from blip_ft.config import PosteriorConfig
@@ -251,3 +253,36 @@ class TestCommand:
             self.call(capfd, run, "in.lmp", *option)
         assert ended.value.code == 2
         assert option[0] in capfd.readouterr()[1]
+
+
+@needs_lammps
+class TestDocument:
+    """docs/lammps.md runs as it stands, with fewer steps."""
+
+    TEXT = (Path(__file__).parents[2] / "docs" / "lammps.md").read_text(encoding="utf-8")
+
+    @pytest.fixture
+    def folder(self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "runs").mkdir()
+        for name in ("mine", "demo"):
+            (tmp_path / "runs" / name).symlink_to(run)
+        for name in ("start.data", "quartz.data"):
+            write(tmp_path / name, structure(n=1), format="lammps-data", specorder=["Si", "O"], masses=True)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    def test_the_input(self, folder: Path):
+        text = next(
+            b for b in re.findall(r"^```\n(.*?)^```", self.TEXT, re.MULTILINE | re.DOTALL) if LINE in b
+        )
+        Path("quartz.lmp").write_text(text.replace("run 500", "run 20"))
+        (command,) = re.findall(r"^blip-finetune (lammps .*)$", self.TEXT, re.MULTILINE)
+        assert cli.main(command.split()) == 0
+        assert Path("quartz.dump").read_text().count("d_forces_std_norm d_ood_score") == 3
+
+    def test_python(self, folder: Path):
+        (code,) = re.findall(r"^```python\n(.*?)^```", self.TEXT, re.MULTILINE | re.DOTALL)
+        Path("snippet.py").write_text(code, encoding="utf-8")
+        scope = runpy.run_path("snippet.py")
+        assert scope["bridge"].evaluations == 21
+        scope["lmp"].close()
