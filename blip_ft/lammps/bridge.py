@@ -181,12 +181,8 @@ class Bridge:
             raise
         _ATTACHED[lmp] = self
 
-    def detach(self, *, keep: str | None = None) -> None:
-        """Take the potential out of the instance, with all that was made for it; LAMMPS's own forces are left.
-
-        Args:
-            keep: ID of a fix that stays.
-        """
+    def detach(self) -> None:
+        """Take the potential out of the instance, with all that was made for it; LAMMPS's own forces are left."""
         lmp = self._lmp
         if lmp is None:
             return
@@ -197,7 +193,7 @@ class Bridge:
             return
         fix = self.fix
         for name in (f"{fix}_halt", f"{fix}_guard", f"{fix}_columns", fix):
-            if name != keep and lmp.has_id("fix", name):
+            if lmp.has_id("fix", name):
                 lmp.command(f"unfix {name}")
         for name in (*self._variables, f"{fix}_failed_as_said_above", f"{fix}_zero"):
             if lmp.has_id("variable", name):
@@ -456,7 +452,7 @@ def attach(
             remedy="leave it out",
         )
     if (earlier := _ATTACHED.get(lmp)) is not None:
-        earlier.detach(keep=fix)
+        earlier.detach()
     bridge = Bridge(
         lmp,
         potential,

@@ -212,8 +212,9 @@ class TestRuns:
         lmp.command("velocity all create 3000 1")
         lmp.command("neigh_modify every 1 delay 0 check no")
         lmp.command("atom_modify sort 1 2.0")
+        lmp.command("compute e all pe/atom")
         bridge = attach(lmp, paired, every=3)
-        lmp.command(f"dump d all custom 1 {tmp_path / 'd'} id x y z d_forces_std_norm d_ood_score")
+        lmp.command(f"dump d all custom 1 {tmp_path / 'd'} id x y z d_forces_std_norm d_ood_score c_e")
         lmp.command("dump_modify d format float %20.16g")
         lmp.command("fix n all nve")
         lmp.command("run 7")
@@ -226,7 +227,9 @@ class TestRuns:
                 kept = results(paired, atoms)["forces_std_norm"]
             np.testing.assert_allclose(frame[:, 4], kept, rtol=1e-6)
             atoms.positions = frame[:, 1:4]
-            np.testing.assert_allclose(frame[:, 5], results(paired, atoms, n_draws=0)["ood_score"], rtol=1e-9)
+            expected = results(paired, atoms, n_draws=0)
+            np.testing.assert_allclose(frame[:, 5], expected["ood_score"], rtol=1e-9)
+            np.testing.assert_allclose(frame[:, 6], expected["energies"], rtol=1e-9)
 
     def test_forces_do_not_change_with_the_error_bars(self, lammps: Any, single: Any):
         """Families of single draws have two means; with ``every`` the one of the weights is that of all steps."""
