@@ -117,8 +117,7 @@ class Bridge:
         # Of the mean over single draws and the mean weights, forces follow one: with error bars on some steps only
         # they would not be conserved if they changed from one to the other.
         self._mean_weights = every > 1 and method == "draws" and not potential.posterior.paired
-        bars = potential.posterior.ready and n_draws != 0
-        self._bars = bars
+        self._bars = bars = potential.posterior.ready and n_draws != 0
         self._columns = [
             name
             for name, given in (
@@ -143,7 +142,7 @@ class Bridge:
         """Make the fixes, columns and variables."""
         lmp, fix = self._lmp, self.fix
         n = int(lmp.extract_setting("nlocal"))
-        self._species.numbers(lmp.numpy.extract_atom("type")[:n])
+        self._species.numbers(lmp, lmp.numpy.extract_atom("type")[:n])
         if taken := [name for name in self._variables if lmp.has_id("variable", name)]:
             raise BlipError(
                 f"the input has a variable of the name {taken[0]} already",
@@ -218,8 +217,8 @@ class Bridge:
             try:
                 return method(*args, **kwargs)
             except Exception as error:
-                failure, self._failure = self._failure, None
-                if failure is not None:
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
                     show_errors(self._lmp, self._shown)
                     self._make_guard()
                     raise failure from failure.__cause__
@@ -242,9 +241,8 @@ class Bridge:
         except BaseException as error:  # noqa: BLE001 raised by the method that was called
             self._failure = _with_step(error, int(step))
             self._lmp.fix_external_set_vector(self.fix, _GOES_WELL, 0.0)
-            self._lmp.error(
-                0, f"blip_ft: {self._failure}"
-            )  # a warning in the log: an error would end the process
+            # a warning in the log: an error would end the process
+            self._lmp.error(0, f"blip_ft: {self._failure}")
             self._shown = show_errors(self._lmp, False)
 
     def _evaluate(self, step: int, tag: NDArray[Any], x: NDArray[np.float64], f: NDArray[np.float64]) -> None:
@@ -305,7 +303,7 @@ class Bridge:
         lx, ly, lz = np.subtract(high, low)
         types = lmp.numpy.extract_atom("type")[: len(order)]
         return Atoms(
-            numbers=self._species.numbers(types[order]),
+            numbers=self._species.numbers(lmp, types[order]),
             positions=x[order],
             cell=[[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]],
             pbc=[bool(p) for p in periodic],
@@ -444,15 +442,16 @@ def attach(
             not know, a threshold without stds of forces, a LAMMPS that is too old.
     """
     _refuse(lmp, potential, method=method, n_draws=n_draws, every=every, stop_above=stop_above)
+    conditions, name = potential.backbone.conditions, potential.backbone.name
     given = {key: value for key, value in (("charge", charge), ("spin", spin)) if value is not None}
-    if unknown := given.keys() - potential.backbone.conditions.keys():
+    if unknown := sorted(given.keys() - conditions.keys()):
+        raise BlipError(f"this {name} model takes no {unknown[0]}", field=unknown[0], remedy="leave it out")
+    if needed := [key for key, value in conditions.items() if value is None and key not in given]:
         raise BlipError(
-            f"this {potential.backbone.name} model takes no {' and no '.join(sorted(unknown))}",
-            field=min(unknown),
-            remedy="leave it out",
+            f"this {name} model needs the {needed[0]} of the structure",
+            field=needed[0],
+            remedy=f"give it as {needed[0]}=, on the command line --{needed[0]}",
         )
-    if (earlier := _ATTACHED.get(lmp)) is not None:
-        earlier.detach()
     bridge = Bridge(
         lmp,
         potential,
@@ -465,5 +464,7 @@ def attach(
         conditions=given,
         after=after,
     )
+    if (earlier := _ATTACHED.get(lmp)) is not None:
+        earlier.detach()
     bridge.install()
     return bridge

@@ -36,7 +36,7 @@ class Species:
     """
 
     def __init__(self, lmp: Any, given: Sequence[str] | None, known: Iterable[int], model: str) -> None:
-        self._lmp, self._known, self._model = lmp, frozenset(known), model
+        self._known, self._model = frozenset(known), model
         self._given = None if given is None else list(given)
         self._elements: dict[int, int] = {}
         self._masses: bytes | None = None
@@ -57,10 +57,11 @@ class Species:
                 remedy="name one for each type, in the order of the types",
             )
 
-    def numbers(self, types: NDArray[np.int32]) -> NDArray[np.int64]:
+    def numbers(self, lmp: Any, types: NDArray[np.int32]) -> NDArray[np.int64]:
         """Atomic numbers of atoms.
 
         Args:
+            lmp: the instance.
             types: (n,) of the atoms, from 1.
 
         Returns:
@@ -69,13 +70,13 @@ class Species:
         Raises:
             BlipError: a type whose element cannot be told, contradicts its mass, or is unknown to the model.
         """
-        masses = self._lmp.numpy.extract_atom("mass")
+        masses = lmp.numpy.extract_atom("mass")
         stamp = b"" if masses is None else masses.tobytes()
         if stamp != self._masses:  # also the first time
             self._masses, self._elements = stamp, {}
         present = np.unique(types).tolist()
         if new := [t for t in present if t not in self._elements]:
-            labels = {} if self._given is not None else _labels(self._lmp)
+            labels = {} if self._given is not None else _labels(lmp)
             for t in new:
                 self._elements[t] = self._element(t, None if masses is None else float(masses[t]), labels)
         table = np.zeros(max(present, default=0) + 1, dtype=np.int64)

@@ -56,7 +56,7 @@ def structure(*, triclinic: bool = True, n: int = 2, seed: int = 0) -> Atoms:
 @pytest.fixture
 def lammps(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Makes instances with a structure, and closes them."""
-    opened = []
+    opened: list[Any] = []
 
     def make(
         atoms: Atoms | None = None, *, units: str = "metal", boundary: str = "p p p", masses: Any = MASSES
@@ -67,6 +67,7 @@ def lammps(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             lmp.commands_string("\n".join(setup(atoms, units=units, boundary=boundary, masses=masses)))
         return lmp
 
+    make.opened = opened
     yield make
     for lmp in opened:
         lmp.close()

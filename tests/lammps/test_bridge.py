@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -467,6 +469,11 @@ class TestRefused:
         self.refused(lmp, single, "without stds", stop_above=0.1, n_draws=0)
         self.refused(lmp, single, "takes no charge", charge=1.0)
 
+    def test_a_model_that_must_be_told_the_charge(self, lammps: Any, monkeypatch: pytest.MonkeyPatch):
+        charged = potential_of(PosteriorConfig(family="weight", prior_scale=0.1), "charged")
+        monkeypatch.setattr(type(charged.backbone), "conditions", {"charge": None, "spin": 1.0})
+        self.refused(lammps(structure()), charged, "needs the charge")
+
     def test_several_ranks(self, lammps: Any, single: Any, monkeypatch: pytest.MonkeyPatch):
         lmp = lammps(structure())
         ask = lmp.extract_setting
@@ -614,6 +621,16 @@ class TestAgain:
         lmp.command("run 0")
         assert np.abs(by_id(lmp, "f", 3)).max() == 0
         assert bridge.evaluations == 1
+
+    def test_nothing_is_left_of_it(self, lammps: Any, single: Any):
+        lmp = lammps(structure())
+        attached = weakref.ref(attach(lmp, single))
+        lmp.command("run 0")
+        lmp.close()
+        lammps.opened.clear()
+        del lmp
+        gc.collect()
+        assert attached() is None
 
     @pytest.mark.parametrize("name", ["blip", "other"])
     def test_another_potential(self, lammps: Any, single: Any, paired: Any, name: str):
