@@ -11,7 +11,7 @@
 ``pytest_collection_modifyitems`` gives every test the mark of its ring.
 
 **Backends.** A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
-is named ``lora``. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
+is named ``lora``, or LAMMPS. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
 ones this environment must have: a marked test of a listed backend fails if the package is absent, others are
 skipped. Without the variable, tests run on the packages that are installed.
 
@@ -54,6 +54,7 @@ PACKAGES = {
     "fairchem": "fairchem",
     "orb": "orb_models",
     "lora": "peft",  # no adapter, but an extra that is treated like one
+    "lammps": "lammps",  # likewise
 }
 
 #: all tests of a session, also those that an expression leaves out

