@@ -61,10 +61,15 @@ def add_prediction(parser: argparse.ArgumentParser) -> None:
         help="posterior draws, 0 for none and no error bars; with --method linear random directions (draws: those "
         "of the recipe; linear: all)",
     )
+    add_device(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where and in which precision the model is evaluated."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     # Error bars are small differences of large numbers: in float32 they lose their invariance.
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
 
 def count(text: str) -> int:

@@ -1,0 +1,162 @@
+"""``blip-finetune md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from blip_ft.cli.arguments import add_device, add_model, count
+from blip_ft.cli.console import announce
+from blip_ft.cli.model import load
+
+#: a run that the guard, or an explosion, has ended before its last step
+EXIT_STOPPED = 3
+#: what `blip-finetune --help` says
+HELP = "run molecular dynamics with error bars, which ends when the model no longer knows"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    add_model(parser)
+    parser.add_argument("source", metavar="IN", help="structure to start from; of several one, by IN@N:N+1")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", required=True, help="the .extxyz trajectory to write"
+    )
+    run = parser.add_argument_group("dynamics")
+    run.add_argument("--ensemble", choices=("nve", "nvt", "npt"), default="nvt", help="(nvt)")
+    run.add_argument("--temperature", type=float, metavar="K", help="of thermostat and first velocities")
+    run.add_argument("--heat-to", type=float, metavar="K", help="heat evenly to this temperature (Langevin)")
+    run.add_argument("--pressure", type=float, metavar="GPA", help="of npt, in GPa (0)")
+    run.add_argument("--steps", type=int, required=True, metavar="N", help="number of steps")
+    run.add_argument("--timestep", type=float, default=1.0, metavar="FS", help="in fs (1)")
+    run.add_argument(
+        "--every",
+        type=int,
+        default=20,
+        metavar="N",
+        help="steps between frames, lines of the log and error bars (20)",
+    )
+    run.add_argument(
+        "--draws",
+        type=int,
+        metavar="K",
+        help="posterior draws of each error bar, 0 for none (one for 5 steps of --every)",
+    )
+    run.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of velocities and Langevin's noise (0)"
+    )
+    run.add_argument(
+        "--thermostat", choices=("langevin", "nose-hoover"), default="langevin", help="of nvt (langevin)"
+    )
+    run.add_argument(
+        "--cell", choices=("isotropic", "full"), default="isotropic", help="what npt changes (isotropic)"
+    )
+    run.add_argument("--friction", type=float, default=10.0, metavar="PER_PS", help="of Langevin, 1/ps (10)")
+    run.add_argument("--damping", type=float, metavar="FS", help="time of a Nosé-Hoover chain (100 steps)")
+    run.add_argument("--pressure-damping", type=float, metavar="FS", help="time of the barostat (1000 steps)")
+    run.add_argument(
+        "--repeat",
+        type=count,
+        nargs=3,
+        default=(1, 1, 1),
+        metavar=("A", "B", "C"),
+        help="repeat the cell first",
+    )
+    run.add_argument(
+        "--thin-cell", action="store_true", help="allow cells in which atoms see their own images"
+    )
+    guard = parser.add_argument_group(
+        "guard", "thresholds: a number, 3x for a multiple of calibration frames, or off"
+    )
+    guard.add_argument(
+        "--signal", choices=("forces_std", "ood_score"), default="forces_std", help="(forces_std)"
+    )
+    guard.add_argument("--save-above", metavar="EV_PER_ANG", help="save frames with an atom above (2x)")
+    guard.add_argument("--stop-above", metavar="EV_PER_ANG", help="end the run with an atom above (3x)")
+    guard.add_argument("--patience", type=int, metavar="N", help="for so many error bars in a row (3)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last whole step of an earlier call"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--json", action="store_true", help="print how it ended as a line of JSON")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run dynamics; the exit code is 3 where it ended before its last step."""
+    from blip_ft.simulate.guard import Limits
+    from blip_ft.simulate.options import Dynamics
+    from blip_ft.simulate.output import check_output
+
+    dynamics = Dynamics(
+        ensemble=args.ensemble,
+        steps=args.steps,
+        temperature=args.temperature,
+        heat_to=args.heat_to,
+        pressure=args.pressure,
+        timestep=args.timestep,
+        every=args.every,
+        draws=args.draws,
+        seed=args.seed,
+        thermostat=args.thermostat,
+        cell=args.cell,
+        friction=args.friction,
+        damping=args.damping,
+        pressure_damping=args.pressure_damping,
+    )
+    check_output(Path(args.output), resume=args.resume, overwrite=args.overwrite)
+    potential = load(args)
+    from blip_ft.cli.md_progress import shown
+    from blip_ft.simulate.levels import known_levels
+    from blip_ft.simulate.run import simulate
+    from blip_ft.simulate.start import read_start
+    from blip_ft.system.signals import Interrupts, Stopped
+
+    start = read_start(args.source, args.repeat)
+    limits = Limits.of(
+        known_levels(potential, args.model),
+        signal=args.signal,
+        save=args.save_above,
+        stop=args.stop_above,
+        patience=args.patience,
+        available=(
+            potential.ood is not None
+            if args.signal == "ood_score"
+            else potential.posterior.ready and dynamics.n_draws > 0
+        ),
+    )
+    announce(limits.describe())
+    try:
+        with Interrupts().handled(), shown() as progress:
+            done = simulate(
+                potential,
+                start,
+                args.output,
+                dynamics,
+                limits,
+                file=args.source,
+                thin_cell=args.thin_cell,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+    except (Stopped, KeyboardInterrupt) as error:
+        if isinstance(error, Stopped):
+            announce(f"{error}: ended")
+        announce(f"the same command with --resume goes on with {args.output}")
+        raise
+    if done.stopped:
+        announce(done.reason)
+    if done.saved:
+        announce(
+            f"{done.saved} frames to be labelled are in {Path(args.output).with_suffix('.saved.extxyz')}"
+        )
+    print(
+        f"{args.output}: {done.steps} steps{', stopped' if done.stopped else ''}",
+        file=sys.stderr if args.json else None,
+    )
+    if args.json:
+        print(json.dumps(done.to_dict()))
+    return EXIT_STOPPED if done.stopped else 0
