@@ -62,7 +62,6 @@ class Forces(Calculator):
 
     Attributes:
         with_energy_std: the next evaluation also gives ``energy_std``, from the same backward call.
-        evaluations: number of evaluations so far.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -110,11 +109,14 @@ class Forces(Calculator):
             self.results = self._read(to_double(self._evaluated(batch)), batch)
 
     def _evaluated(self, batch: Batch) -> Prediction:
+        out: Prediction
         if self.draw is None:
-            return self.potential(batch, OFF, stress=self.stress)
+            out = self.potential(batch, OFF, stress=self.stress)
+            return out
         number, of, amplitude = self.draw
         with drawing(self.potential, of, amplitude):
-            return self.potential(batch, Noise("draw", draw=number), stress=self.stress)
+            out = self.potential(batch, Noise("draw", draw=number), stress=self.stress)
+        return out
 
     def _read(self, out: Prediction, batch: Batch) -> dict[str, Any]:
         assert out.forces is not None

@@ -16,7 +16,6 @@ import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixCom
 from ase.md.langevin import Langevin
-from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 
@@ -30,7 +29,11 @@ _MEMORY = {
 }
 
 
-def integrator(atoms: Atoms, dynamics: Dynamics) -> MolecularDynamics:
+#: those that are used here; each has its step
+Integrator = VelocityVerlet | Langevin | NoseHooverChainNVT | IsotropicMTKNPT | MTKNPT
+
+
+def integrator(atoms: Atoms, dynamics: Dynamics) -> Integrator:
     """The integrator of a run, at its first step.
 
     Args:
@@ -68,13 +71,13 @@ def integrator(atoms: Atoms, dynamics: Dynamics) -> MolecularDynamics:
     )
 
 
-def set_temperature(md: MolecularDynamics, temperature: float | None) -> None:
+def set_temperature(md: Integrator, temperature: float | None) -> None:
     """Another temperature for Langevin's noise, K; nothing for the others."""
     if isinstance(md, Langevin) and temperature is not None:
         md.set_temperature(temperature_K=temperature)
 
 
-def conserved(md: MolecularDynamics) -> float | None:
+def conserved(md: Integrator) -> float | None:
     """The energy that the equations of motion keep, eV; ``None`` for Langevin, which has none."""
     if isinstance(md, Langevin):
         return None
@@ -83,7 +86,7 @@ def conserved(md: MolecularDynamics) -> float | None:
     return float(md.get_conserved_energy())
 
 
-def memory(md: MolecularDynamics) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def memory(md: Integrator) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What an integrator remembers: arrays, and the state of its random numbers."""
     arrays = {
         f"{part}.{name}": np.asarray(getattr(owner, name), dtype=np.float64)
@@ -95,7 +98,7 @@ def memory(md: MolecularDynamics) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return arrays, {"rng": md.rng.bit_generator.state} if isinstance(md, Langevin) else {}
 
 
-def remember(md: MolecularDynamics, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+def remember(md: Integrator, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
     """Give an integrator, made around the atoms as they were, what :func:`memory` has returned."""
     for key, value in arrays.items():
         part, _, name = key.rpartition(".")

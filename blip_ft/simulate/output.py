@@ -206,7 +206,7 @@ class Output:
         }
         self.state = dict(arrays)
         with whole_path(self.paths["state"]) as path, path.open("xb") as file:
-            np.savez(file, meta=np.array(json.dumps(self.meta)), **arrays)
+            np.savez(file, allow_pickle=False, **{"meta": np.array(json.dumps(self.meta)), **arrays})
 
     def close(self) -> None:
         """Cut off what is behind the last state; where there is none, leave nothing."""

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.md.md import MolecularDynamics
 
 from blip_ft.errors import BlipError, DataError
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.fingerprint import fingerprint
 from blip_ft.simulate.forces import ErrorBars, Forces
 from blip_ft.simulate.guard import Guard, Limits
-from blip_ft.simulate.integrators import conserved, integrator, memory, remember, set_temperature
+from blip_ft.simulate.integrators import Integrator, conserved, integrator, memory, remember, set_temperature
 from blip_ft.simulate.options import Dynamics
 from blip_ft.simulate.output import Output
 from blip_ft.simulate.start import check_start, degrees_of_freedom, digest, with_velocities
@@ -135,7 +134,7 @@ class _Run:
         self.guard, self.step, self.turn = Guard(limits), 0, 0
         self.n_draws = dynamics.n_draws if forces.has_error_bars else 0
         self.atoms: Atoms
-        self.md: MolecularDynamics
+        self.md: Integrator
 
     # ---- beginning ---------------------------------------------------------------------------
     def begin(self, file: str) -> None:

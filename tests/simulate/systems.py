@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from blip_ft.config import ModelConfig, PosteriorConfig
-from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.library import Potential
 from blip_ft.potential.calibration import Calibration, PropertyCalibration
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.potential.levels import Levels
@@ -16,19 +16,17 @@ from blip_ft.testing.fake import FakeBackbone
 from blip_ft.variational.noise import OFF
 
 
-def model(*, scores: bool = True, **posterior: object) -> BayesianPotential:
+def model(*, scores: bool = True) -> Potential:
     """The default family around the fake backbone, with made-up samples of its posterior, calibrated."""
-    options = {"rank": 16} | posterior
-    potential = BayesianPotential(
+    potential = Potential(
         FakeBackbone.load("tiny"),
         ModelConfig(adapter="fake", checkpoint="tiny", dtype="float64"),
-        PosteriorConfig(**options),
+        PosteriorConfig(rank=16),
         n_draws=8,
     )
     generator = torch.Generator().manual_seed(0)
-    if "family" not in options:
-        samples = potential.posterior.directions
-        samples.copy_(0.01 * torch.randn(samples.shape, generator=generator))
+    samples = potential.posterior.directions
+    samples.copy_(0.01 * torch.randn(samples.shape, generator=generator))
     potential.amplitude = 0.03
     potential.calibration = Calibration(
         energy=PropertyCalibration(aleatoric=1e-3, scale=2.0, n_residuals=9),
