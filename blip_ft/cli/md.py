@@ -6,10 +6,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip_ft.cli.arguments import add_device, add_model, count
 from blip_ft.cli.console import announce
 from blip_ft.cli.model import load
+from blip_ft.errors import BlipError
+
+if TYPE_CHECKING:
+    from blip_ft.simulate.options import Dynamics
 
 #: a run that the guard, or an explosion, has ended before its last step
 EXIT_STOPPED = 3
@@ -76,6 +81,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     guard.add_argument("--save-above", metavar="EV_PER_ANG", help="save frames with an atom above (2x)")
     guard.add_argument("--stop-above", metavar="EV_PER_ANG", help="end the run with an atom above (3x)")
     guard.add_argument("--patience", type=int, metavar="N", help="for so many error bars in a row (3)")
+    many = parser.add_argument_group(
+        "observables with error bars, from a trajectory for each of K posterior draws"
+    )
+    many.add_argument(
+        "--trajectories", type=int, metavar="K", help="run K draws into OUT.draw-0.extxyz and so on"
+    )
+    many.add_argument(
+        "--amplitude", type=float, metavar="A", help="width of the draws; 1 is the posterior's own (1)"
+    )
+    many.add_argument(
+        "--discard", type=float, metavar="SHARE", help="share of frames to leave out first (0.2)"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last whole step of an earlier call"
     )
@@ -106,6 +123,13 @@ def run(args: argparse.Namespace) -> int:
         damping=args.damping,
         pressure_damping=args.pressure_damping,
     )
+    if args.trajectories is not None:
+        return _run_draws(args, dynamics)
+    for name in ("amplitude", "discard"):
+        if getattr(args, name) is not None:
+            raise BlipError(
+                "belongs to several trajectories", field=f"--{name}", remedy="add --trajectories 8"
+            )
     check_output(Path(args.output), resume=args.resume, overwrite=args.overwrite)
     potential = load(args)
     from blip_ft.cli.md_progress import shown
@@ -160,3 +184,63 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(done.to_dict()))
     return EXIT_STOPPED if done.stopped else 0
+
+
+def _run_draws(args: argparse.Namespace, dynamics: Dynamics) -> int:
+    """Run draws as trajectories."""
+    from contextlib import ExitStack
+
+    from blip_ft.simulate.trajectories import Ensemble, check_ensemble, files
+
+    given = {k: getattr(args, k) for k in ("amplitude", "discard") if getattr(args, k) is not None}
+    ensemble = Ensemble(args.trajectories, **given)
+    for name in ("save_above", "stop_above", "patience", "draws"):
+        if getattr(args, name) is not None:
+            raise BlipError(
+                "each trajectory is run on the weights of one draw, which has no error bars",
+                field=f"--{name.replace('_', '-')}",
+                remedy="leave it out, or leave --trajectories out",
+            )
+    target = Path(args.output)
+    check_ensemble(target, dynamics, ensemble, resume=args.resume, overwrite=args.overwrite)
+    potential = load(args)
+    from blip_ft.cli.md_progress import shown
+    from blip_ft.simulate.observables import summary
+    from blip_ft.simulate.run import Say
+    from blip_ft.simulate.start import read_start
+    from blip_ft.simulate.trajectories import simulate_draws
+    from blip_ft.system.signals import Interrupts, Stopped
+
+    start = read_start(args.source, args.repeat)
+    try:
+        with Interrupts().handled(), ExitStack() as stack:
+
+            def progress(k: int) -> Say:
+                stack.close()  # the bar of the one before
+                return stack.enter_context(shown(what=f"md, draw {k + 1} of {args.trajectories}"))
+
+            found, _ = simulate_draws(
+                potential,
+                start,
+                target,
+                dynamics,
+                ensemble,
+                file=args.source,
+                thin_cell=args.thin_cell,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+    except (Stopped, KeyboardInterrupt) as error:
+        if isinstance(error, Stopped):
+            announce(f"{error}: ended")
+        announce("the same command with --resume goes on with the trajectories")
+        raise
+    where = sys.stderr if args.json else None
+    for text in summary(found["observables"]):
+        print(text, file=where)
+    _, results, picture = files(target, args.trajectories)
+    print(f"{results}, {picture}", file=where)
+    if args.json:
+        print(json.dumps(found))
+    return 0
