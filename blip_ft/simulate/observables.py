@@ -140,7 +140,8 @@ class Track:
     def blocks(self, series: Floats) -> Floats:
         """(B, ...) means over the blocks of a series (T, ...)."""
         size = len(series) // BLOCKS
-        return series[len(series) - BLOCKS * size :].reshape(BLOCKS, size, *series.shape[1:]).mean(axis=1)
+        parts = series[len(series) - BLOCKS * size :].reshape(BLOCKS, size, *series.shape[1:])
+        return np.asarray(parts.mean(axis=1))
 
 
 def observables(tracks: Sequence[Track], factor: float = 1.0) -> dict[str, Any]:

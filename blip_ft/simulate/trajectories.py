@@ -154,7 +154,7 @@ def simulate_draws(
             )
         outcomes.append(done)
     scale = (potential.calibration or Calibration.identity()).forces.scale
-    found = {
+    found: dict[str, Any] = {
         "trajectories": K,
         "amplitude": ensemble.amplitude,
         "scale": scale,
