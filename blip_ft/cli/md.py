@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     from blip_ft.system.signals import Interrupts, Stopped
 
     start = read_start(args.source, args.repeat)
+    if start.get_momenta().any():
+        announce("first velocities: those of the structure")
     limits = Limits.of(
         known_levels(potential, args.model),
         signal=args.signal,

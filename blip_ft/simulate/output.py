@@ -122,11 +122,11 @@ class Output:
         _lock(self._files["trajectory"], target)
         for part in target.parent.glob(f".*.part.{self.paths['state'].name}"):
             part.unlink()  # of a program that was killed while it wrote
-        if not found:
-            for kind in ("state", "saved"):
-                self.paths[kind].unlink(missing_ok=True)
         self.sizes = dict.fromkeys(KINDS, 0) | (self.meta["sizes"] if found else {})
         self._digest = hashlib.sha256()
+        self._begun = found
+        if not found:  # what is to be replaced stays until there is something in its place
+            return
         for kind in KINDS:
             if kind == "saved" and not self.sizes[kind]:
                 self.paths[kind].unlink(missing_ok=True)
@@ -178,6 +178,11 @@ class Output:
     def _append(self, kind: str, text: str) -> None:
         data = text.encode()
         try:
+            if not self._begun:
+                self._begun = True
+                for old in ("state", "saved"):
+                    self.paths[old].unlink(missing_ok=True)
+                self._files["trajectory"].truncate(0)
             if kind not in self._files:
                 self._files[kind] = _opened(self.paths[kind])
                 self._files[kind].truncate(0)
@@ -205,18 +210,19 @@ class Output:
             **meta,
         }
         self.state = dict(arrays)
+        content: dict[str, Any] = {"meta": np.array(json.dumps(self.meta)), **arrays}
         with whole_path(self.paths["state"]) as path, path.open("xb") as file:
-            np.savez(file, allow_pickle=False, **{"meta": np.array(json.dumps(self.meta)), **arrays})
+            np.savez(file, **content)
 
     def close(self) -> None:
-        """Cut off what is behind the last state; where there is none, leave nothing."""
+        """Cut off what is behind the last state; where there is none, leave nothing new."""
         for kind, file in self._files.items():
             with suppress(OSError):
                 if self.state is not None:
                     file.truncate(self.meta["sizes"][kind])
+                empty = os.fstat(file.fileno()).st_size == 0
                 file.close()
-            if self.state is None or not self.meta["sizes"][kind]:
-                with suppress(OSError):
+                if empty or (self.state is None and self._begun):
                     self.paths[kind].unlink(missing_ok=True)
 
 

@@ -338,6 +338,30 @@ def test_two_programs_do_not_write_one_trajectory(potential: BayesianPotential, 
             run(potential, target, dynamics("nve"), resume=True)
 
 
+def test_what_was_to_be_replaced_stays_where_nothing_comes_in_its_place(
+    potential: BayesianPotential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from blip_ft.simulate import forces
+
+    target = tmp_path / "out.extxyz"
+    run(potential, target, dynamics("nve", 8))
+    before, files = contents(target), sorted(tmp_path.iterdir())
+    calculate = forces.Forces.calculate
+
+    def broken(self: Any, *args: Any, **options: Any) -> None:
+        calculate(self, *args, **options)
+        self.results["forces"][0] = np.nan
+
+    monkeypatch.setattr(forces.Forces, "calculate", broken)
+    with pytest.raises(BlipError, match="not finite"):
+        run(potential, target, dynamics("nve", seed=1), overwrite=True)
+    assert contents(target) == before
+    assert sorted(tmp_path.iterdir()) == files
+    with pytest.raises(BlipError, match="not finite"):
+        run(potential, tmp_path / "new.extxyz", dynamics("nve"))
+    assert sorted(tmp_path.iterdir()) == files
+
+
 def test_a_run_that_cannot_begin_leaves_nothing(
     potential: BayesianPotential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
