@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from blip_ft.report import theme as t
 from blip_ft.report.theme import LIGHT, Theme
 
+#: panels side by side
+COLUMNS = 4
 #: bands are so many stds wide on each side
 WIDE = 2.0
 
@@ -23,15 +26,17 @@ def observables_figure(found: Mapping[str, Any], theme: Theme = LIGHT) -> Figure
         found: of :func:`blip_ft.simulate.observables.observables`.
         theme: colours.
     """
-    numbers = _numbers(found)
-    curves = [kind for kind in ("rdf", "msd") if kind in found]
-    columns = max(len(curves), len(numbers))
-    fig, axes = t.figure(3.6 * columns, 6.0, 2, columns, theme)
-    for ax, kind in zip(axes[0], curves, strict=False):
+    numbers, curves = _numbers(found), [kind for kind in ("rdf", "msd") if kind in found]
+    count = len(curves) + len(numbers)
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    fig, grid = t.figure(3.4 * columns, 2.9 * rows, rows, columns, theme)
+    axes = [ax for row in grid for ax in row]
+    for ax, kind in zip(axes, curves, strict=False):
         _curves(ax, found[kind], kind, theme)
-    for ax, (name, unit, tree, index) in zip(axes[1], numbers, strict=False):
+    for ax, (name, unit, tree, index) in zip(axes[len(curves) :], numbers, strict=False):
         _each(ax, name, unit, tree, index, theme)
-    for ax in (*axes[0][len(curves) :], *axes[1][len(numbers) :]):
+    for ax in axes[count:]:
         ax.set_visible(False)
     keys = [
         t.key("total error (2 std)", t.COLOURS[7], line="-"),
@@ -50,6 +55,7 @@ def _curves(ax: Axes, curves: Mapping[str, Any], kind: str, theme: Theme) -> Non
         ax.plot(x, value, color=colour, linewidth=1.2, label=name)
         ax.fill_between(x, value - WIDE * total, value + WIDE * total, color=colour, alpha=0.3, linewidth=0)
     ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     box = ax.legend(frameon=False, fontsize=t.FONT - 1, labelcolor=theme.ink)
     for text in box.get_texts():
         text.set_parse_math(False)
@@ -93,5 +99,5 @@ def _each(ax: Axes, name: str, unit: str, tree: Mapping[str, Any], index: int | 
         capsize=2,
     )
     ax.ticklabel_format(axis="y", useOffset=False, style="plain", useLocale=False)
-    ax.set_xticks(range(len(each)))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     t.label(ax, theme, x="draw", y=unit, title=name)

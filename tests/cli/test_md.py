@@ -172,3 +172,47 @@ def test_a_line_says_time_left_and_worst_atom(capsys: Any, monkeypatch: Any):
         "md: 120/200 steps, 1 min 40 s left, worst atom 1: 0.032 eV/Å",
         "md: 180/200 steps, 25 s left, worst atom 1: 0.038 eV/Å",
     ]
+
+
+# ---- draws as trajectories ---------------------------------------------------------------------
+
+DRAWS = ("--trajectories", "4", "--steps", "20", *QUICK, "--every", "1", "--discard", "0")
+
+
+def test_draws_give_observables(call: Any, pathwise: Path, start: Path, tmp_path: Path):
+    target = tmp_path / "out.extxyz"
+    code, out, err = call("md", pathwise, start, "-o", target, *DRAWS)
+    assert code == 0, err
+    assert "diffusion of O" in out
+    assert "model ±" in out
+    found = json.loads((tmp_path / "out.observables.json").read_text())
+    assert found["dynamics"]["steps"] == 20
+    names = [f"out.draw-{k}{ending}" for k in range(4) for ending in (".extxyz", ".log.csv", ".state.npz")]
+    assert leftovers(tmp_path) == sorted(
+        [*names, "out.observables.json", "out.observables.png", "start.extxyz"]
+    )
+    code, out, _ = call("md", pathwise, start, "-o", target, *DRAWS, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1]) == found
+    code, _, err = call("md", pathwise, start, "-o", target, *DRAWS)
+    assert code == 2
+    assert "this file exists" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((*DRAWS, "--trajectories", "3"), "an even number of 4 or more"),
+        ((*DRAWS, "--stop-above", "1"), "which has no error bars"),
+        ((*DRAWS, "--amplitude", "2"), "above 0 and up to 1"),
+        ((*DRAWS, "--steps", "10"), "too few for 5 blocks"),
+        (("--steps", "10", *QUICK, "--discard", "0.5"), "add --trajectories"),
+    ],
+)
+def test_bad_input_of_draws(
+    call: Any, pathwise: Path, start: Path, tmp_path: Path, options: tuple[str, ...], words: str
+):
+    code, _, err = call("md", pathwise, start, "-o", tmp_path / "out.extxyz", *options)
+    assert code == 2
+    assert words in err
+    assert leftovers(tmp_path) == ["start.extxyz"]
