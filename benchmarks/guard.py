@@ -6,7 +6,10 @@ On the validation and calibration frames of the shipped set, with a model fitted
 stds of the linearised model from all directions (``--method linear``). Shown for each estimate: its cost beside the
 forces that a simulation has anyway, in calls of the mean model (median of timings side by side on one frame); rank
 correlation with the exact stds over atoms, and over frames of their least certain atom; the scatter of estimate over
-exact, and mean and scatter of that ratio for the least certain atom. Writes benchmarks/results/guard.json.
+exact, and mean and scatter of that ratio for the least certain atom. A second table asks the labels: frames of each set of the
+run whose force error (root mean square over atoms) is above twice that of the calibration frames, and frames above the
+default thresholds, by the predictions that lie in the run; thresholds were chosen on validation and calibration
+frames alone. Writes benchmarks/results/guard.json.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ from scipy.stats import spearmanr
 
 from blip_ft import load, load_frames
 from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.simulate.guard import Limits
+from blip_ft.simulate.levels import known_levels
 from blip_ft.uncertainty.draws import evaluate_draws
 from blip_ft.uncertainty.linearized import predict_linearized
+from blip_ft.uncertainty.results import SetPrediction
 from blip_ft.variational.noise import OFF
 
 OUT = Path(__file__).parent / "results" / "guard.json"
@@ -71,6 +77,37 @@ def estimates(potential: BayesianPotential) -> dict[str, Callable[[Any, np.ndarr
         if k < 8:
             found[f"{k} directions"] = directions(k)
     return found
+
+
+def on_labels(run: Path, potential: BayesianPotential) -> list[dict[str, Any]]:
+    """Rows of the second table."""
+    levels = known_levels(potential, run)
+    limits, calibration = Limits.of(levels), potential.calibration
+    found = {p.stem.removeprefix("blip-"): SetPrediction.load(p) for p in run.glob("predictions/blip-*.npz")}
+
+    def errors(p: SetPrediction) -> np.ndarray:
+        square = np.square(p.forces_error).sum(axis=1)
+        return np.sqrt(np.bincount(p.structure, square) / p.n_atoms)
+
+    usual = np.sqrt(np.average(errors(found["calibration"]) ** 2, weights=found["calibration"].n_atoms))
+    rows = []
+    for name, p in found.items():
+        total = np.sqrt(np.square(calibration.total_std(p)["forces"]).sum(axis=1))
+        worst = np.array([total[p.structure == i].max() for i in range(p.n_structures)])
+        wrong = errors(p) > 2 * usual
+        rows.append(
+            {
+                "set": name,
+                "frames": p.n_structures,
+                "error_ev_per_ang": float(np.sqrt(np.average(errors(p) ** 2, weights=p.n_atoms))),
+                "wrong": int(wrong.sum()),
+                "saved": int((worst > limits.save).sum()),
+                "above_stop": int((worst > limits.stop).sum()),
+                "wrong_and_not_saved": int((wrong & (worst <= limits.save)).sum()),
+                "largest_in_levels": float(worst.max() / limits.level),
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -126,7 +163,8 @@ def main() -> None:
             }
         )
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"frames": len(items), "rows": rows}, indent=1) + "\n")
+    labels = on_labels(Path(given.run), potential)
+    OUT.write_text(json.dumps({"frames": len(items), "rows": rows, "labels": labels}, indent=1) + "\n")
     table = Table("estimate", "cost", "ρ atoms", "ρ worst", "scatter", "worst atom over exact")
     for r in rows:
         table.add_row(
@@ -134,6 +172,10 @@ def main() -> None:
             *(f"{r[k]:.2f}" for k in ("cost", "rank_atoms", "rank_worst", "scatter_atoms")),
             f"{r['worst_ratio']:.2f} ± {r['worst_scatter']:.2f}",
         )
+    Console(width=140).print(table)
+    table = Table(*labels[0])
+    for r in labels:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()))
     Console(width=140).print(table)
 
 

@@ -58,6 +58,8 @@ class Dynamics:
                 raise _refused(name, f"{value:g} is not above 0", remedy)
         if self.pressure is not None and not math.isfinite(self.pressure):
             raise _refused("pressure", f"{self.pressure} is no number", "give it in GPa, 0 for none")
+        if self.seed < 0:
+            raise _refused("seed", f"{self.seed} is no seed", "0 or a whole number above")
         if self.timestep > LONGEST_STEP:
             raise _refused(
                 "timestep",

@@ -34,6 +34,7 @@ from .systems import model, structure
         ({"timestep": 0.0}, "--timestep", "in fs"),
         ({"timestep": 50.0}, "--timestep", "in fs"),
         ({"every": 0}, "--every", "1 or more"),
+        ({"seed": -1}, "--seed", "0 or"),
         ({"draws": 1}, "--draws", "2 or more"),
         ({"friction": -1.0}, "--friction", "nve"),
         ({"pressure": 1.0}, "--pressure", "--ensemble npt"),
