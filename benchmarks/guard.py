@@ -6,10 +6,11 @@ On the validation and calibration frames of the shipped set, with a model fitted
 stds of the linearised model from all directions (``--method linear``). Shown for each estimate: its cost beside the
 forces that a simulation has anyway, in calls of the mean model (median of timings side by side on one frame); rank
 correlation with the exact stds over atoms, and over frames of their least certain atom; the scatter of estimate over
-exact, and mean and scatter of that ratio for the least certain atom. A second table asks the labels: frames of each set of the
-run whose force error (root mean square over atoms) is above twice that of the calibration frames, and frames above the
-default thresholds, by the predictions that lie in the run; thresholds were chosen on validation and calibration
-frames alone. Writes benchmarks/results/guard.json.
+exact, and mean and scatter of that ratio for the least certain atom.
+
+A second table asks the labels: frames of each set of the run whose force error (root mean square over atoms) is above
+twice that of the calibration frames, and frames above the default thresholds, by the predictions that lie in the run.
+Thresholds were chosen on validation and calibration frames alone. Writes benchmarks/results/guard.json.
 """
 
 from __future__ import annotations
