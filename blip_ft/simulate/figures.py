@@ -70,8 +70,15 @@ def _numbers(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]
     out: list[tuple[str, str, Mapping[str, Any], int | None]] = []
     if "density" in found:
         out.append(("density", "g/cm³", found["density"], None))
-        out += [(f"cell length {n}", "Å", found["cell"], i) for i, n in enumerate(found["cell"]["names"][:3])]
-    out += [(f"diffusion of {s}", "Å²/ps", tree, None) for s, tree in found["diffusion"].items()]
+        names, stds = found["cell"]["names"], found["cell"]["total_std"]
+        kinds = [("cell length", "Å")] * 3 + [("cell angle", "°")] * 3
+        varied = [i for i, std in enumerate(stds) if std > 0]
+        out += [(f"{kinds[i][0]} {names[i]}", kinds[i][1], found["cell"], i) for i in varied]
+    out += [
+        (f"diffusion of {s}", "Å²/ps", tree, None)
+        for s, tree in found["diffusion"].items()
+        if tree["diffusive"]
+    ]
     return out
 
 

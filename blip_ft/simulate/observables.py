@@ -38,6 +38,10 @@ LEAST = 4
 REACH, BIN = 6.0, 0.05
 #: frames of a trajectory that distribution functions are taken of, at most
 FRAMES = 500
+#: relative differences that are rounding
+ROUNDING = 1e-12
+#: atoms diffuse where their squared displacement, Å^2, is beyond what vibrations reach, and grows at this power of time
+LEFT, POWER = 1.0, 0.8
 #: level of the test of the model std
 LEVEL = 0.95
 #: share of a block that mean-square displacements reach, and where their straight line begins in it
@@ -92,7 +96,11 @@ def estimate(blocks: Floats, factor: float = 1.0) -> Estimate:
     K, B = blocks.shape[:2]
     each = blocks.mean(axis=1)
     within = blocks.var(axis=1, ddof=1) / B
+    # what is held fixed differs by rounding
+    least = (ROUNDING * np.abs(each).max(axis=0)) ** 2
+    within = np.where(within > least, within, 0.0)
     between, mean_within = each.var(axis=0, ddof=1), within.mean(axis=0)
+    between = np.where(between > least, between, 0.0)
     limit = float(fisher.ppf(LEVEL, K - 1, K * (B - 1)))
     return Estimate(
         value=each.mean(axis=0),
@@ -180,7 +188,8 @@ def observables(tracks: Sequence[Track], factor: float = 1.0) -> dict[str, Any]:
         out.setdefault("msd", {})[symbol] = {"lag_fs": lags.tolist()} | _part(curves, i).to_dict(
             "Å^2", each=False
         )
-        out.setdefault("diffusion", {})[symbol] = _part(slopes, i).to_dict("Å^2/ps")
+        tree = _part(slopes, i).to_dict("Å^2/ps")
+        out.setdefault("diffusion", {})[symbol] = tree | {"diffusive": diffusive(lags, curves.value[i])}
     return out
 
 
@@ -272,13 +281,27 @@ def _slopes(lags: Floats, curves: Floats) -> Floats:
     )
 
 
+def diffusive(lags: Floats, curve: Floats) -> bool:
+    """Whether a mean-square displacement (L,), Å^2, is that of atoms that leave their places, not of vibrations."""
+    late = (lags >= LINE * lags[-1]) & (curve > 0)
+    if late.sum() < 2 or curve[-1] < LEFT:
+        return False
+    return bool(np.polyfit(np.log(lags[late]), np.log(curve[late]), 1)[0] > POWER)
+
+
 def summary(found: Mapping[str, Any]) -> list[str]:
     """Lines for people: value, statistical and model error of the observables that are single numbers."""
-    rows: list[tuple[str, str, float, float, float, bool]] = []
+    lines: list[str] = []
 
     def add(name: str, tree: Mapping[str, Any], unit: str, index: int | None = None) -> None:
-        values = [tree[k] if index is None else tree[k][index] for k in _COLUMNS]
-        rows.append((name, unit, *values))
+        value, statistical, model, resolved = (tree[k] if index is None else tree[k][index] for k in _COLUMNS)
+        if not tree.get("diffusive", True):
+            lines.append(f"{name}: none yet, atoms move about their places")
+        elif statistical > 0:  # else it is held fixed
+            note = "" if resolved else " (not told from 0: run longer)"
+            lines.append(
+                f"{name} {value:.4g} {unit}, statistical ± {statistical:.2g}, model ± {model:.2g}{note}"
+            )
 
     if "density" in found:
         add("density", found["density"], "g/cm³")
@@ -286,11 +309,7 @@ def summary(found: Mapping[str, Any]) -> list[str]:
             add(name, found["cell"], "Å" if i < 3 else "°", i)
     for symbol, tree in found["diffusion"].items():
         add(f"diffusion of {symbol}", tree, "Å²/ps")
-    return [
-        f"{name} {value:.4g} {unit}, statistical ± {statistical:.2g}, model ± {model:.2g}"
-        + ("" if resolved else " (not told from 0: run longer)")
-        for name, unit, value, statistical, model, resolved in rows
-    ]
+    return lines
 
 
 _COLUMNS = ("value", "statistical_std", "model_std", "resolved")

@@ -183,8 +183,7 @@ def test_draws_give_observables(call: Any, pathwise: Path, start: Path, tmp_path
     target = tmp_path / "out.extxyz"
     code, out, err = call("md", pathwise, start, "-o", target, *DRAWS)
     assert code == 0, err
-    assert "diffusion of O" in out
-    assert "model ±" in out
+    assert "diffusion of O: none yet" in out
     found = json.loads((tmp_path / "out.observables.json").read_text())
     assert found["dynamics"]["steps"] == 20
     names = [f"out.draw-{k}{ending}" for k in range(4) for ending in (".extxyz", ".log.csv", ".state.npz")]
