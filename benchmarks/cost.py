@@ -2,11 +2,13 @@
 
     python benchmarks/cost.py [--backends sevennet chgnet mace uma orb] [--rounds 15] [--sizes 1 16] [--device cpu]
     python benchmarks/cost.py --fit [--device cpu]     # the shipped recipe's posterior against 24 epochs, once
+    python benchmarks/cost.py --md [--sizes 1 8]       # steps of dynamics with error bars against those without
 
 Every round times each variant once, in a random order, and takes its ratio to the reference of the
 same round; shown are the median ratio and its quartiles. The reference of the calls is the
 untouched backbone's energies and forces, that of the training steps the converted model's step
-without noise (which is what plain fine-tuning does). Memory is what a step keeps for its backward
+without noise (which is what plain fine-tuning does), that of dynamics the same run with ``--draws 0``, in float64, in
+supercells of ``sizes`` cells; frames and logs are written in both. Memory is what a step keeps for its backward
 pass, each storage once. Frames: quartz, 9 atoms. Writes benchmarks/results/cost.json, and keeps there what other
 backends, batch sizes and devices have, as backends need several environments. ``mace``, ``uma`` and ``orb``
 are the small models of tests/models, on which what is added weighs more than on the foundations that they stand
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +40,9 @@ from blip_ft.data.batch.dataset import collate
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.simulate.guard import Limits
+from blip_ft.simulate.options import Dynamics
+from blip_ft.simulate.run import simulate
 from blip_ft.training.fit import prepare
 from blip_ft.uncertainty.predict import Method, predict_batch
 from blip_ft.variational.noise import OFF, Noise
@@ -74,6 +80,8 @@ TARGETS = {
     "step, structure": 1.35,
     "memory of a step, structure": 1.3,
     "whole fit": 1.0,
+    "md, every 10": 1.3,
+    "md, every 20": 1.3,
 }
 
 
@@ -251,6 +259,41 @@ def measure_fit(device: str, console: Console) -> list[dict[str, Any]]:
     ]
 
 
+def measure_md(
+    backbone: Backbone, name: str, size: int, rounds: int, device: str, console: Console
+) -> list[dict[str, Any]]:
+    """Steps of NVE with error bars over those without, of ``size`` cells of quartz."""
+    potential = potential_of(backbone.to(torch.float64), name, "pathwise", "scalar").to(device)
+    (cell,) = quartz(1)
+    start = cell * {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}[size]
+    console.print(f"{name}, {len(start)} atoms: dynamics")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(every: int, draws: int | None) -> Callable[[], object]:
+            options = Dynamics("nve", 20, temperature=300.0, every=every, draws=draws)
+            target = Path(folder) / "out.extxyz"
+            return lambda: simulate(
+                potential, start, target, options, Limits(), thin_cell=True, overwrite=True
+            )
+
+        found: dict[str, list[float]] = {}
+        for every in (10, 20):
+            calls = {"without": run(every, 0), f"md, every {every}": run(every, None)}
+            found |= ratios(calls, "without", rounds, device)
+    common = {"backend": name, "batch": size, "device": device}
+    rows = []
+    for what, values in found.items():
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+        rows.append(
+            common | {"what": what, "ratio": median, "low": low, "high": high, "target": target(what, device)}
+        )
+    return rows
+
+
+def of_dynamics(row: dict[str, Any]) -> bool:
+    return bool(row["what"].startswith("md"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -260,6 +303,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=(1, 16), help="structures per batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--fit", action="store_true", help="time the fit of the posterior instead")
+    parser.add_argument("--md", action="store_true", help="time dynamics with error bars instead")
     parser.add_argument("--output", type=Path, default=OUT)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -267,12 +311,13 @@ def main() -> None:
         model = BACKENDS[name]
         backbone = get_adapter(model.adapter).load(model.checkpoint, **model.options).to(given.device)
         for size in given.sizes:
-            rows += measure(backbone, name, size, given.rounds, given.device, Console(stderr=True))
+            what = measure_md if given.md else measure
+            rows += what(backbone, name, size, given.rounds, given.device, Console(stderr=True))
     if given.fit:
         rows += measure_fit(given.device, Console(stderr=True))
-    new = {(r["backend"], r["batch"], r["device"]) for r in rows}
+    new = {(r["backend"], r["batch"], r["device"], of_dynamics(r)) for r in rows}
     kept = json.loads(given.output.read_text()) if given.output.exists() else []
-    kept = [r for r in kept if (r["backend"], r["batch"], r["device"]) not in new]
+    kept = [r for r in kept if (r["backend"], r["batch"], r["device"], of_dynamics(r)) not in new]
     given.output.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
     table = Table("backend", "batch", "what", "ratio", "quartiles", "target")
     for r in rows:

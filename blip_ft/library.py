@@ -30,7 +30,7 @@ from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import load_model, save_model
 from blip_ft.uncertainty.calculator import BlipCalculator
-from blip_ft.uncertainty.calibration import calibrate
+from blip_ft.uncertainty.calibration import calibrate, levels_of
 from blip_ft.uncertainty.metrics import Metrics, set_metrics
 from blip_ft.uncertainty.predict import Method, predict_atoms, predict_set
 from blip_ft.variational.noise import Noise
@@ -177,6 +177,7 @@ class Potential(BayesianPotential):
         """Fit the width of the error bars on frames that nothing was trained on or chosen by."""
         found = predict_set(self.eval(), self.dataset(frames), "calibration")
         self.calibration = calibrate(found).for_new_frames()
+        self.levels = levels_of(found, self.calibration)
 
     def predict(
         self, structures: Sequence[Atoms], *, n_draws: int | None = None, method: Method = "draws"

@@ -71,7 +71,7 @@ def add_error_bars(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where and how exactly it is computed."""
+    """Where and in which precision the model is evaluated."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
     # Error bars are small differences of large numbers: in float32 they lose their invariance.
     parser.add_argument("--dtype", default="float64", choices=("float32", "float64"), help="(float64)")

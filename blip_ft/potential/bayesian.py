@@ -29,6 +29,7 @@ from blip_ft.families.base.options import FamilyOptions
 from blip_ft.families.model import VariationalModel
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.distance import FeatureDistance
+from blip_ft.potential.levels import Levels
 from blip_ft.system.side_by_side import width
 from blip_ft.variational.convert import convert
 from blip_ft.variational.lora import LowRank
@@ -76,6 +77,8 @@ class BayesianPotential(VariationalModel):
         #: other sets of energies, relative to those references; None where there is one set
         self.reference_sets: ReferenceSets | None = None
         self.calibration: Calibration | None = None
+        #: error bars and scores of the calibration frames, which simulations are compared with
+        self.levels: Levels | None = None
         #: where the training atoms are in feature space; None before the end of a fit
         self.ood: FeatureDistance | None = None
         #: what every fit of a closed form has chosen, and what a clamp has held back, for the receipt

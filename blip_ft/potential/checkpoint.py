@@ -38,6 +38,7 @@ from blip_ft.potential.checks import (
     sealed,
 )
 from blip_ft.potential.distance import FeatureDistance
+from blip_ft.potential.levels import Levels
 from blip_ft.system.allocator import keep_memory
 from blip_ft.version import __version__
 
@@ -127,6 +128,7 @@ def _meta(potential: BayesianPotential) -> dict[str, Any]:
         "references": {str(z): e for z, e in potential.references.items()},
         "reference_sets": None if potential.reference_sets is None else potential.reference_sets.to_dict(),
         "calibration": None if potential.calibration is None else potential.calibration.to_dict(),
+        "levels": None if potential.levels is None else potential.levels.to_dict(),
         "probe": make_probe(potential),
     }
 
@@ -256,6 +258,8 @@ def _rebuild(meta: dict[str, Any], kind: type[P]) -> P:
         potential.reference_sets = ReferenceSets.from_dict(meta["reference_sets"])
     if meta["calibration"] is not None:
         potential.calibration = Calibration.from_dict(meta["calibration"])
+    if meta.get("levels") is not None:
+        potential.levels = Levels.from_dict(meta["levels"])
     potential.to_dtype(meta["dtype"])
     return potential
 

@@ -60,6 +60,7 @@ from blip_ft.training.run_folder import (
 from blip_ft.training.run_record import make_record
 from blip_ft.training.stages import Run
 from blip_ft.training.state import keep_state, recall_state
+from blip_ft.uncertainty.calibration import levels_of
 from blip_ft.uncertainty.ood import fit_distance
 
 #: keys of a recipe that may change when a run goes on: they change how it works, not what it comes to
@@ -307,6 +308,7 @@ def _train_and_judge(
         return {}
     drift |= _drift(prepared, "blip", console)
     potential.calibration = results["blip"].calibration
+    potential.levels = levels_of(results["blip"].predictions["calibration"], potential.calibration)
     linearity = linearity_of(recipe, potential, sets, console)
     receipt = make_record(recipe, prepared, seconds=time.monotonic() - started)
 

@@ -49,6 +49,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from blip_ft.potential.calibration import PROPERTIES, Calibration, PropertyCalibration, per_atom
+from blip_ft.potential.levels import Levels
 from blip_ft.uncertainty.results import FloatArray, IntArray, SetPrediction
 
 #: std of the prior of ln(scale)
@@ -125,6 +126,17 @@ def calibrate(prediction: SetPrediction, *, scale_prior: float = SCALE_PRIOR) ->
             if name == "forces" and std is not None and error.size >= MIN_RESIDUALS and _rms(std) > 0:
                 scale = fitted[name].scale
     return Calibration(**fitted)
+
+
+def levels_of(prediction: SetPrediction, calibration: Calibration) -> Levels:
+    """What calibration frames show, for guards of simulations.
+
+    Args:
+        prediction: of the calibration frames.
+        calibration: that was fitted on them.
+    """
+    total = calibration.total_std(prediction).get("forces") if prediction.forces_std is not None else None
+    return Levels.of(total, prediction.ood_score, int(prediction.n_atoms.sum()))
 
 
 def wrong_frames(prediction: SetPrediction, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -9,6 +9,7 @@ draw's weights are then the same for all structures, one matrix product instead 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,21 +31,28 @@ COPIES = 64
 
 
 def evaluate_draws(
-    potential: BayesianPotential, batch: Batch, n_draws: int, *, stress: bool
+    potential: BayesianPotential,
+    batch: Batch,
+    n_draws: int,
+    *,
+    stress: bool,
+    chosen: Sequence[int] | None = None,
 ) -> list[Prediction]:
-    """Predictions of the draws 0 to ``n_draws`` - 1, float64, without a graph.
+    """Predictions of draws, float64, without a graph.
 
     Args:
         potential: its posterior is ready.
         batch: structures.
-        n_draws: K.
+        n_draws: K, on which each draw depends.
         stress: also predict stress.
+        chosen: numbers of the draws, below K; by default all.
     """
-    together, copies = _together(potential, batch, n_draws), batch.copies
+    wanted = range(n_draws) if chosen is None else chosen
+    together, copies = _together(potential, batch, len(wanted)), batch.copies
     threads = width(potential.backbone.device) if _rows(batch) <= TOGETHER_ALONE["cpu"] else 1
-    size = 1 if copies is None else max(1, min(together, -(-n_draws // threads)))
+    size = 1 if copies is None else max(1, min(together, -(-len(wanted) // threads)))
 
-    def work(chosen: range) -> list[Prediction]:
+    def work(chosen: Sequence[int]) -> list[Prediction]:
         if len(chosen) < 2 or copies is None:
             return [to_double(potential(batch, Noise("draw", draw=k), stress=stress)) for k in chosen]
         # copy k of the whole batch follows copy k - 1
@@ -52,7 +60,7 @@ def evaluate_draws(
         out = potential(copies(len(chosen)), Noise("structure", draw=of_each), stress=stress)
         return _split(to_double(out), len(chosen))
 
-    pieces = [range(k, min(k + size, n_draws)) for k in range(0, n_draws, size)]
+    pieces = [wanted[k : k + size] for k in range(0, len(wanted), size)]
     with torch.no_grad(), drawing(potential, n_draws, potential.drawing[1]):
         return [draw for some in side_by_side(work, pieces, threads=threads) for draw in some]
 
