@@ -59,7 +59,10 @@ from blip_ft.training.run_folder import (
 from blip_ft.training.run_record import make_record
 from blip_ft.training.stages import Run
 from blip_ft.training.state import keep_state, recall_state
+from blip_ft.training.verdict import frames_to_verify, plain_checks, verdict_of
 from blip_ft.uncertainty.ood import fit_distance
+from blip_ft.verify.frames import keep_frames
+from blip_ft.verify.verdict import VERDICT, Check, Verdict
 
 #: keys of a recipe that may change when a run goes on: they change how it works, not what it comes to
 CHANGEABLE = frozenset(
@@ -246,6 +249,7 @@ def _train_and_judge(
         prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
     drift: dict[str, dict[str, float]] = {}
+    plain: list[Check] = []
     posthoc = recipe.posterior.after_plain
     compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
     if compared or posthoc:
@@ -267,6 +271,7 @@ def _train_and_judge(
             )
             if is_rank_zero():
                 drift |= _drift(prepared, "plain", console)
+                plain = plain_checks(prepared) if recipe.verify.enabled else []
     whole = recall_state(pieces, "posterior", potential)
     if whole is not None:
         history["blip"] = whole["history"]
@@ -307,6 +312,7 @@ def _train_and_judge(
     drift |= _drift(prepared, "blip", console)
     potential.calibration = results["blip"].calibration
     linearity = linearity_of(recipe, potential, sets, console)
+    verdict = verdict_of(prepared, plain, console) if recipe.verify.enabled else None
     receipt = make_record(recipe, prepared, seconds=time.monotonic() - started)
 
     def write(place: Path) -> dict[str, Any]:
@@ -314,7 +320,9 @@ def _train_and_judge(
             with whole_file(place / "drift.json") as file:
                 json.dump(drift, file, indent=1)
         save_model(potential, place / "model")
-        return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
+        return write_run(
+            recipe, prepared, results, history, receipt, place, console, drift, linearity, verdict
+        )
 
     metrics = write_or_elsewhere(write, run)
     run.write_record(state="whole")  # before its pieces go
@@ -378,6 +386,7 @@ def write_run(
     console: Console,
     drift: dict[str, dict[str, float]],
     linearity: dict[str, Any] | None = None,
+    verdict: Verdict | None = None,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``receipt.json``, ``recipe.yaml``, predictions and the report."""
     import yaml
@@ -402,6 +411,9 @@ def write_run(
     }
     if linearity is not None:
         files["linearity.json"] = json.dumps(linearity, indent=1)
+    if verdict is not None:
+        files[VERDICT] = json.dumps(verdict.to_dict(), indent=1)
+        keep_frames(frames_to_verify(prepared), folder)
     for name, text in files.items():
         with whole_file(folder / name) as file:
             file.write(text)
@@ -422,6 +434,7 @@ def write_run(
         data=data,
         drift=drift,
         linearity=linearity,
+        verdict=None if verdict is None else verdict.to_dict(),
     )
     for signature in signatures:
         console.print(
