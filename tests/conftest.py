@@ -53,7 +53,8 @@ PACKAGES = {
     "mace": "mace",
     "fairchem": "fairchem",
     "orb": "orb_models",
-    "lora": "peft",  # no adapter, but an extra that is treated like one
+    "lora": "peft",  # no adapter, but an extra that is treated like one; likewise
+    "phonopy": "phonopy",
 }
 
 #: all tests of a session, also those that an expression leaves out

@@ -158,7 +158,11 @@ def _exported(path: Path, source: str | None) -> Target:
             "float32": partial(backbone.open_native, path, as_used=True),
         },
     )
-    return _with_frames(_known(model, backbone), source, _run_of(path.parent))
+    run = _run_of(path.parent)
+    target = _with_frames(_known(model, backbone), source, run)
+    if run is not None:
+        target.pretrained = pretrained_of(load_model(run))
+    return target
 
 
 def _with_frames(model: Verified, source: str | None, run: Path | None = None) -> Target:
@@ -179,7 +183,7 @@ def _calculator(spec: str) -> Calculator:
     module, _, name = spec.removeprefix(f"{CALCULATOR}:").partition(":")
     try:
         made: Calculator = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BlipError(
             f"cannot be made: {first_line(error)}",
             field=spec,

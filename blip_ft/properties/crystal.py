@@ -27,7 +27,7 @@ class EquationOfState:
         volume: there, Å^3.
         bulk_modulus: GPa.
         bulk_modulus_derivative: dB/dP.
-        volumes: (m,) Å^3 that were computed.
+        volumes: (m,) Å^3 that were computed, around each draw's own minimum.
         energies: (m,) of these, eV.
     """
 
@@ -35,7 +35,7 @@ class EquationOfState:
     volume: Estimate
     bulk_modulus: Estimate
     bulk_modulus_derivative: Estimate
-    volumes: Floats
+    volumes: Estimate
     energies: Estimate
 
 
@@ -49,7 +49,7 @@ def equation_of_state(
     fmax: float = FMAX,
     console: Console | None = None,
 ) -> EquationOfState:
-    """Energy against volume: the mean model's cell scaled in all directions, positions at each draw's own minimum.
+    """Energy against volume: each draw's own cell scaled in all directions, positions at their minimum.
 
     Args:
         potential: with a posterior.
@@ -70,12 +70,11 @@ def equation_of_state(
     strains = np.linspace(-strain, strain, points)
 
     def work(calculator: Calculator, start: list[Atoms] | None) -> tuple[dict[str, Any], list[Atoms]]:
-        frames = start
-        if frames is None:
-            best = minimum(members, calculator, begin, cell=True, fmax=fmax, draw=None)
-            frames = [best.copy() for _ in strains]
-            for frame, s in zip(frames, strains, strict=True):
-                frame.set_cell(best.cell * (1 + s), scale_atoms=True)
+        near = begin if start is None else start[points // 2]
+        best = minimum(members, calculator, near, cell=True, fmax=fmax, draw=start)
+        frames = [best.copy() for _ in strains] if start is None else [a.copy() for a in start]
+        for frame, s in zip(frames, strains, strict=True):
+            frame.set_cell(best.cell * (1 + s), scale_atoms=True)
         ends = [minimum(members, calculator, f, cell=False, fmax=fmax, draw=start) for f in frames]
         volumes = np.array([a.get_volume() for a in ends])
         energies = np.array([a.get_potential_energy() for a in ends])
@@ -85,6 +84,7 @@ def equation_of_state(
             "volume": volume,
             "bulk_modulus": modulus / units.GPa,
             "bulk_modulus_derivative": derivative,
+            "volumes": volumes,
             "energies": energies,
         }, ends
 
@@ -93,10 +93,11 @@ def equation_of_state(
         "volume": "Å^3",
         "bulk_modulus": "GPa",
         "bulk_modulus_derivative": "",
+        "volumes": "Å^3",
         "energies": "eV",
     }
-    found, ends = over_draws(members, work, names, "equation of state", console)
-    return EquationOfState(volumes=np.array([a.get_volume() for a in ends]), **found)
+    found, _ = over_draws(members, work, names, "equation of state", console)
+    return EquationOfState(**found)
 
 
 def birch_murnaghan(volumes: Floats, energies: Floats) -> tuple[float, float, float, float]:
@@ -175,7 +176,7 @@ def elastic_constants(
                 voigt = np.zeros(6)
                 voigt[i] = sign * strain
                 frame = best.copy()
-                deformed = best.cell.array @ (np.eye(3) + voigt_6_to_full_3x3_strain(voigt))
+                deformed = best.cell.array @ voigt_6_to_full_3x3_strain(voigt)  # with the identity
                 frame.set_cell(deformed, scale_atoms=True)
                 end = minimum(members, calculator, frame, cell=False, fmax=fmax, draw=start)
                 stresses.append(end.get_stress())

@@ -73,7 +73,7 @@ class Verdict:
         failed = [c.name for c in self.checks if c.result == "fail"]
         if failed:
             return f"No molecular dynamics with this model: {', '.join(failed)} failed."
-        doubtful = [c.name for c in self.checks if c.result == "warn"]
+        doubtful = [c.name for c in self.checks if c.result == "warn" and not c.name.startswith("dimer_")]
         but = f" Look at {', '.join(doubtful)} first." if doubtful else ""
         if self.hottest is None:
             return f"Nothing speaks against molecular dynamics, which was not tried: blip-finetune verify does.{but}"
