@@ -27,6 +27,8 @@ NEAR, FAR, STEP = 0.5, 3.0, 0.025
 INSIDE = 0.6
 #: eV: the strongest bond (CO) sets 11.2 free, and one pair in ten of the shipped models has a lower wall
 WALL = 15.0
+#: eV: two atoms that are bound by more sit in a hole
+STRONGEST = 15.0
 #: eV: what breaking a strong single bond takes; for models whose pretrained model has the same hole
 LEAST_WALL = 5.0
 #: eV: a wall that only a collision cascade climbs; it does not matter that the pretrained model's was higher
@@ -67,8 +69,20 @@ def check_dimers(
         if pretrained is not None:
             limit = max(LEAST_WALL, min(ENOUGH, (before.get(name) or 0.0) / 2))
         bond = float(covalent_radii[list(pair)].sum())
-        out.append(_wall(name, grids[pair], energy, INSIDE * bond, limit=limit, fall=FALL, unit="eV"))
+        wall = _wall(name, grids[pair], energy, INSIDE * bond, limit=limit, fall=FALL, unit="eV")
+        out.append(_bound(wall, grids[pair], energy) or wall)
     return out
+
+
+def _bound(check: Check, r: Floats, energy: Floats) -> Check | None:
+    """A failure where two atoms are bound more strongly than any are: a hole that begins where bonds are."""
+    if check.value is None or check.result == "fail" or not energy[-1] - energy.min() > STRONGEST:
+        return None
+    outside = r > r[int(np.argmax(energy))]  # beyond the wall
+    depth, at = float(energy[-1] - energy[outside].min()), float(r[outside][np.argmin(energy[outside])])
+    if depth <= STRONGEST:
+        return None
+    return Check(check.name, "fail", 0.0, check.limit, check.unit, f"bound by {depth:.0f} eV at {at:.2f} Å")
 
 
 def _distances(pair: tuple[int, int]) -> Floats:

@@ -98,7 +98,7 @@ def pretrained_of(potential: BayesianPotential) -> Verified:
     return of_backbone("pretrained", twin.requires_grad_(False).eval())
 
 
-def relaxed(model: Verified, atoms: Atoms, steps: int = 200) -> Atoms:
+def relaxed(model: Verified, atoms: Atoms, steps: int = 100) -> Atoms:
     """A copy in a minimum of the model, as far as some steps lead, with its cell where it is periodic."""
     moving = evaluated(atoms, model.calculator())
     free = FrechetCellFilter(moving) if moving.pbc.all() else moving

@@ -39,7 +39,7 @@ class Faulty(Calculator):
         frame.calc = self.base
         energy, forces = frame.get_potential_energy(), frame.get_forces().copy()
         stress = frame.get_stress() if frame.pbc.all() else None
-        i, _, distance, vector = pairs_within(frame, 2.0)
+        i, _, distance, vector = pairs_within(frame, 3.0)
         if self.kind == "hole":
             width = 0.1
             well = -self.depth * np.exp(-(((distance - self.at) / width) ** 2))
