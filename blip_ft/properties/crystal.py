@@ -111,8 +111,8 @@ def birch_murnaghan(volumes: Floats, energies: Floats) -> tuple[float, float, fl
     x0 = float(np.mean(volumes ** (-2 / 3)))
     series = np.polynomial.Polynomial(np.polynomial.polynomial.polyfit(volumes ** (-2 / 3) / x0, energies, 3))
     first, second, third = (series.deriv(n) for n in (1, 2, 3))
-    ends = sorted((volumes ** (-2 / 3) / x0)[[0, -1]])
-    roots = [r.real for r in first.roots() if abs(r.imag) < 1e-9 and second(r.real) > 0]
+    ends = sorted((volumes ** (-2 / 3) / x0)[[0, -1]].tolist())
+    roots = [float(r.real) for r in first.roots() if abs(r.imag) < 1e-9 and second(r.real) > 0]
     inside = [r for r in roots if ends[0] <= r <= ends[1]]
     if not inside:
         raise BlipError(
@@ -201,5 +201,5 @@ def voigt_reuss_hill(stiffness: Floats) -> tuple[float, float]:
         return normal + 2 * across, diagonal * (normal - across) + shear * twist
 
     voigt_bulk, voigt_shear = averages(stiffness, 1.0, 3.0)
-    reuss_bulk, reuss_shear = averages(np.linalg.inv(stiffness), 4.0, 3.0)
+    reuss_bulk, reuss_shear = averages(np.asarray(np.linalg.inv(stiffness), dtype=float), 4.0, 3.0)
     return (voigt_bulk / 9 + 1 / reuss_bulk) / 2, (voigt_shear / 15 + 15 / reuss_shear) / 2

@@ -38,7 +38,7 @@ class Difference:
     @property
     def uncorrelated_std(self) -> Floats:
         """What the std would be if the parts' errors had nothing to do with each other, eV."""
-        return np.sqrt(sum(part.std**2 for part in self.parts.values()))
+        return np.asarray(np.sqrt(sum(part.std**2 for part in self.parts.values())))
 
 
 def reaction_energy(
@@ -233,7 +233,7 @@ def barrier(
         for image in between:
             image.calc = calculator
         molecule = not first.pbc.any()
-        band = NEB(
+        band: Any = NEB(
             path,
             climb=True,
             method="improvedtangent",

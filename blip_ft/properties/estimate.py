@@ -31,7 +31,8 @@ class Estimate:
     @property
     def std(self) -> Floats:
         """Epistemic std over the draws, which are centred or come in pairs: the divisor is K."""
-        return np.sqrt(np.mean((self.draws - self.mean) ** 2, axis=0))
+        off = self.draws - self.mean
+        return np.asarray(np.sqrt(np.mean(off**2, axis=0)))
 
     def __add__(self, other: Estimate) -> Estimate:
         return self._with(other, 1.0)

@@ -120,7 +120,8 @@ def minimum(
     moving: Atoms = start.copy()
     moving.calc = calculator
     wanted = fmax if draw is None else fmax * members.amplitude
-    optimizer = BFGS(FrechetCellFilter(moving) if cell else moving, logfile=None)
+    free: Any = FrechetCellFilter(moving) if cell else moving
+    optimizer = BFGS(free, logfile=None)
     if not optimizer.run(fmax=wanted, steps=STEPS):
         force = float(np.abs(moving.get_forces()).max())
         raise BlipError(

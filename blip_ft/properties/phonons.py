@@ -97,7 +97,7 @@ def phonons(
         model.produce_force_constants()
         model.symmetrize_force_constants()
         model.run_qpoints(wanted)
-        return {"frequencies": np.array(model.get_qpoints_dict()["frequencies"])}, best
+        return {"frequencies": np.array(model.qpoints.frequencies)}, best
 
     found, best = over_draws(members, work, {"frequencies": "THz"}, "phonons", console)
     best.calc = None
