@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         console=Console(stderr=True),
     )
     if target.run is not None:
-        keep_frames(target.frames, target.run)
+        if args.frames is None:
+            keep_frames(target.frames, target.run)
         with whole_file(target.run / VERDICT) as file:
             json.dump(verdict.to_dict(), file, indent=1)
         announce(f"report: {rewrite_report(target.run)}")

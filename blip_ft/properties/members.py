@@ -22,7 +22,8 @@ from rich.console import Console
 from blip_ft.backbones import electrons
 from blip_ft.data.neighbours import contact
 from blip_ft.errors import BlipError, DataError
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.families.model import drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.fingerprint import fingerprint
 from blip_ft.properties.estimate import Estimate, Floats

@@ -66,7 +66,14 @@ from blip_ft.verify.verdict import VERDICT, Check, Verdict
 
 #: keys of a recipe that may change when a run goes on: they change how it works, not what it comes to
 CHANGEABLE = frozenset(
-    {"optimizer.broken", "keep_pieces", "data.num_workers", "data.cache_gb", "trainer.enable_progress_bar"}
+    {
+        "optimizer.broken",
+        "keep_pieces",
+        "verify.enabled",
+        "data.num_workers",
+        "data.cache_gb",
+        "trainer.enable_progress_bar",
+    }
 )
 
 

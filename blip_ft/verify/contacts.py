@@ -70,17 +70,15 @@ def check_dimers(
             limit = max(LEAST_WALL, min(ENOUGH, (before.get(name) or 0.0) / 2))
         bond = float(covalent_radii[list(pair)].sum())
         wall = _wall(name, grids[pair], energy, INSIDE * bond, limit=limit, fall=FALL, unit="eV")
-        out.append(_bound(wall, grids[pair], energy) or wall)
+        out.append(_bound(wall, grids[pair], energy, INSIDE * bond) or wall)
     return out
 
 
-def _bound(check: Check, r: Floats, energy: Floats) -> Check | None:
-    """A failure where two atoms are bound more strongly than any are: a hole that begins where bonds are."""
-    if check.value is None or check.result == "fail" or not energy[-1] - energy.min() > STRONGEST:
-        return None
-    outside = r > r[int(np.argmax(energy))]  # beyond the wall
+def _bound(check: Check, r: Floats, energy: Floats, inside: float) -> Check | None:
+    """A failure where two atoms beyond ``inside`` are bound more strongly than any are: a hole where bonds should be."""
+    outside = r > inside
     depth, at = float(energy[-1] - energy[outside].min()), float(r[outside][np.argmin(energy[outside])])
-    if depth <= STRONGEST:
+    if check.value is None or depth <= STRONGEST:
         return None
     return Check(check.name, "fail", 0.0, check.limit, check.unit, f"bound by {depth:.0f} eV at {at:.2f} Å")
 

@@ -23,6 +23,8 @@ NVE_TIME = 0.5
 NVE_GOOD, NVE_LIMIT = 1.0, 5.0
 #: ps at the highest temperature
 HOT_TIME = 5.0
+#: atoms of a periodic structure in dynamics, at least
+LEAST_ATOMS = 8
 #: 1/fs, of the Langevin thermostat
 FRICTION = 0.01
 #: steps between two looks at a hot structure
@@ -47,6 +49,15 @@ def nve_steps(atoms: Atoms) -> int:
 def hot_steps(atoms: Atoms) -> int:
     """Steps of the whole hot run."""
     return round(1e3 * HOT_TIME / timestep(atoms, hot=True))
+
+
+def repeated(atoms: Atoms) -> Atoms:
+    """A periodic structure of :data:`LEAST_ATOMS` or more, as one atom has no relative motion."""
+    out: Atoms = atoms.copy()
+    while len(out) < LEAST_ATOMS and out.pbc.any():
+        lengths = np.where(out.pbc, out.cell.lengths(), np.inf)
+        out = out.repeat([2 if k == int(np.argmin(lengths)) else 1 for k in range(3)])
+    return out
 
 
 def seconds_per_step(atoms: Atoms, calculator: Calculator) -> float:

@@ -12,7 +12,7 @@ from blip_ft.system.progress import progress
 from blip_ft.verify.contacts import check_dimers, check_scan
 from blip_ft.verify.derivatives import check_forces, check_virial
 from blip_ft.verify.drift import check_drift, probe_frames
-from blip_ft.verify.dynamics import check_hot, check_nve, hot_steps, nve_steps, seconds_per_step
+from blip_ft.verify.dynamics import check_hot, check_nve, hot_steps, nve_steps, repeated, seconds_per_step
 from blip_ft.verify.frames import neutral
 from blip_ft.verify.models import Verified
 from blip_ft.verify.verdict import Check, Verdict
@@ -96,7 +96,7 @@ def verify(
         console: for progress; by default none.
     """
     console = console or Console(quiet=True)
-    ends, start = time.monotonic() + seconds, frames[0]
+    ends, start = time.monotonic() + seconds, repeated(frames[0])
     console.print("derivatives, dimers, compression ...")
     checks, notes, before = static_checks(model, frames, pretrained)
     precisions = [p for p in ("float64", "float32", "given") if p in model.calculators]
