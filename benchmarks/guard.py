@@ -29,7 +29,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from blip_ft import load, load_frames
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.families.model import drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.simulate.guard import Limits
 from blip_ft.simulate.levels import known_levels
 from blip_ft.uncertainty.draws import evaluate_draws

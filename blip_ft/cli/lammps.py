@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from blip_ft.cli.arguments import add_device, add_error_bars, add_model, count, threshold
+from blip_ft.cli.arguments import add_device, add_error_bars, add_model, count, positive
 from blip_ft.cli.console import announce
 from blip_ft.cli.model import load
 
@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stop-above",
-        type=threshold,
+        type=positive,
         metavar="EV_PER_ANG",
         help="end a run where the std of the force on an atom is larger",
     )

@@ -14,6 +14,7 @@ from blip_ft.potential.calibration import Calibration
 from blip_ft.report import write_report
 from blip_ft.uncertainty.diagnostics import find_diagnostics
 from blip_ft.uncertainty.results import SetPrediction
+from blip_ft.verify.verdict import VERDICT
 
 
 def rewrite_report(folder: str | Path) -> Path:
@@ -50,6 +51,7 @@ def rewrite_report(folder: str | Path) -> Path:
         data=_read(folder / "data_report.json") if (folder / "data_report.json").exists() else None,
         drift=_read(folder / "drift.json") if (folder / "drift.json").exists() else None,
         linearity=_read(folder / "linearity.json") if (folder / "linearity.json").exists() else None,
+        verdict=_read(folder / VERDICT) if (folder / VERDICT).exists() else None,
     )
 
 

@@ -160,6 +160,14 @@ class UncertaintyConfig(Strict):
     stds of the linearised model are computed too: 256 is thorough"""
 
 
+class VerifyConfig(Strict):
+    """The part of ``blip-finetune verify`` that needs no dynamics, after every fit."""
+
+    enabled: bool = True
+    """compare forces and virial with finite differences, look for holes at short distance, and measure the drift from
+    the pretrained model; it takes seconds"""
+
+
 class Recipe(Strict):
     """A whole run. ``blip-finetune fit`` takes the name of a shipped recipe or a YAML path."""
 
@@ -180,6 +188,7 @@ class Recipe(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     plain: PlainConfig = PlainConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
+    verify: VerifyConfig = VerifyConfig()
     trainer: dict[str, Any] = {}
     """keyword arguments of ``lightning.Trainer`` (``max_epochs``, ``accelerator``, ``devices``)"""
 

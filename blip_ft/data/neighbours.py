@@ -9,6 +9,7 @@ import itertools
 
 import numpy as np
 from ase import Atoms
+from ase.data import covalent_radii
 from ase.geometry import complete_cell
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
@@ -44,6 +45,13 @@ def pairs_within(atoms: Atoms, cutoff: float) -> tuple[Ints, Ints, Floats, Float
     other = (i != owner[place]) | ~original[place]
     i, place = i[other], place[other]
     return i, owner[place], distance[other], there[place] - here[i]
+
+
+def contact(atoms: Atoms) -> float:
+    """The shortest distance over the sum of the covalent radii; infinite where no two atoms are within it."""
+    radii = covalent_radii[atoms.numbers]
+    i, j, distance, _ = pairs_within(atoms, 2 * float(radii.max()))
+    return float((distance / (radii[i] + radii[j])).min(initial=np.inf))
 
 
 def _whole(margin: Floats) -> list[int]:

@@ -27,6 +27,7 @@ from blip_ft.report.theme import CSS, to_svg
 from blip_ft.uncertainty.diagnostics import Diagnostic
 from blip_ft.uncertainty.linearity import agreement
 from blip_ft.uncertainty.metrics import FEW, single_sets
+from blip_ft.verify.verdict import verdict_rows
 
 #: receipt entries with more lines than this are folded
 FOLD = 24
@@ -72,6 +73,7 @@ def write_report(
     data: Mapping[str, Any] | None = None,
     drift: Mapping[str, Mapping[str, float]] | None = None,
     linearity: Mapping[str, Any] | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html``; it gets its name once it is complete.
 
@@ -91,6 +93,7 @@ def write_report(
             (``blip_ft.data.check.examine.DataReport``), where there is one.
         drift: ``{model: {...}}`` as in ``drift.json``, where the recipe names probe frames.
         linearity: real draws beside the linearised model, of ``blip_ft.uncertainty.linearity.study``.
+        verdict: as in ``verify.json`` (``blip_ft.verify.verdict.Verdict.to_dict``).
 
     Returns:
         Path of the file.
@@ -118,6 +121,7 @@ def write_report(
         **_data_section(data, findings),
         signatures=sorted(signatures, key=lambda s: s.severity != "error"),
         linearity=_linearity(linearity),
+        verdict=_verdict(verdict),
     )
     path = Path(folder) / "report.html"
     with whole_file(path) as file:
@@ -292,6 +296,19 @@ def _linearity(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "figures": [
             Picture(title, Markup(to_svg(draw(result, CSS), title)), text) for title, draw, text in figures
         ],
+    }
+
+
+def _verdict(stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the section on the verdict shows."""
+    if stored is None:
+        return None
+    return {
+        "result": stored["verdict"],
+        "sentence": stored["sentence"],
+        "notes": stored["notes"],
+        "rows": verdict_rows(stored),
+        "beside": [(name, tables.MODELS[name]) for name in stored["beside"]],
     }
 
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from blip_ft.backbones import electrons
 from blip_ft.backbones.protocol import Batch, Prediction
-from blip_ft.potential.bayesian import BayesianPotential, drawing
+from blip_ft.families.model import drawing
+from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
 from blip_ft.uncertainty.draws import evaluate_draws
 from blip_ft.uncertainty.linearized import predict_linearized

@@ -15,17 +15,20 @@ EVERY = 30.0
 
 
 @contextmanager
-def progress(console: Console, what: str, total: int, *, bar: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(
+    console: Console, what: str, total: int, *, bar: bool = True, unit: str = "frames"
+) -> Iterator[Callable[[int], None]]:
     """Show how far a piece of work is.
 
     Args:
         console: where; nothing remains on a terminal once the work is done.
         what: is being done.
-        total: number of frames.
+        total: number of units.
         bar: ``False`` for lines on a terminal too, where a training draws its own bar.
+        unit: of what is counted.
 
     Yields:
-        To be called with the number of frames that were done since the last call, from any thread.
+        To be called with the number of units that were done since the last call, from any thread.
     """
     if bar and console.is_terminal:
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -44,6 +47,6 @@ def progress(console: Console, what: str, total: int, *, bar: bool = True) -> It
             if now - said >= EVERY and done < total:
                 said = now
                 left = (now - started) / done * (total - done)
-                console.print(f"{what}: {done}/{total} frames  {left:.0f} s left")
+                console.print(f"{what}: {done}/{total} {unit}  {left:.0f} s left")
 
     yield advance

@@ -60,12 +60,22 @@ from blip_ft.training.run_folder import (
 from blip_ft.training.run_record import make_record
 from blip_ft.training.stages import Run
 from blip_ft.training.state import keep_state, recall_state
+from blip_ft.training.verdict import frames_to_verify, plain_checks, verdict_of
 from blip_ft.uncertainty.calibration import levels_of
 from blip_ft.uncertainty.ood import fit_distance
+from blip_ft.verify.frames import keep_frames
+from blip_ft.verify.verdict import VERDICT, Check, Verdict
 
 #: keys of a recipe that may change when a run goes on: they change how it works, not what it comes to
 CHANGEABLE = frozenset(
-    {"optimizer.broken", "keep_pieces", "data.num_workers", "data.cache_gb", "trainer.enable_progress_bar"}
+    {
+        "optimizer.broken",
+        "keep_pieces",
+        "verify.enabled",
+        "data.num_workers",
+        "data.cache_gb",
+        "trainer.enable_progress_bar",
+    }
 )
 
 
@@ -248,6 +258,7 @@ def _train_and_judge(
         prepared.ledger.close()  # the mean moves from here on
     history: dict[str, list[dict[str, float]]] = {}
     drift: dict[str, dict[str, float]] = {}
+    plain: list[Check] = []
     posthoc = recipe.posterior.after_plain
     compared = recipe.plain.enabled and bool(potential.mean_parameters)  # a frozen mean cannot be tuned
     if compared or posthoc:
@@ -269,6 +280,7 @@ def _train_and_judge(
             )
             if is_rank_zero():
                 drift |= _drift(prepared, "plain", console)
+                plain = plain_checks(prepared) if recipe.verify.enabled else []
     whole = recall_state(pieces, "posterior", potential)
     if whole is not None:
         history["blip"] = whole["history"]
@@ -310,6 +322,7 @@ def _train_and_judge(
     potential.calibration = results["blip"].calibration
     potential.levels = levels_of(results["blip"].predictions["calibration"], potential.calibration)
     linearity = linearity_of(recipe, potential, sets, console)
+    verdict = verdict_of(prepared, plain, console) if recipe.verify.enabled else None
     receipt = make_record(recipe, prepared, seconds=time.monotonic() - started)
 
     def write(place: Path) -> dict[str, Any]:
@@ -318,7 +331,9 @@ def _train_and_judge(
                 json.dump(drift, file, indent=1)
         save_model(potential, place / "model")
         write_statistics(potential, place)
-        return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
+        return write_run(
+            recipe, prepared, results, history, receipt, place, console, drift, linearity, verdict
+        )
 
     metrics = write_or_elsewhere(write, run)
     run.write_record(state="whole")  # before its pieces go
@@ -382,6 +397,7 @@ def write_run(
     console: Console,
     drift: dict[str, dict[str, float]],
     linearity: dict[str, Any] | None = None,
+    verdict: Verdict | None = None,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``receipt.json``, ``recipe.yaml``, predictions and the report."""
     import yaml
@@ -406,6 +422,9 @@ def write_run(
     }
     if linearity is not None:
         files["linearity.json"] = json.dumps(linearity, indent=1)
+    if verdict is not None:
+        files[VERDICT] = json.dumps(verdict.to_dict(), indent=1)
+        keep_frames(frames_to_verify(prepared), folder)
     for name, text in files.items():
         with whole_file(folder / name) as file:
             file.write(text)
@@ -426,6 +445,7 @@ def write_run(
         data=data,
         drift=drift,
         linearity=linearity,
+        verdict=None if verdict is None else verdict.to_dict(),
     )
     for signature in signatures:
         console.print(

@@ -107,6 +107,8 @@ def differences(one: Path, other: Path) -> list[str]:
             "splits.json",
             "linearity.json",
             "drift.json",
+            "verify.json",
+            "verify.extxyz",
         )
         if (one / n).exists() and (one / n).read_bytes() != (other / n).read_bytes()
     ]
