@@ -53,6 +53,7 @@ PACKAGES = {
     "mace": "mace",
     "fairchem": "fairchem",
     "orb": "orb_models",
+    "diep": "diep",
     "lora": "peft",  # no adapter, but an extra that is treated like one
 }
 

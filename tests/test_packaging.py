@@ -24,7 +24,19 @@ SOURCES = {
     "blip_ft.recipes": ROOT / "recipes",
 }
 #: packages that only an adapter may import, and only when it is used
-BACKENDS = ("sevenn", "chgnet", "mace", "fairchem", "orb_models", "e3nn", "matgl", "pymatgen", "dgl")
+BACKENDS = (
+    "sevenn",
+    "chgnet",
+    "mace",
+    "fairchem",
+    "orb_models",
+    "diep",
+    "torch_geometric",
+    "e3nn",
+    "matgl",
+    "pymatgen",
+    "dgl",
+)
 
 
 def modules_on_disk() -> list[str]:
@@ -192,7 +204,7 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
 
     extras = {
         "a": ["chgnet", "mace", "test"],
-        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "test", "lint"],
+        "b": ["sevennet", "chgnet", "fairchem", "diep", "orb", "lora", "test", "lint"],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:
