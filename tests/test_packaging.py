@@ -25,17 +25,8 @@ SOURCES = {
 }
 #: packages that only an adapter may import, and only when it is used
 BACKENDS = (
-    "sevenn",
-    "chgnet",
-    "mace",
-    "fairchem",
-    "orb_models",
-    "diep",
-    "torch_geometric",
-    "e3nn",
-    "matgl",
-    "pymatgen",
-    "dgl",
+    *("sevenn", "chgnet", "mace", "fairchem", "orb_models", "diep"),
+    *("torch_geometric", "e3nn", "matgl", "pymatgen", "dgl"),
 )
 
 

@@ -67,6 +67,7 @@ class DIEPBackbone(ConservativeBackbone):
         table = torch.full((max(self.elements) + 1,), -1)
         table[list(self._kinds)] = torch.tensor(list(self._kinds.values()))
         self.register_buffer("kind_of", table, persistent=False)
+        self.kind_of: Tensor
         self._stock_names = parameter_names(self.model)
 
     # ---- loading -------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Descriptors of bonds and triplets, from edge vectors alone.
 
 Atoms of a bond or a triplet are laid flat on a square grid, where a density (Gaussians on the atoms) times a potential
-(softened 1/r of their charges) is one number for each point (``diep.layers.DIEPIntegrator``, mode ``grid``; S. A. Tawfik
-et al., Digital Discovery 2024). The vendor projects positions on axes of a frame and rounds to single precision. Here
-the flat coordinates come from lengths and areas, in the type of the edge vectors; the numbers are the vendor's.
+(softened 1/r of their charges) is one number for each point (``diep.layers.DIEPIntegrator``, mode ``grid``;
+S. A. Tawfik et al., Digital Discovery 2024). The vendor projects positions on the axes of a frame and rounds to single
+precision. Here the flat coordinates come from lengths and areas, in the type of the edge vectors; the numbers are the
+vendor's.
 
 Two of the vendor's sums are made cheaper, without a change beyond rounding: a Gaussian of the plane is a product of two
 of the line, and the canonical frame draws a triplet and its mirror image (the same two edges in the other order) alike,
