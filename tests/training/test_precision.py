@@ -48,7 +48,7 @@ def test_tf32_is_for_float32():
     ("adapter", "refused"),
     [
         pytest.param(name, name == "chgnet", marks=pytest.mark.backend(name))
-        for name in ("chgnet", "sevennet", "mace", "fairchem", "orb")
+        for name in ("chgnet", "sevennet", "mace", "fairchem", "orb", "diep")
     ],
 )
 def test_tf32_is_refused_where_forces_do_not_survive_it(adapter: str, refused: bool):

@@ -98,6 +98,7 @@ def predict(folder: Path) -> None:
 OWN = {
     "sevennet": "sio2_sevennet",
     "chgnet": "sio2_chgnet",
+    "diep": "sio2_diep",
     "mace": "sio2_mace_mp",
     "orb": "sio2_orb",
     "uma": "sio2_uma",
@@ -164,6 +165,14 @@ def test_family_on_sevennet(family: str, tmp_path: Path) -> None:
 def test_sio2_chgnet(tmp_path: Path) -> None:
     run("sio2_chgnet", tmp_path)
     predict(tmp_path)
+
+
+@pytest.mark.backend("diep")
+def test_sio2_diep(tmp_path: Path) -> None:
+    run("sio2_diep", tmp_path)
+    predict(tmp_path)
+    assert main(["export", str(tmp_path / "small"), "--draws", "2"]) == 0
+    assert len(list((tmp_path / "small/export-native").glob("draw-*.pt"))) == 2
 
 
 @pytest.mark.backend("orb")
