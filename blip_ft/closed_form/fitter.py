@@ -22,13 +22,7 @@ from blip_ft.config import Recipe
 from blip_ft.data.batch.dataset import FrameDataset, Item
 from blip_ft.data.frame import atoms_key
 from blip_ft.data.split.context import make_context
-from blip_ft.families.base.linear import (
-    ClosedFormData,
-    LinearizedModel,
-    as_good,
-    choose_scales,
-    gauss_newton_steps,
-)
+from blip_ft.families.base.linear import ClosedFormData, Collected, LinearizedModel, as_good, choose_scales
 from blip_ft.families.base.options import ClosedFormOptions
 from blip_ft.families.base.posterior import ClosedFormPosterior
 from blip_ft.potential.bayesian import BayesianPotential
@@ -69,7 +63,15 @@ class ClosedFormFitter:
             backbone = self.potential.backbone
             made = make_context(atoms, math.ceil(options.perturbed_share * len(train)), self.recipe.seed)
             context = [Item(a, backbone.graph(a), {}, atoms_key(a)) for a in (*made, *self.unlabelled)]
-        self.rows = GradientRows(self.recipe.objective, self.potential, train, context, seed=self.recipe.seed)
+        orthonormal = isinstance(options, ClosedFormOptions) and options.orthonormal_projections
+        self.rows = GradientRows(
+            self.recipe.objective,
+            self.potential,
+            train,
+            context,
+            seed=self.recipe.seed,
+            orthonormal=orthonormal,
+        )
 
     @property
     def options(self) -> ClosedFormOptions:
@@ -113,7 +115,7 @@ class ClosedFormFitter:
         if not final:
             wanted = min(wanted, 1)
         steps = list(done)
-        rows: LinearizedModel | None = None
+        rows: LinearizedModel | Collected | None = None
         report: dict[str, Any] = {}
         while True:
             refused = bool(steps) and not steps[-1]
@@ -139,20 +141,23 @@ class ClosedFormFitter:
         report["mean_steps"] = steps
         return self.settle(report, final=final)
 
-    def _make_rows(self, number: int, *, final: bool) -> LinearizedModel:
+    def _make_rows(self, number: int, *, final: bool) -> LinearizedModel | Collected:
         frames = len(self.rows.labelled) + len(self.rows.context)  # made only where they are used
+        projections = self.options.projections_of_fit(last=final)
+        collected = self.posterior.collect(self.rows.count(projections))
         with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
-            return self.rows.rows(
-                self.options.projections_of_fit(last=final),
-                number=number,
-                context=self.options.needs_context,
-                progress=advance,
-            )
+            if collected is None:
+                return self.rows.rows(
+                    projections, number=number, context=self.options.needs_context, progress=advance
+                )
+            for rows in self.rows.features(collected, projections, number=number, progress=advance):
+                collected.add(rows)
+            return collected
 
-    def _fit_posterior(self, rows: LinearizedModel) -> dict[str, Any]:
+    def _fit_posterior(self, rows: LinearizedModel | Collected) -> dict[str, Any]:
         return self.posterior.fit(self._data(rows))
 
-    def _data(self, rows: LinearizedModel) -> ClosedFormData:
+    def _data(self, rows: LinearizedModel | Collected) -> ClosedFormData:
         scale = self.options.prior_scale
         return ClosedFormData(
             rows=rows,
@@ -189,7 +194,7 @@ class ClosedFormFitter:
         return report
 
     # ---- the mean --------------------------------------------------------------------------
-    def move_mean(self, rows: LinearizedModel, scale: float) -> float:
+    def move_mean(self, rows: LinearizedModel | Collected, scale: float) -> float:
         """A damped Gauss-Newton step of the mean, no wider than validation frames insist on.
 
         Args:
@@ -200,7 +205,7 @@ class ClosedFormFitter:
             The step's scale as a share of s, one of :data:`STEP_SCALES`; 0 for no step.
         """
         deltas, sites = self.potential.converted.deltas, self.potential.posterior.sites
-        steps = gauss_newton_steps(rows, [share * scale for share in STEP_SCALES])
+        steps = rows.steps([share * scale for share in STEP_SCALES])
         before = {s.name: deltas[s.name].detach().clone() for s in sites}
 
         def move(step: Tensor | None) -> None:

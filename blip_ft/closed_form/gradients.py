@@ -1,14 +1,17 @@
 """Gradients of model outputs with respect to the noisy weights: what closed-form posteriors are fitted to.
 
 One row for the energy of a frame and one for each of its force components, or for each of R random
-projections of them that stand for all (``uncertainty.jacobian.random_signs``).
+projections of them that stand for all (``uncertainty.jacobian``: ``random_signs``, ``random_orthonormal``). Rows are
+held side by side (:meth:`GradientRows.rows`), or reduced to the features of a family that holds none as they are made
+(:meth:`GradientRows.features`), some thousand at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -18,16 +21,18 @@ from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
-from blip_ft.families.base.linear import LinearizedModel
+from blip_ft.families.base.linear import Collected, LinearizedModel
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.system import divided
 from blip_ft.system.out_of_memory import by_halves
 from blip_ft.system.side_by_side import side_by_side, width
-from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_signs
+from blip_ft.uncertainty.jacobian import all_components, output_gradients, random_orthonormal, random_signs
 
 #: structures whose graphs are held at the same time
 BATCH = 6
+#: features that are held at the same time, on each rank
+CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,35 @@ class _Outputs:
     errors: np.ndarray
     scored: np.ndarray
     groups: list[str]
+    keys: list[int]
+
+
+class _Frames(Sequence[Item]):
+    """Some frames of a set; made, or taken from its cache, when they are asked for."""
+
+    def __init__(self, frames: FrameDataset) -> None:
+        self.frames, self.chosen = frames, list(range(len(frames)))
+        self.sizes = frames.sizes("atoms")
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, number: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Item]: ...
+
+    def __getitem__(self, number: int | slice) -> Item | list[Item]:
+        if isinstance(number, slice):
+            return [self.frames[i] for i in self.chosen[number]]
+        return self.frames[self.chosen[number]]
+
+    def leave_out(self, keys: Collection[int]) -> list[int]:
+        """Without those of some keys; returns the numbers of those that stay."""
+        kept = [n for n, i in enumerate(self.chosen) if self.frames.key(i) not in keys]
+        self.chosen, self.sizes = [self.chosen[n] for n in kept], [self.sizes[n] for n in kept]
+        return kept
 
 
 class GradientRows:
@@ -49,6 +83,7 @@ class GradientRows:
         train: labelled frames.
         context: frames without labels, whose rows may be wanted too.
         seed: of the random projections.
+        orthonormal: projections are orthonormal (``random_orthonormal``), and never more than there are components.
     """
 
     def __init__(
@@ -59,17 +94,32 @@ class GradientRows:
         context: Sequence[Item] = (),
         *,
         seed: int = 0,
+        orthonormal: bool = False,
     ) -> None:
-        self.objective, self.potential, self.seed = objective, potential, seed
-        self.labelled = [train[i] for i in range(len(train))]
+        self.objective, self.potential, self.seed, self.orthonormal = objective, potential, seed, orthonormal
+        self.labelled = _Frames(train)
         self.context = list(context)
         self.groups = groups_of(train)
 
     def leave_out(self, keys: Collection[int]) -> None:
         """Make no rows of some training frames from here on."""
-        kept = [i for i, item in enumerate(self.labelled) if item.key not in keys]
-        self.labelled = [self.labelled[i] for i in kept]
-        self.groups = [self.groups[i] for i in kept]
+        self.groups = [self.groups[i] for i in self.labelled.leave_out(keys)]
+
+    def count(self, projections: int | None) -> int:
+        """Rows of the training frames.
+
+        Args:
+            projections: R per frame; ``None`` for every force component.
+        """
+        return int(self._counts(np.array(self.labelled.sizes), projections).sum())
+
+    def _counts(self, sizes: np.ndarray, projections: int | None) -> np.ndarray:
+        """Rows of frames of so many atoms."""
+        if projections is None:
+            return 1 + 3 * sizes
+        return 1 + (
+            np.minimum(projections, 3 * sizes) if self.orthonormal else np.full_like(sizes, projections)
+        )
 
     def rows(
         self,
@@ -87,39 +137,98 @@ class GradientRows:
             context: also rows of the context frames.
             progress: called with the number of frames done after each batch.
         """
-        frames = [*self.labelled, *(self.context if context else ())]
-        sizes = np.array([len(i.atoms) for i in frames])
-        counts = 1 + (3 * sizes if projections is None else np.full_like(sizes, projections))
+        parts, sizes = self._parts(labelled=True), np.array(self.labelled.sizes)
+        if context:
+            parts += self._parts(labelled=False)
+            sizes = np.concatenate([sizes, [len(i.atoms) for i in self.context]]).astype(np.int64)
+        return self._make(parts, sizes, projections, number, progress)
+
+    def features(
+        self,
+        collected: Collected,
+        projections: int | None,
+        *,
+        number: int = 0,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> Iterator[LinearizedModel]:
+        """The rows of training frames, reduced as they are made; some thousand at a time, in the order of the frames.
+
+        Args:
+            collected: of the posterior (``ClosedFormPosterior.collect``): gives the features of gradients.
+            projections: R per frame; ``None`` for every force component.
+            number: other numbers give other projections.
+            progress: called with the number of frames done after each batch.
+        """
+        sizes = np.array(self.labelled.sizes)
+        counts, most = self._counts(sizes, projections), CHUNK * divided.world_size()
+        chunk: list[range] = []
+        rows = 0
+        for part in self._parts(labelled=True):
+            chunk.append(part)
+            rows += int(counts[part.start : part.stop].sum())
+            if rows >= most:
+                yield self._make(chunk, sizes, projections, number, progress, collected)
+                chunk, rows = [], 0
+        if chunk:
+            yield self._make(chunk, sizes, projections, number, progress, collected)
+
+    def _make(
+        self,
+        parts: Sequence[range],
+        sizes: np.ndarray,
+        projections: int | None,
+        number: int,
+        progress: Callable[[int], object],
+        collected: Collected | None = None,
+    ) -> LinearizedModel:
+        """Rows of consecutive batches of frames, labelled ones before context; or their features."""
+        counts, first = self._counts(sizes, projections), parts[0].start if parts else 0
         # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
         backbone, sites = self.potential.backbone, self.potential.posterior.sites
+        weights = sum(s.numel for s in sites)
+        ends = [0, *np.cumsum(counts[first : parts[-1].stop if parts else 0]).tolist()]
         gradients = torch.empty(
-            int(counts.sum()),
-            sum(s.numel for s in sites),
+            ends[-1],
+            weights if collected is None else collected.width,
             dtype=backbone.dtype,
             device=backbone.device,
         )
-        ends = [0, *np.cumsum(counts).tolist()]
+
+        def of(part: range) -> Tensor:
+            return gradients[ends[part.start - first] : ends[part.stop - first]]
 
         def work(part: range) -> _Outputs:
-            place = gradients[ends[part.start] : ends[part.stop]]
+            place = of(part)
 
             def piece(some: range) -> tuple[np.ndarray, _Outputs]:
                 at = places(part, some, counts)
-                return at, self._fill(place, at, [frames[i] for i in some], some, projections, number)
+                items = [self._frame(i) for i in some]
+                return at, self._fill(place, at, items, some, projections, number, collected)
 
             made = by_halves(piece, part, sizes[part.start : part.stop].tolist(), what="gradient rows")
             progress(len(part))
             return merged(made)
 
-        parts = self._parts(frames)
         done = divided.divided(lambda some: side_by_side(work, some, threads=width(backbone.device)), parts)
-        divided.exchange([gradients[ends[part.start] : ends[part.stop]] for part in parts])
+        divided.exchange([of(part) for part in parts])
         labels = np.concatenate([d.targets for d in done])
         counted = np.concatenate([d.scored for d in done])
-        if not np.isfinite(labels[counted]).any():  # energies alone are labelled: they are scored then
+        # energies alone are labelled: they are scored then; of features, what has been collected says so
+        if collected is None and not np.isfinite(labels[counted]).any():
             counted[:] = True
-        groups = np.array([g for d in done for g in d.groups])
-        return LinearizedModel(gradients, labels, groups, counted, np.concatenate([d.errors for d in done]))
+        return LinearizedModel(
+            gradients,
+            labels,
+            np.array([g for d in done for g in d.groups]),
+            counted,
+            np.concatenate([d.errors for d in done]),
+            np.array([key for d in done for key in d.keys], dtype=np.int64),
+        )
+
+    def _frame(self, number: int) -> Item:
+        """A training frame, or a context frame behind them."""
+        known = len(self.labelled)
+        return self.labelled[number] if number < known else self.context[number - known]
 
     def _fill(
         self,
@@ -129,6 +238,7 @@ class GradientRows:
         part: range,
         projections: int | None,
         number: int,
+        collected: Collected | None,
     ) -> _Outputs:
         """LinearizedModel of one batch of frames, energies first, at their places, and what belongs to them."""
         whole, index = len(at) == len(place), torch.from_numpy(at).to(place.device)
@@ -137,12 +247,15 @@ class GradientRows:
         known, has = bool(batch.labels), batch.n_atoms
         moved = self._change(batch, directions) if known else []
         labels = self._labels(batch, directions)
-        targets, errors, groups, scored, done = [], [], [], [], 0
+        targets, errors, groups, keys, scored, done = [], [], [], [], [], 0
         for k, (value, gradient) in enumerate(output_gradients(self.potential, batch, directions)):
             value, (label, noise) = value.double(), labels[k]
             # smaller frames of the batch have no such component
-            mine = torch.ones_like(has, dtype=torch.bool) if projections or not k else k <= 3 * has
+            cut = k and (projections is None or self.orthonormal)
+            mine = k <= 3 * has if cut else torch.ones_like(has, dtype=torch.bool)
             n = int(mine.sum())
+            if collected is not None:
+                gradient = collected.features(gradient)
             chosen, unit = gradient if n == len(mine) else gradient[mine], noise[mine].to(gradient)[:, None]
             if whole:
                 torch.div(chosen, unit, out=place[done : done + n])
@@ -154,9 +267,11 @@ class GradientRows:
             # label minus the model linearised at its mean, moved back to the pretrained weights
             target = error + moved[k] / noise if known else error
             targets.append(target[mine].cpu().numpy())
-            groups += [self.groups[i] if known else "" for i, m in zip(part, mine.tolist(), strict=True) if m]
+            chosen_frames = [i for i, m in enumerate(mine.tolist()) if m]
+            groups += [self.groups[part[i]] if known else "" for i in chosen_frames]
+            keys += [batch.keys[i] for i in chosen_frames]
             scored += [k > 0] * n
-        return _Outputs(np.concatenate(targets), np.concatenate(errors), np.array(scored), groups)
+        return _Outputs(np.concatenate(targets), np.concatenate(errors), np.array(scored), groups, keys)
 
     def hessian(self, basis: Tensor, projections: int | None, draw: int) -> np.ndarray:
         """H = sum over training rows of g g^T along a basis of the weights, each structure at a draw of its own.
@@ -189,12 +304,12 @@ class GradientRows:
             return total
 
         def by_part(part: range) -> np.ndarray:
-            sizes = [len(self.labelled[i].atoms) for i in part]
+            sizes = [self.labelled.sizes[i] for i in part]
             halves = by_halves(work, part, sizes, what="gradient rows")
             return sum(halves[1:], halves[0])
 
         threads = width(self.potential.backbone.device)
-        parts = self._parts(self.labelled)
+        parts = self._parts(labelled=True)
         matrices = divided.divided(lambda some: side_by_side(by_part, some, threads=threads), parts)
         out: np.ndarray = np.sum(matrices, axis=0)
         return out
@@ -235,21 +350,24 @@ class GradientRows:
     def _directions(self, batch: Batch, projections: int | None, number: int) -> list[Tensor]:
         """(n, 3) vectors along which forces are taken, times the root of the atoms' weights."""
         root = _atom_weights(batch).sqrt().cpu()[:, None]
-        chosen = (
-            all_components(batch)
-            if projections is None
-            else random_signs(batch, projections, (self.seed, number))
-        )
+        if projections is None:
+            chosen = all_components(batch)
+        else:
+            draw = random_orthonormal if self.orthonormal else random_signs
+            chosen = draw(batch, projections, (self.seed, number))
         return [d * root for d in chosen]
 
-    def _parts(self, items: Sequence[Item]) -> list[range]:
-        """Batches of frames that all have labels, or none; those that are in work together have :data:`BATCH`
-        frames.
+    def _parts(self, *, labelled: bool) -> list[range]:
+        """Batches of the training frames, or of context frames behind them; those that are in work together have
+        :data:`BATCH` frames.
         """
         size = max(1, BATCH // width(self.potential.backbone.device))
-        labelled = sum(bool(item.labels) for item in items)
-        parts = [range(i, min(i + size, labelled)) for i in range(0, labelled, size)]
-        return parts + [range(i, min(i + size, len(items))) for i in range(labelled, len(items), size)]
+        start, stop = (
+            (0, len(self.labelled))
+            if labelled
+            else (len(self.labelled), len(self.labelled) + len(self.context))
+        )
+        return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         """A batch of frames that all have labels, or none, on the model's device."""

@@ -299,29 +299,26 @@ class _Meter:
         first, slope = self._row_seconds(options)
         rate = self._rate(potential.backbone.dtype)
 
-        def fit(projections: int | None, spectra: int, *, samples: bool) -> tuple[float, float]:
-            """Seconds of one making of rows with what follows, and the number of rows."""
+        def fit(projections: int | None, *, moves: bool = False) -> tuple[float, float]:
+            """Seconds of one making of rows with what follows, and the bytes that are held."""
             groups = [sizes[i : i + BATCH] for i in range(0, len(sizes), BATCH)]
             outputs = [3 * int(g.max()) if projections is None else projections for g in groups]
             seconds = sum((first + slope * k) * g.sum() for k, g in zip(outputs, groups, strict=True))
             m = float((1 + (3 * sizes if projections is None else np.full_like(sizes, projections))).sum())
             seconds *= 1 + self.n_context / len(sizes)
-            rank = getattr(options, "rank", 0)
-            products = spectra * (m * m * weights + 20 * m**3)
-            products += 4.0 * (3 + (rank if samples else 0)) * m * weights
-            return seconds + products / rate, m
+            products, held = options.algebra(m, weights, bytes_each, moves=moves)
+            return seconds + products / rate, held
 
         moves = options.most_mean_steps
         if not options.after_plain and options.first_fit < 1:
-            seconds, _ = fit(options.projections_of_fit(last=False), 1, samples=True)
+            seconds, _ = fit(options.projections_of_fit(last=False))
             tries = (1 + len(STEP_SCALES)) * validation if moves else 0.0
             out.stages["first fit of the posterior"] = seconds + tries
-        whole = options.projections_of_fit(last=True)
-        last, m = fit(whole, 1, samples=True)
-        move, _ = fit(whole, 1, samples=False)
+        last, held = fit(options.projections_of_fit(last=True))
+        move, _ = fit(options.projections_of_fit(last=True), moves=True)
         tries = (1 + len(STEP_SCALES) + 1) * validation
         out.stages["posterior"] = last + moves * (move + tries)
-        return m * weights * bytes_each + 3 * 8 * m * m
+        return held
 
     def _row_seconds(self, options: ClosedFormOptions) -> tuple[float, float]:
         """Seconds per atom of a batch: of its evaluation with the energy's gradient, and of each further output."""

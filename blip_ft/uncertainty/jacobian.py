@@ -89,6 +89,27 @@ def random_signs(batch: Batch, count: int, seed: object) -> list[Tensor]:
     return out
 
 
+def random_orthonormal(batch: Batch, count: int, seed: object) -> list[Tensor]:
+    """``count`` random orthonormal vectors (n, 3) times sqrt(3n / count), keyed by structure.
+
+    Without bias, as :func:`random_signs`; none of them repeats what another has seen, so that the sum scatters less,
+    and not at all where there are as many vectors as components. Structures with fewer components have each of these,
+    and zero vectors for the rest.
+    """
+    parts: list[list[Tensor]] = [[] for _ in range(count)]
+    for key, n in zip(batch.keys, batch.n_atoms.tolist(), strict=True):
+        found = min(count, 3 * n)
+        vectors = torch.zeros(count, 3 * n, dtype=torch.float64)
+        if found == 3 * n:
+            vectors[:found] = torch.eye(found, dtype=torch.float64)
+        else:
+            drawn = normal(("orthonormal", seed, key), 3 * n * found).reshape(3 * n, found)
+            vectors[:found] = torch.linalg.qr(drawn).Q.T * (3 * n / found) ** 0.5
+        for k in range(count):
+            parts[k].append(vectors[k].reshape(n, 3))
+    return [torch.cat(part) for part in parts]
+
+
 def all_components(batch: Batch) -> list[Tensor]:
     """Unit vectors that pick force component j of every structure at once, j = 0 ... 3 n_max - 1.
 

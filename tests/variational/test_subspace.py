@@ -14,7 +14,6 @@ from blip_ft.families.base.gram import gram_matrix
 from blip_ft.families.base.linear import (
     ClosedFormData,
     LinearizedModel,
-    gauss_newton_steps,
     widest_as_good,
 )
 from blip_ft.families.base.spectrum import left_out_nll
@@ -236,7 +235,7 @@ def test_gram_matrix_of_float32_rows_keeps_small_eigenvalues() -> None:
 def test_gauss_newton_steps_are_the_damped_least_squares_solutions(m, p, scale, seed):
     rng = np.random.default_rng(seed)
     g, e = rng.normal(size=(m, p)), rng.normal(size=m)
-    steps = gauss_newton_steps(rows_of(g, e), [scale, 2 * scale])
+    steps = rows_of(g, e).steps([scale, 2 * scale])
     for step, s in zip(steps, [scale, 2 * scale], strict=True):
         expected = np.linalg.solve(g.T @ g + np.eye(p) / s**2, g.T @ e)
         np.testing.assert_allclose(step.numpy(), expected, rtol=1e-7, atol=1e-10)
@@ -245,7 +244,7 @@ def test_gauss_newton_steps_are_the_damped_least_squares_solutions(m, p, scale, 
 def test_gauss_newton_step_solves_a_linear_model_in_one_step():
     rng = np.random.default_rng(0)
     g, w = rng.normal(size=(5, 9)), rng.normal(size=9)
-    (step,) = gauss_newton_steps(rows_of(g, g @ w), [1e6])
+    (step,) = rows_of(g, g @ w).steps([1e6])
     np.testing.assert_allclose(g @ step.numpy(), g @ w, atol=1e-8)
 
 

@@ -43,26 +43,26 @@ def gram_matrix(rows: Tensor) -> np.ndarray:
     out = np.zeros((m, m), order="F")
     with as_many_threads_as_torch():
         for b in blocks(rows) if m else ():
-            out = _added(out, rows[:, b].detach().double().numpy())
-    return _mirrored(out)
+            out = added(out, rows[:, b].detach().double().numpy())
+    return mirrored(out)
 
 
 def self_product(a: np.ndarray) -> np.ndarray:
     """(m, k) -> (m, m) a a^T, both float64."""
-    return _mirrored(_added(np.zeros((len(a), len(a)), order="F"), a))
+    return mirrored(added(np.zeros((len(a), len(a)), order="F"), a))
 
 
-def _added(total: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """The upper half of total + a a^T, in the memory of total, which lies by columns."""
+def added(total: np.ndarray, a: np.ndarray, sign: float = 1.0) -> np.ndarray:
+    """The upper half of total + a a^T, or total - a a^T, in the memory of total, which lies by columns."""
     # BLAS reads columns: an array that lies by columns as it is, another one as its transpose
     turned = not a.flags.f_contiguous
     out: np.ndarray = dsyrk(
-        1.0, a.T if turned else a, beta=1.0, c=total, trans=int(turned), lower=0, overwrite_c=1
+        sign, a.T if turned else a, beta=1.0, c=total, trans=int(turned), lower=0, overwrite_c=1
     )
     return out
 
 
-def _mirrored(half: np.ndarray) -> np.ndarray:
+def mirrored(half: np.ndarray) -> np.ndarray:
     """The lower half filled in, without a copy of the whole."""
     for i in range(len(half)):
         half[i + 1 :, i] = half[i, i + 1 :]

@@ -9,6 +9,7 @@ in the linearised model and take the s with the best log likelihood of what was 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip_ft.families.base.spectrum import Spectrum, left_out_scores
+from blip_ft.families.base.spectrum import Scores, Spectrum, left_out_scores
 
 #: s that are tried when the recipe says ``auto``
 PRIOR_SCALES = tuple(float(s) for s in 10.0 ** np.arange(-2.5, 0.51, 0.125))
@@ -29,13 +30,15 @@ class LinearizedModel:
     """Gradients of model outputs at the present mean, in units of their label's noise.
 
     Attributes:
-        gradients: (m, P) d(output)/d(weight) * D / noise, all noisy sites side by side.
+        gradients: (m, P) d(output)/d(weight) * D / noise, all noisy sites side by side; or their features, of a
+            family that reduces rows as they are made (:class:`Collected`).
         targets: (m,) label minus output of the model linearised at its mean, at the pretrained
             weights, over the noise; NaN for context rows, which have no label.
         groups: (m,) group of the frame (trajectory, phase, ...), for the left-out rule.
         scored: (m,) rows whose likelihood counts in the left-out rule (forces).
         errors: (m,) label minus output at the mean, over the noise; NaN for context rows. Only
-            :func:`gauss_newton_steps` needs it.
+            :meth:`steps` needs it.
+        keys: (m,) identity of the frame of each row (``blip_ft.data.frame.content_key``), where it is known.
     """
 
     gradients: Tensor
@@ -43,6 +46,7 @@ class LinearizedModel:
     groups: np.ndarray
     scored: np.ndarray
     errors: np.ndarray | None = None
+    keys: np.ndarray | None = None
 
     @property
     def is_train(self) -> np.ndarray:
@@ -64,20 +68,80 @@ class LinearizedModel:
         """Of the labelled rows: the scales, the covariance and a step of the mean all need it."""
         return Spectrum.of_rows(self.labelled)
 
+    def left_out(self, scales: Sequence[float], temperature: float) -> Scores:
+        """Score of every group of labelled rows that is left out, for each s."""
+        train = self.is_train
+        return left_out_scores(
+            self.spectrum,
+            self.targets[train],
+            self.groups[train],
+            self.scored[train],
+            scales=scales,
+            temperature=temperature,
+            rows=self.labelled if self.spectrum.of_weights else None,
+        )
+
+    def steps(self, scales: Sequence[float]) -> Tensor:
+        """Steps of the weights, in units of rms(w0), towards the labels; (len(scales), P).
+
+        argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
+        linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
+        natural-gradient step of the ELBO's mean with a trust region in place of the pull to w0
+        (Levenberg-Marquardt). G are the gradients of the labelled outputs, e is label minus output, over the noise
+        (``errors``).
+
+        Args:
+            scales: values of s.
+        """
+        assert self.errors is not None
+        return self.spectrum.weights(self.errors[self.is_train], [1 / s**2 for s in scales], self.labelled)
+
+
+class Collected(ABC):
+    """What a family that holds no rows keeps of them, in place of a :class:`LinearizedModel`.
+
+    Attributes:
+        width: numbers that :meth:`features` leaves of a row.
+    """
+
+    width: int
+
+    @abstractmethod
+    def features(self, gradients: Tensor) -> Tensor:
+        """(B, P) gradients, weights in units of rms -> (B, width), of which rows are made."""
+
+    @abstractmethod
+    def add(self, rows: LinearizedModel) -> None:
+        """Take the next rows in; ``gradients`` are features, rows without a label are not used."""
+
+    @abstractmethod
+    def left_out(self, scales: Sequence[float], temperature: float) -> Scores:
+        """As :meth:`LinearizedModel.left_out`."""
+
+    @abstractmethod
+    def steps(self, scales: Sequence[float]) -> Tensor:
+        """As :meth:`LinearizedModel.steps`."""
+
 
 @dataclass
 class ClosedFormData:
     """What a fit needs from the model and the data.
 
     Attributes:
-        rows: gradient rows at the present mean.
+        rows: gradient rows at the present mean, or what the family has kept of them.
         prior_scale: s; ``None`` to choose it by left-out groups.
         temperature: T; 1 is the noise of the labels as the objective states it.
     """
 
-    rows: LinearizedModel
+    rows: LinearizedModel | Collected
     prior_scale: float | None = None
     temperature: float = 1.0
+
+    @property
+    def held(self) -> LinearizedModel:
+        """The rows, of a family that holds them."""
+        assert isinstance(self.rows, LinearizedModel)
+        return self.rows
 
 
 def choose_scales(data: ClosedFormData, report: dict[str, Any]) -> tuple[float, float]:
@@ -93,16 +157,7 @@ def choose_scales(data: ClosedFormData, report: dict[str, Any]) -> tuple[float, 
     """
     if data.prior_scale is not None:
         return data.prior_scale, data.temperature
-    rows, train = data.rows, data.rows.is_train
-    table = left_out_scores(
-        rows.spectrum,
-        rows.targets[train],
-        rows.groups[train],
-        rows.scored[train],
-        scales=PRIOR_SCALES,
-        temperature=data.temperature,
-        rows=rows.labelled if rows.spectrum.of_weights else None,
-    )
+    table = data.rows.left_out(PRIOR_SCALES, data.temperature)
     report["left_out_nll"] = [[s, float(scores.mean())] for s, scores in table.items()]
     return widest_as_good(table), data.temperature
 
@@ -136,19 +191,3 @@ def as_good(scores: np.ndarray, best: np.ndarray) -> bool:
     loss = scores - best
     error = loss.std(ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     return bool(loss.mean() <= error)
-
-
-def gauss_newton_steps(rows: LinearizedModel, scales: Sequence[float]) -> Tensor:
-    """Steps of the weights, in units of rms(w0), towards the labels; (len(scales), P).
-
-    argmin over d of 1/2 |e - G d|^2 + 1/2 |d|^2 / s^2 = G^T (G G^T + I/s^2)^-1 e: the mean of the
-    linearised model at T = 1 whose prior N(theta, s^2) is centred at the present mean, that is one
-    natural-gradient step of the ELBO's mean with a trust region in place of the pull to w0
-    (Levenberg-Marquardt).
-
-    Args:
-        rows: gradients G of the labelled outputs, and e, label minus output, over the noise (``errors``).
-        scales: values of s.
-    """
-    assert rows.errors is not None
-    return rows.spectrum.weights(rows.errors[rows.is_train], [1 / s**2 for s in scales], rows.labelled)

@@ -151,6 +151,8 @@ class ClosedFormOptions(FamilyOptions):
     """A covariance of all weights with noise that has a closed form."""
 
     closed_form: ClassVar[bool] = True
+    #: whether projections of a structure's forces are orthonormal, and never more than there are components
+    orthonormal_projections: ClassVar[bool] = False
 
     projections: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """random projections of each structure's forces that stand for all of them; ``all``: every force
@@ -173,6 +175,19 @@ class ClosedFormOptions(FamilyOptions):
     def first_fit(self) -> float:
         """Share of the epochs after which it is fitted for the first time."""
         return 1.0
+
+    def algebra(self, rows: float, weights: int, number: int, *, moves: bool) -> tuple[float, float]:
+        """Products of numbers, and bytes held at once, of a fit beside the making of its rows.
+
+        Args:
+            rows: of gradients.
+            weights: that carry noise.
+            number: bytes per number of the model.
+            moves: a step of the mean in place of a covariance.
+        """
+        samples = 0 if moves else getattr(self, "rank", 0)
+        products = rows * rows * weights + 20 * rows**3 + 4 * (3 + samples) * rows * weights
+        return products, rows * weights * number + 3 * 8 * rows * rows
 
     def projections_of_fit(self, *, last: bool) -> int | None:
         """R of a fit, ``None`` for every force component; fits that are not the last make do with fewer."""

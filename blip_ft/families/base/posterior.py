@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blip_ft.families.base.linear import ClosedFormData
+from blip_ft.families.base.linear import ClosedFormData, Collected
 from blip_ft.families.base.options import FamilyOptions
 from blip_ft.variational.base import VariationalLayer
 from blip_ft.variational.noise import RowLayout, normal
@@ -219,6 +219,15 @@ class ClosedFormPosterior(Posterior):
             A report for the receipt, with at least ``prior_scale``, ``temperature``, ``n_rows`` and
             ``n_train_rows``.
         """
+
+    def collect(self, rows: int) -> Collected | None:
+        """What gradient rows are added to as they are made; ``None`` where they are held.
+
+        Args:
+            rows: how many will be made, about.
+        """
+        del rows
+        return None
 
     @abstractmethod
     def effective_parameters(self) -> float:

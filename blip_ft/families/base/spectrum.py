@@ -178,13 +178,36 @@ def _of_weights(
     others = rows[torch.from_numpy(~inside).to(rows.device)]
     spectrum = Spectrum.of_matrix(gram_matrix(others.T), of_weights=True)
     pulled = combine(targets[~inside][None], others, torch.float64)[0].cpu().numpy()
-    wanted = rows[torch.from_numpy(inside & scored).to(rows.device)].double().cpu().numpy() @ spectrum.vectors
-    along = spectrum.vectors.T @ pulled
+    wanted = rows[torch.from_numpy(inside & scored).to(rows.device)].double().cpu().numpy()
+    noises = [temperature / s**2 for s in scales]
+    return scores_from_others(spectrum, pulled, wanted, targets[inside & scored], noises, temperature)
+
+
+def scores_from_others(
+    others: Spectrum,
+    pulled: np.ndarray,
+    rows: np.ndarray,
+    targets: np.ndarray,
+    noises: Sequence[float],
+    temperature: float,
+) -> list[float]:
+    """Mean Gaussian NLL of rows that other rows predict, by the law of the weights that these leave.
+
+    Args:
+        others: of G^T G, G the other rows.
+        pulled: (k,) G^T times their targets.
+        rows: (n, k) that are predicted.
+        targets: (n,) theirs.
+        noises: T/s^2, for each s.
+        temperature: T.
+    """
+    wanted, along = rows @ others.vectors, others.vectors.T @ pulled
+    squares = wanted**2
     scores = []
-    for s in scales:
-        spread = s * s / (s * s * spectrum.values + temperature)  # variance over T along each eigenvector
-        error = targets[inside & scored] - wanted @ (spread * along)
-        scores.append(_nll(error, temperature * (1 + wanted**2 @ spread), temperature))
+    for noise in noises:
+        spread = 1 / (others.values + noise)  # variance over T along each eigenvector
+        error = targets - wanted @ (spread * along)
+        scores.append(_nll(error, temperature * (1 + squares @ spread), temperature))
     return scores
 
 

@@ -101,10 +101,10 @@ class PathwisePosterior(ClosedFormPosterior):
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        gradients = data.rows.labelled
-        report: dict[str, Any] = {"n_rows": len(data.rows.gradients), "n_train_rows": len(gradients)}
+        gradients = data.held.labelled
+        report: dict[str, Any] = {"n_rows": len(data.held.gradients), "n_train_rows": len(gradients)}
         s, temperature = choose_scales(data, report)
-        self._set_samples(gradients, data.rows.spectrum, s, temperature)
+        self._set_samples(gradients, data.held.spectrum, s, temperature)
         return report | {
             "prior_scale": s,
             "temperature": temperature,

@@ -91,7 +91,7 @@ class LaplacePosterior(ClosedFormPosterior):
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores (the same rule as for ``subspace``), for the receipt.
         """
-        rows = data.rows
+        rows = data.held
         gradients = rows.labelled
         report: dict[str, Any] = {"n_rows": len(rows.gradients), "n_train_rows": len(gradients)}
         s, temperature = choose_scales(data, report)

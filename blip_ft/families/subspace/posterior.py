@@ -109,7 +109,7 @@ class SubspacePosterior(ClosedFormPosterior):
             ``prior_scale``, ``temperature``, ``effective_parameters`` and the table of left-out
             scores, for the receipt.
         """
-        rows = data.rows
+        rows = data.held
         gram = gram_matrix(rows.gradients)
         train = rows.is_train
         report: dict[str, Any] = {"n_rows": len(gram), "n_train_rows": int(train.sum())}

@@ -1,0 +1,1 @@
+"""The ``sketch`` family: see ``options.py`` and ``posterior.py``."""
