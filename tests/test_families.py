@@ -19,6 +19,7 @@ from blip_ft.families.base.linear import ClosedFormData, LinearizedModel
 from blip_ft.families.pathwise.posterior import PathwisePosterior
 from blip_ft.families.posthoc_laplace.posterior import LaplacePosterior
 from blip_ft.families.registry import without_foreign_keys
+from blip_ft.families.sketch.posterior import SketchPosterior
 from blip_ft.families.subspace.posterior import SubspacePosterior
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.checkpoint import save_model
@@ -42,12 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
     "posthoc_laplace": {"family": "posthoc_laplace"},
     "subspace": {"family": "subspace", "rank": 6},
     "pathwise": {"family": "pathwise", "rank": 6},
+    "sketch": {"family": "sketch", "rank": 6, "buckets": 128},
 }
 
 
 def modes(case: str, *, row_noise: bool = True) -> list[str]:
     """The noise that a family can have."""
-    if case in ("pathwise", "posthoc_laplace", "subspace"):
+    if case in ("pathwise", "posthoc_laplace", "sketch", "subspace"):
         return ["structure", "draw"]
     return ["structure", *(["local"] if row_noise else []), "flipout", "draw"]
 
@@ -79,7 +81,7 @@ def make(case: str = "adaptive", *, backbone: FakeBackbone | None = None, seed: 
         rows = torch.linalg.qr(torch.randn(*shape[::-1], generator=generator, dtype=DOUBLE)).Q.T
         potential.posterior.directions.copy_(rows.half())  # what a file holds
         potential.posterior.scale.copy_(torch.eye(shape[0], dtype=DOUBLE) * SUBSPACE_SCALE)
-    if isinstance(potential.posterior, PathwisePosterior):
+    if isinstance(potential.posterior, PathwisePosterior | SketchPosterior):
         rows = torch.randn(20, 472, generator=generator, dtype=DOUBLE)
         nothing = np.zeros(20)
         data = LinearizedModel(rows, nothing, np.arange(20) % 3, nothing == 0)
@@ -186,6 +188,9 @@ class TestNoise:
         elif case == "pathwise":
             potential.posterior.directions.zero_()
             monkeypatch.setattr(PathwisePosterior, "ready", True)
+        elif case == "sketch":
+            potential.posterior.samples.zero_()
+            monkeypatch.setattr(SketchPosterior, "ready", True)
         elif case == "subspace":
             potential.posterior.scale.zero_()
             monkeypatch.setattr(SubspacePosterior, "ready", True)
@@ -279,7 +284,7 @@ def base_path() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.default
 @pytest.mark.parametrize(
-    "case", ["channel", "weight, dropout", "adaptive", "pathwise", "subspace", "posthoc_laplace"]
+    "case", ["channel", "weight, dropout", "adaptive", "pathwise", "sketch", "subspace", "posthoc_laplace"]
 )
 def test_a_draw_conserves_energy_like_the_base_model(
     case: str, base_path: tuple[np.ndarray, np.ndarray]
@@ -299,7 +304,7 @@ def test_a_draw_conserves_energy_like_the_base_model(
 
 
 class TestFlipout:
-    @pytest.mark.parametrize("family", ["pathwise", "subspace"])
+    @pytest.mark.parametrize("family", ["pathwise", "sketch", "subspace"])
     def test_refused_for_correlated_weights(self, family: str) -> None:
         with pytest.raises(ValidationError, match="mode"):
             PosteriorConfig(family=family, mode="flipout")
@@ -331,7 +336,7 @@ def test_moments_are_those_of_the_draws() -> None:
 
 REFUSED = {
     f"{option} with {family}": ([f"posterior.family={family}", option], option.partition("=")[0])
-    for family in ("pathwise", "subspace")
+    for family in ("pathwise", "sketch", "subspace")
     for option in (
         "posterior.mode=flipout",
         "posterior.prior=dropout",

@@ -126,7 +126,7 @@ class ClosedFormFitter:
             # gradients of another mean do not cancel where those of this one do: near the data a posterior from
             # before the step is too wide. In training it only steers the noise.
             if last or not final:
-                report = self._fit_posterior(rows)
+                report = self._fit_posterior(rows, number, final=final)
             if last:
                 break
             scale = report["prior_scale"] if report else choose_scales(self._data(rows), {})[0]
@@ -136,7 +136,7 @@ class ClosedFormFitter:
             if not final:
                 break
             if not steps[-1]:
-                report = self._fit_posterior(rows)
+                report = self._fit_posterior(rows, number, final=final)
                 break
         report["mean_steps"] = steps
         return self.settle(report, final=final)
@@ -150,12 +150,18 @@ class ClosedFormFitter:
                 return self.rows.rows(
                     projections, number=number, context=self.options.needs_context, progress=advance
                 )
-            for rows in self.rows.features(collected, projections, number=number, progress=advance):
+            made = self.rows.features(
+                collected.features, collected.width, projections, number=number, progress=advance
+            )
+            for rows in made:
                 collected.add(rows)
             return collected
 
-    def _fit_posterior(self, rows: LinearizedModel | Collected) -> dict[str, Any]:
-        return self.posterior.fit(self._data(rows))
+    def _fit_posterior(
+        self, rows: LinearizedModel | Collected, number: int, *, final: bool
+    ) -> dict[str, Any]:
+        made = {"projections": self.options.projections_of_fit(last=final), "number": number}
+        return self.posterior.fit(self._data(rows)) | {"rows_of": made}
 
     def _data(self, rows: LinearizedModel | Collected) -> ClosedFormData:
         scale = self.options.prior_scale

@@ -21,7 +21,7 @@ from blip_ft.backbones.protocol import Batch
 from blip_ft.closed_form.row_order import merged, places
 from blip_ft.config import ObjectiveConfig
 from blip_ft.data.batch.dataset import FrameDataset, Item, collate
-from blip_ft.families.base.linear import Collected, LinearizedModel
+from blip_ft.families.base.linear import LinearizedModel
 from blip_ft.objectives.likelihood import frame_weights
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.system import divided
@@ -145,7 +145,8 @@ class GradientRows:
 
     def features(
         self,
-        collected: Collected,
+        reduce: Callable[[Tensor], Tensor],
+        width: int,
         projections: int | None,
         *,
         number: int = 0,
@@ -153,8 +154,11 @@ class GradientRows:
     ) -> Iterator[LinearizedModel]:
         """The rows of training frames, reduced as they are made; some thousand at a time, in the order of the frames.
 
+        Frames without labels have rows too, with NaN for targets.
+
         Args:
-            collected: of the posterior (``ClosedFormPosterior.collect``): gives the features of gradients.
+            reduce: (B, P) gradients, weights in units of rms -> (B, width) features.
+            width: numbers of a row.
             projections: R per frame; ``None`` for every force component.
             number: other numbers give other projections.
             progress: called with the number of frames done after each batch.
@@ -167,10 +171,10 @@ class GradientRows:
             chunk.append(part)
             rows += int(counts[part.start : part.stop].sum())
             if rows >= most:
-                yield self._make(chunk, sizes, projections, number, progress, collected)
+                yield self._make(chunk, sizes, projections, number, progress, (reduce, width))
                 chunk, rows = [], 0
         if chunk:
-            yield self._make(chunk, sizes, projections, number, progress, collected)
+            yield self._make(chunk, sizes, projections, number, progress, (reduce, width))
 
     def _make(
         self,
@@ -179,9 +183,11 @@ class GradientRows:
         projections: int | None,
         number: int,
         progress: Callable[[int], object],
-        collected: Collected | None = None,
+        reduced: tuple[Callable[[Tensor], Tensor], int] | None = None,
     ) -> LinearizedModel:
-        """Rows of consecutive batches of frames, labelled ones before context; or their features."""
+        """Rows of consecutive batches of frames, labelled ones before context; with ``reduce`` and ``width`` of
+        :meth:`features` their features.
+        """
         counts, first = self._counts(sizes, projections), parts[0].start if parts else 0
         # filled in place: these rows are the largest thing that a fit holds (posterior.max_bytes)
         backbone, sites = self.potential.backbone, self.potential.posterior.sites
@@ -189,7 +195,7 @@ class GradientRows:
         ends = [0, *np.cumsum(counts[first : parts[-1].stop if parts else 0]).tolist()]
         gradients = torch.empty(
             ends[-1],
-            weights if collected is None else collected.width,
+            weights if reduced is None else reduced[1],
             dtype=backbone.dtype,
             device=backbone.device,
         )
@@ -203,7 +209,7 @@ class GradientRows:
             def piece(some: range) -> tuple[np.ndarray, _Outputs]:
                 at = places(part, some, counts)
                 items = [self._frame(i) for i in some]
-                return at, self._fill(place, at, items, some, projections, number, collected)
+                return at, self._fill(place, at, items, some, projections, number, reduced and reduced[0])
 
             made = by_halves(piece, part, sizes[part.start : part.stop].tolist(), what="gradient rows")
             progress(len(part))
@@ -214,7 +220,7 @@ class GradientRows:
         labels = np.concatenate([d.targets for d in done])
         counted = np.concatenate([d.scored for d in done])
         # energies alone are labelled: they are scored then; of features, what has been collected says so
-        if collected is None and not np.isfinite(labels[counted]).any():
+        if reduced is None and not np.isfinite(labels[counted]).any():
             counted[:] = True
         return LinearizedModel(
             gradients,
@@ -238,7 +244,7 @@ class GradientRows:
         part: range,
         projections: int | None,
         number: int,
-        collected: Collected | None,
+        reduce: Callable[[Tensor], Tensor] | None,
     ) -> _Outputs:
         """LinearizedModel of one batch of frames, energies first, at their places, and what belongs to them."""
         whole, index = len(at) == len(place), torch.from_numpy(at).to(place.device)
@@ -254,8 +260,8 @@ class GradientRows:
             cut = k and (projections is None or self.orthonormal)
             mine = k <= 3 * has if cut else torch.ones_like(has, dtype=torch.bool)
             n = int(mine.sum())
-            if collected is not None:
-                gradient = collected.features(gradient)
+            if reduce is not None:
+                gradient = reduce(gradient)
             chosen, unit = gradient if n == len(mine) else gradient[mine], noise[mine].to(gradient)[:, None]
             if whole:
                 torch.div(chosen, unit, out=place[done : done + n])

@@ -32,6 +32,7 @@ from rich.console import Console
 
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.closed_form.gradients import groups_of
+from blip_ft.closed_form.statistics_file import write_statistics
 from blip_ft.config import Recipe, apply_override, parse_recipe
 from blip_ft.data.split import splits_file
 from blip_ft.errors import BlipError, CheckpointError, RecipeError
@@ -292,7 +293,7 @@ def _train_and_judge(
     if whole is None:
         train_frames = sets["train"]
         potential.ood = fit_distance(potential, train_frames, groups_of(train_frames))
-        keep_state(pieces, "posterior", potential, history=history["blip"])
+        keep_state(pieces, "posterior", potential, statistics=True, history=history["blip"])
     results["blip"] = evaluate(
         recipe,
         potential,
@@ -314,6 +315,7 @@ def _train_and_judge(
             with whole_file(place / "drift.json") as file:
                 json.dump(drift, file, indent=1)
         save_model(potential, place / "model")
+        write_statistics(potential, place)
         return write_run(recipe, prepared, results, history, receipt, place, console, drift, linearity)
 
     metrics = write_or_elsewhere(write, run)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from blip_ft.families.base.posterior import ClosedFormPosterior
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.training.pieces import Pieces
 
-#: prefix of the tensors of the out-of-distribution score
-OOD = "ood."
+#: prefixes of the tensors of the out-of-distribution score, and of what a posterior can be updated with
+OOD, STATISTICS = "ood.", "statistics."
 
 
 def changing(potential: BayesianPotential, *, posterior: bool = True) -> list[str]:
@@ -58,7 +59,13 @@ def set_numbers(potential: BayesianPotential, numbers: Mapping[str, Any]) -> Non
 
 
 def keep_state(
-    pieces: Pieces | None, name: str, potential: BayesianPotential, *, posterior: bool = True, **about: Any
+    pieces: Pieces | None,
+    name: str,
+    potential: BayesianPotential,
+    *,
+    posterior: bool = True,
+    statistics: bool = False,
+    **about: Any,
 ) -> None:
     """Keep what training has changed so far.
 
@@ -67,6 +74,7 @@ def keep_state(
         name: of the piece.
         potential: the model.
         posterior: with the posterior, whose covariance can be a hundred times the rest.
+        statistics: with what it can be updated with.
         about: what else belongs to this place of the run, as JSON has it.
     """
     if pieces is None:
@@ -75,6 +83,8 @@ def keep_state(
     tensors: dict[str, Tensor] = {key: state[key] for key in changing(potential, posterior=posterior)}
     if potential.ood is not None:
         tensors |= {OOD + key: value for key, value in potential.ood.tensors().items()}
+    if statistics and isinstance(potential.posterior, ClosedFormPosterior):
+        tensors |= {STATISTICS + key: value for key, value in potential.posterior.statistics().items()}
     pieces.keep_tensors(name, tensors, numbers_of(potential) | about | {"with_posterior": posterior})
 
 
@@ -89,6 +99,9 @@ def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential)
         return None
     tensors, about = found
     ood = {k.removeprefix(OOD): tensors.pop(k) for k in list(tensors) if k.startswith(OOD)}
+    statistics = {
+        k.removeprefix(STATISTICS): tensors.pop(k) for k in list(tensors) if k.startswith(STATISTICS)
+    }
     if tensors.keys() != set(
         changing(potential, posterior=about["with_posterior"])
     ):  # of another model: not a piece of this run
@@ -96,5 +109,7 @@ def recall_state(pieces: Pieces | None, name: str, potential: BayesianPotential)
     match_precision(potential, tensors)
     potential.load_state_dict(tensors, strict=False)
     potential.ood = FeatureDistance.from_tensors(ood) if ood else None
+    if statistics and isinstance(potential.posterior, ClosedFormPosterior):
+        potential.posterior.set_statistics(statistics)
     set_numbers(potential, about)
     return about

@@ -106,6 +106,19 @@ def read(run: Path, steps: int) -> list[float]:
             id="pathwise",
         ),
         pytest.param(
+            {
+                "family": "sketch",
+                "prior_scale": 0.3,
+                "rank": 8,
+                "buckets": 128,
+                "projections": 4,
+                "start": 0.0,
+            },
+            "elbo",
+            marks=pytest.mark.default,
+            id="sketch",
+        ),
+        pytest.param(
             {"family": "weight", "prior_scale": 0.1, "init_std": 0.05},
             "elbo",
             marks=pytest.mark.full,

@@ -47,6 +47,10 @@ REPLAY: dict[str, Any] = {
     "data": {"batch_size": 2, "replay": {"source": "replay.extxyz", "probe": "replay.extxyz"}},
     "trainer": {"max_epochs": 3, "accelerator": "cpu", "accumulate_grad_batches": 2},
 }
+SKETCH: dict[str, Any] = {
+    "posterior": {"family": "sketch", "buckets": 128, "rank": 8},
+    "optimizer": {"learning_rate": 0.01},
+}
 SUBSPACE: dict[str, Any] = {
     "posterior": {"family": "subspace", "prior_scale": 0.3, "rank": 8, "projections": 4, "start": 0.0},
     "optimizer": {"learning_rate": 0.01},
@@ -97,6 +101,7 @@ def differences(one: Path, other: Path) -> list[str]:
         n
         for n in (
             "model/model.safetensors",
+            "posterior.safetensors",
             "metrics.json",
             "calibration.json",
             "splits.json",
@@ -150,13 +155,19 @@ def test_killed_in_every_stage(tmp_path: Path) -> None:
         pytest.param(PATHWISE, id="pathwise", marks=pytest.mark.default),
         pytest.param(ADAPTIVE, id="adaptive", marks=pytest.mark.full),
         pytest.param(REPLAY, id="replay", marks=pytest.mark.default),
+        pytest.param(SKETCH, id="sketch", marks=pytest.mark.full),
         pytest.param(SUBSPACE, id="subspace", marks=pytest.mark.full),
         pytest.param(POSTHOC, id="posthoc", marks=pytest.mark.full),
     ],
 )
 def test_killed_at_ten_points_of_every_stage(sections: dict[str, Any], tmp_path: Path) -> None:
     prepare(tmp_path, sections)
-    closed = sections["posterior"].get("family", "pathwise") in ("pathwise", "subspace", "posthoc_laplace")
+    closed = sections["posterior"].get("family", "pathwise") in (
+        "pathwise",
+        "sketch",
+        "subspace",
+        "posthoc_laplace",
+    )
     chains: list[dict[str, Any]] = [
         {"name": "pretrained", "hook": ASK, "kills": 10},
         {"name": "steps", "hook": STEP, "kills": 10, "least": 4},
@@ -169,6 +180,13 @@ def test_killed_at_ten_points_of_every_stage(sections: dict[str, Any], tmp_path:
     if closed:
         chains.append({"name": "rows", "hook": ROWS, "kills": 10})
     compare(tmp_path, chains)
+
+
+@pytest.mark.default
+def test_a_sketch_is_killed_between_its_pieces(tmp_path: Path) -> None:
+    """What a posterior is updated with is kept beside it."""
+    prepare(tmp_path, SKETCH | {"plain": {"enabled": False}})
+    compare(tmp_path, [{"name": "pieces", "hook": KEEP, "kills": 2, "first": 5, "step": 3}])
 
 
 @pytest.mark.default

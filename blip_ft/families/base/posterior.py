@@ -229,6 +229,20 @@ class ClosedFormPosterior(Posterior):
         del rows
         return None
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What frames can be added to and removed from later, for a file beside the model's; empty for families without
+        updates.
+        """
+        return {}
+
+    def set_statistics(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`statistics`.
+
+        Raises:
+            ValueError: they are not of this posterior.
+        """
+        del tensors
+
     @abstractmethod
     def effective_parameters(self) -> float:
         """How many directions the labels determine."""

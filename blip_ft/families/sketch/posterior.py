@@ -274,6 +274,17 @@ class SketchPosterior(ClosedFormPosterior):
             "absorbed": absorbed,
         }
 
+    def statistics(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return {} if self.known is None else self.known.tensors() | {"hash_mark": self.hash_mark.cpu()}
+
+    def set_statistics(self, tensors: Mapping[str, Tensor]) -> None:
+        """See the base class."""
+        found = dict(tensors)
+        if not torch.equal(found.pop("hash_mark"), self.hash_mark.cpu()):
+            raise ValueError("its weights are hashed into other buckets")
+        self.known = Known.from_tensors(found)
+
     # ---- outputs -----------------------------------------------------------------------------
     def features(self, gradients: Tensor) -> Tensor:
         """Phi of outputs: (B, P) gradients, weights in units of rms -> (B, m)."""
