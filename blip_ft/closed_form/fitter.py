@@ -129,6 +129,7 @@ class ClosedFormFitter:
                 report = self._fit_posterior(rows, number, final=final)
             if last:
                 break
+            assert isinstance(rows, LinearizedModel)
             scale = report["prior_scale"] if report else choose_scales(self._data(rows), {})[0]
             steps.append(self.move_mean(rows, scale))
             if self.moved is not None:
@@ -200,7 +201,7 @@ class ClosedFormFitter:
         return report
 
     # ---- the mean --------------------------------------------------------------------------
-    def move_mean(self, rows: LinearizedModel | Collected, scale: float) -> float:
+    def move_mean(self, rows: LinearizedModel, scale: float) -> float:
         """A damped Gauss-Newton step of the mean, no wider than validation frames insist on.
 
         Args:

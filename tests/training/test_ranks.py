@@ -115,7 +115,7 @@ def read(run: Path, steps: int) -> list[float]:
                 "start": 0.0,
             },
             "elbo",
-            marks=pytest.mark.default,
+            marks=pytest.mark.full,
             id="sketch",
         ),
         pytest.param(

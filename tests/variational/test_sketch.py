@@ -134,14 +134,6 @@ class TestWithoutSketch:
         mu = report["prior_scale"] ** 2 * np.linalg.eigvalsh(x.T @ x).clip(min=0)
         assert report["effective_parameters"] == pytest.approx(float((mu / (1 + mu)).sum()), rel=1e-6)
 
-    def test_steps_of_the_mean(self) -> None:
-        rows, _ = problem(60)
-        statistics = make().collect(60)
-        statistics.add(rows)
-        torch.testing.assert_close(
-            statistics.steps([0.3, 0.03]), rows.steps([0.3, 0.03]), rtol=1e-7, atol=1e-10
-        )
-
     def test_outputs_that_the_labels_fix_survive_single_precision(self) -> None:
         """Labels known a thousand times better than the prior: their std is a small difference."""
         rows, x = problem(8)

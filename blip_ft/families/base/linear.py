@@ -100,6 +100,8 @@ class LinearizedModel:
 class Collected(ABC):
     """What a family that holds no rows keeps of them, in place of a :class:`LinearizedModel`.
 
+    The mean makes no steps with it.
+
     Attributes:
         width: numbers that :meth:`features` leaves of a row.
     """
@@ -117,10 +119,6 @@ class Collected(ABC):
     @abstractmethod
     def left_out(self, scales: Sequence[float], temperature: float) -> Scores:
         """As :meth:`LinearizedModel.left_out`."""
-
-    @abstractmethod
-    def steps(self, scales: Sequence[float]) -> Tensor:
-        """As :meth:`LinearizedModel.steps`."""
 
 
 @dataclass

@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ByteSize, Field
 
 from blip_ft.families.base.budget import Fitted, Room
-from blip_ft.families.base.options import STEERING, TrainedClosedFormOptions
+from blip_ft.families.base.options import STEERING, ClosedFormOptions
 from blip_ft.families.registry import family
 from blip_ft.families.sketch.budget import algebra, fit_buckets, fit_projections
 
 
 @family
-class SketchOptions(TrainedClosedFormOptions):
+class SketchOptions(ClosedFormOptions):
     """The full covariance of all noisy weights in a sketch of fixed size, whatever the number of frames."""
 
     law: ClassVar[str] = "blip_ft.families.sketch.posterior:SketchPosterior"
@@ -34,6 +34,15 @@ class SketchOptions(TrainedClosedFormOptions):
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """bound on the posterior in the model file: a number of bytes or ``40 MB``. Without a bound 10 MB, or what
     ``buckets`` take where they are given"""
+
+    start: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """share of the epochs after which the posterior is fitted for the first time and the noise comes in; it is fitted
+    again at the end"""
+
+    @property
+    def first_fit(self) -> float:
+        """As the recipe says."""
+        return self.start
 
     def projections_of_fit(self, *, last: bool) -> int | None:
         """R of a fit, ``None`` for every force component."""

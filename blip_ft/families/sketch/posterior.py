@@ -121,10 +121,7 @@ class SketchPosterior(ClosedFormPosterior):
         def reduce(gradients: Tensor) -> Tensor:
             return to_buckets(gradients, place, most)
 
-        def weights(values: Tensor) -> Tensor:
-            return to_weights(values.to(self.prior_std), place)
-
-        return Statistics(reduce, weights, most, rows, exact=most == self.n_weights)
+        return Statistics(reduce, most, rows, exact=most == self.n_weights)
 
     def fit(self, data: ClosedFormData) -> dict[str, Any]:
         """Set s, m and the covariance from the gradient rows of the training frames.

@@ -1,8 +1,8 @@
 """What a sketch keeps of gradient rows: sums in m x m, and a bounded sample of rows to score left-out groups on.
 
-With phi = g S the features of a row, all that the posterior needs is H = sum phi phi^T, all that a mean needs is
-sum phi times target. Groups are left out by taking their own sums off (down-dating); none of it grows with the number
-of frames but the list of who they are, 16 bytes a frame.
+With phi = g S the features of a row, all that the posterior needs is H = sum phi phi^T; the left-out rule needs the
+same of every group, and sum phi times target. Groups are left out by taking their own sums off (down-dating). None of
+it grows with the number of frames but the list of who they are, 16 bytes a frame.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ class Statistics(Collected):
 
     Args:
         reduce: (B, P) gradients -> (B, width) features.
-        weights: (width,) values in the buckets -> (P,) weights.
         buckets: of the features.
         rows: how many will come, about.
         exact: the sketch is the identity.
@@ -102,15 +101,13 @@ class Statistics(Collected):
     def __init__(
         self,
         reduce: Callable[[Tensor], Tensor],
-        weights: Callable[[Tensor], Tensor],
         buckets: int,
         rows: int,
         *,
         exact: bool,
     ) -> None:
-        self._reduce, self._weights, self.width, self.exact = reduce, weights, buckets, exact
+        self._reduce, self.width, self.exact = reduce, buckets, exact
         self._total = np.zeros((buckets, buckets), order="F")
-        self._pulled = np.zeros(buckets)
         self._scoring = buckets if exact else scoring_width(buckets, rows)
         self._folds: list[_Fold] = []
         self._fold_of: dict[str, int] = {}
@@ -129,10 +126,7 @@ class Statistics(Collected):
         self.rows += len(train)
         self.labelled += len(features)
         with as_many_threads_as_torch():
-            wide = features.double()
-            self._total = added(self._total, wide.numpy().T)
-            if rows.errors is not None:
-                self._pulled += wide.numpy().T @ rows.errors[train]
+            self._total = added(self._total, features.double().numpy().T)
             narrow = features if self._scoring == self.width else folded(features, self._scoring)
             for group in dict.fromkeys(rows.groups.tolist()):
                 inside = groups == group
@@ -209,12 +203,6 @@ class Statistics(Collected):
         if ratio == 1:
             return whole
         return np.asfortranarray(whole.reshape(ratio, buckets, ratio, buckets).sum(axis=(0, 2)))
-
-    def steps(self, scales: Sequence[float]) -> Tensor:
-        """As ``LinearizedModel.steps``, steps that move all weights of a bucket alike: S (H + 1/s^2)^-1 S^T G^T e."""
-        spectrum = Spectrum.of_matrix(self.matrix(self.width), of_weights=True)
-        found = [spectrum.solve(self._pulled[:, None], 1 / s**2)[:, 0] for s in scales]
-        return self._weights(torch.from_numpy(np.stack(found)))
 
 
 @dataclass
