@@ -256,13 +256,16 @@ class TestBudget:
         assert self.reduced(tmp_path, buckets=buckets, max_bytes=room)[1] == []
 
     def test_projections_for_large_sets(self, tmp_path: Path) -> None:
-        small, said = self.reduced(tmp_path, 65, 20)
+        small, said = self.reduced(tmp_path, 32, 20)
         assert (small.posterior.projections, said) == ("all", [])
-        assert ALL_ROWS < 66 * 61
+        assert 32 * 61 < ALL_ROWS < 33 * 61
         middle, (line,) = self.reduced(tmp_path, 100, 20)
-        assert middle.posterior.projections == ALL_ROWS // 100 - 1
-        assert "39 orthonormal projections" in line
+        assert "19 orthonormal projections" in line
         large, _ = self.reduced(tmp_path, 5000, 20)
         assert large.posterior.projections == PROJECTIONS
+        for recipe, last, first in ((small, None, 8), (middle, 19, 8), (large, 8, 4)):
+            of_fit = recipe.posterior.projections_of_fit
+            assert (of_fit(last=True), of_fit(last=False)) == (last, first)
         assert self.reduced(tmp_path, 5000, 20, projections=60)[0].posterior.projections == 60
-        assert self.reduced(tmp_path, 5000, 5)[0].posterior.projections == "all", "no more than 15 components"
+        few_atoms, _ = self.reduced(tmp_path, 5000, 2)
+        assert few_atoms.posterior.projections == "all", "there are 6 components"

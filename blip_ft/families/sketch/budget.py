@@ -17,9 +17,9 @@ FILE_BYTES = 10**7
 #: fewest buckets that are chosen; with fewer the error of the sketch is that of a handful of samples
 LEAST = 512
 #: of force components and energies in all up to which every one is a row
-ALL_ROWS = 4000
-#: fewest projections of each frame's forces beyond
-PROJECTIONS = 16
+ALL_ROWS = 2000
+#: fewest projections of each frame's forces beyond: with those of the first fit, half of 24 epochs of training
+PROJECTIONS = 8
 #: groups that are left out one at a time; further ones share
 FOLDS = 8
 #: buckets in which groups are left out, for few rows and for many (:func:`scoring_width`)
@@ -100,8 +100,8 @@ def fit_projections(
 ) -> int | Literal["all"]:
     """R of the last fit.
 
-    Gradients cost the same for every frame, so that their share of the time of training is that of R in the steps that
-    training takes: a fixed R for sets of any size.
+    A gradient costs nearly a step of training of its frame, so that their share of the time is that of R in the epochs:
+    a fixed R for sets of any size, and more for small ones, whose error bars need them.
     """
     if wanted != "all":
         return wanted

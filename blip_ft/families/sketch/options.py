@@ -29,7 +29,7 @@ class SketchOptions(ClosedFormOptions):
     """samples that draws and the error bars of forces are made of; that of the energy needs none"""
     projections: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """orthonormal random projections of each structure's forces that stand for all of them, no more than it has
-    components; ``all``: every component while the training set has no more than 4,000 in all, else 16 or more
+    components; ``all``: every component while the training set has no more than 2,000 in all, else 8 or more
     projections"""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """bound on the posterior in the model file: a number of bytes or ``40 MB``. Without a bound 10 MB, or what
@@ -45,10 +45,10 @@ class SketchOptions(ClosedFormOptions):
         return self.start
 
     def projections_of_fit(self, *, last: bool) -> int | None:
-        """R of a fit, ``None`` for every force component."""
+        """R of a fit, ``None`` for every force component; half of it, 8 at most, where the fit only steers the noise."""
         if self.projections == "all":
             return None if last else STEERING
-        return self.projections if last else min(self.projections, STEERING)
+        return self.projections if last else min(max(1, self.projections // 2), STEERING)
 
     def fit_to_budget(self, room: Room, say: Callable[[str], object]) -> Fitted[Self]:
         """Projections for the number of frames; buckets are chosen when the labels' gradients are known."""
