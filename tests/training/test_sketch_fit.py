@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from ase import Atoms
 from ase.io import write
 from rich.console import Console
 
+from blip_ft.backbones.registry import get_adapter
 from blip_ft.closed_form import gradients
 from blip_ft.closed_form.budget import fit_to_budget
 from blip_ft.closed_form.fitter import ClosedFormFitter
 from blip_ft.closed_form.gradients import GradientRows
 from blip_ft.closed_form.statistics_file import NAME, read_statistics
-from blip_ft.config import Recipe, parse_recipe
+from blip_ft.config import PosteriorConfig, Recipe, load_recipe, parse_recipe
 from blip_ft.data.batch.dataset import FrameDataset, GraphCache
+from blip_ft.data.frame import to_atoms
 from blip_ft.data.read.sources import load_source
 from blip_ft.errors import CheckpointError, RecipeError
 from blip_ft.families.base.linear import ClosedFormData
@@ -269,3 +272,41 @@ class TestBudget:
         assert self.reduced(tmp_path, 5000, 20, projections=60)[0].posterior.projections == 60
         few_atoms, _ = self.reduced(tmp_path, 5000, 2)
         assert few_atoms.posterior.projections == "all", "there are 6 components"
+
+
+@pytest.mark.backend("sevennet")
+def test_beside_all_weights_of_a_real_model() -> None:
+    """Stds of seen and unseen frames over the exact ones, within the law of the sketch; `pathwise` beside it."""
+    recipe = load_recipe("sio2_sevennet", [])
+    source = load_source("sio2_polymorphs@train").select([0, 20])
+    far = [to_atoms(load_source(f"sio2_polymorphs@{name}")[0]) for name in ("test", "stishovite")]
+    s, found, exact = 0.3, {}, np.zeros(0)
+    for family, options in (("pathwise", {"rank": 128}), ("sketch", {"buckets": 2048})):
+        potential = BayesianPotential(
+            get_adapter("sevennet").load("7net-0"),
+            recipe.model,
+            PosteriorConfig(family=family, **options),
+        ).to_dtype("float32")
+        rows = GradientRows(
+            recipe.objective, potential, FrameDataset(source, potential.backbone), orthonormal=True
+        ).rows(8)
+        posterior = potential.posterior
+        report = posterior.fit(ClosedFormData(rows, prior_scale=s))
+        batch = potential.backbone.batch(far)
+        batch.keys = [1, 2]
+        made = output_gradients(potential, batch, random_orthonormal(batch, 3, "far"))
+        g = torch.cat([gradient for _, gradient in made])
+        if not len(exact):  # in the space of outputs, all weights
+            gram, cross = (a.double() @ rows.gradients.T.double() for a in (rows.gradients, g))
+            solved = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype) / s**2, cross.T)
+            exact = s * (g.double().square().sum(dim=1) - (cross * solved.T).sum(dim=1)).sqrt().numpy()
+        parts = {
+            site.name: part.reshape(-1, *site.shape) / potential.prior.rms(site.name)
+            for site, part in zip(
+                posterior.sites, g.split([s.numel for s in posterior.sites], dim=1), strict=True
+            )
+        }
+        found[family] = posterior.linear_variance(parts).double().sqrt().numpy() / exact
+    left = 2048 - report["effective_parameters"]
+    assert np.abs(found["sketch"] - 1).max() < 4 / math.sqrt(2 * left)
+    assert np.abs(found["pathwise"] - 1).max() < 4 / math.sqrt(2 * 128)

@@ -231,6 +231,8 @@ class TestLaw:
         mu = 0.25 * np.linalg.eigvalsh(x @ x.T)
         assert np.mean(absorbed) == pytest.approx(np.sum(mu / (1 + mu)) / m, rel=0.1)
         assert np.mean(found["far"]) * (1 - np.mean(absorbed)) < 0.93
+        scatter = math.sqrt(2 / (m * (1 - np.mean(absorbed))))
+        assert np.std(found["far"], axis=0).mean() == pytest.approx(scatter, rel=0.3)
 
     def test_ridge_is_the_root(self) -> None:
         values = np.array([1e4, 30.0, 1.0, 0.0, 0.0])
@@ -373,6 +375,10 @@ class TestUpdates:
             with pytest.raises(BlipError, match=match) as caught:
                 change(wrong)
             assert caught.value.remedy
+        other = features(posterior, rows, slice(0, 4))
+        other.gradients *= 3
+        with pytest.raises(BlipError, match="not those that were added"):
+            posterior.remove(other)
         assert torch.equal(posterior.factor, before)
         assert posterior.known.rows == 32
         posterior.add(new)

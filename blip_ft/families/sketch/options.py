@@ -45,7 +45,7 @@ class SketchOptions(ClosedFormOptions):
         return self.start
 
     def projections_of_fit(self, *, last: bool) -> int | None:
-        """R of a fit, ``None`` for every force component; half of it, 8 at most, where the fit only steers the noise."""
+        """R of a fit, ``None`` for every force component; half of it, at most 8, where it only steers the noise."""
         if self.projections == "all":
             return None if last else STEERING
         return self.projections if last else min(max(1, self.projections // 2), STEERING)

@@ -41,6 +41,8 @@ from blip_ft.variational.sites import Site
 
 #: buckets for every direction that the labels determine, where the number is chosen
 PER_DIRECTION = 8
+#: least eigenvalue of H, over the largest, that rounding makes of zero
+ROUNDING = 1e-9
 
 
 class SketchPosterior(ClosedFormPosterior):
@@ -249,7 +251,7 @@ class SketchPosterior(ClosedFormPosterior):
         """Take frames out again; as :meth:`add`.
 
         Raises:
-            BlipError: a frame is not in it, or not with as many rows; or there are no statistics.
+            BlipError: a frame is not in it, or not with these rows; or there are no statistics.
         """
         return self._change(rows, remove=True)
 
@@ -262,9 +264,17 @@ class SketchPosterior(ClosedFormPosterior):
             )
         if rows.gradients.shape[1] != self.buckets:
             raise ValueError(f"features of {rows.gradients.shape[1]} numbers for {self.buckets} buckets")
-        self.known.change(rows, remove=remove)
-        whole = mirrored(self.known.matrix.copy(order="F"))
-        absorbed = self.set_covariance(whole, self.known.scale, self.known.temperature)
+        known = self.known.changed(rows, remove=remove)
+        whole = mirrored(known.matrix.copy(order="F"))
+        values = np.linalg.eigvalsh(whole)
+        if values[0] < -ROUNDING * values[-1]:
+            raise BlipError(
+                "what is left after these rows were removed is no sum of rows: they are not those that were added",
+                field="frames",
+                remedy="make rows at the mean, with the labels, the projections and the number of the fit",
+            )
+        absorbed = self.set_covariance(whole, known.scale, known.temperature)
+        self.known = known
         return {
             "n_train_rows": self.known.rows,
             "effective_parameters": self.effective_parameters(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -223,8 +223,8 @@ class Known:
     scale: float
     temperature: float
 
-    def change(self, rows: LinearizedModel, *, remove: bool) -> None:
-        """Add frames to H, or remove them.
+    def changed(self, rows: LinearizedModel, *, remove: bool) -> Known:
+        """With frames added, or removed.
 
         Raises:
             BlipError: a frame that is there already, or is not there, or has other rows.
@@ -251,12 +251,10 @@ class Known:
                 )
         wide = rows.labelled.detach().cpu().double().numpy()
         with as_many_threads_as_torch():
-            self.matrix = added(self.matrix, wide.T, -1.0 if remove else 1.0)
-        if remove:
-            self.frames -= mine
-        else:
-            self.frames += mine
-        self.rows += -len(wide) if remove else len(wide)
+            matrix = added(self.matrix.copy(order="F"), wide.T, -1.0 if remove else 1.0)
+        frames = self.frames - mine if remove else self.frames + mine
+        count = self.rows + (-len(wide) if remove else len(wide))
+        return replace(self, matrix=matrix, frames=frames, rows=count)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file; the matrix as its triangle."""
