@@ -189,6 +189,9 @@ class SketchPosterior(ClosedFormPosterior):
 
         Returns:
             Share of the prior's variance that the sketch absorbs, and that was given back.
+
+        Raises:
+            numpy.linalg.LinAlgError: H has a negative eigenvalue; the posterior is as before.
         """
         m, noise = len(matrix), temperature / s**2
         values = _eigenvalues(matrix)
@@ -266,14 +269,14 @@ class SketchPosterior(ClosedFormPosterior):
             raise ValueError(f"features of {rows.gradients.shape[1]} numbers for {self.buckets} buckets")
         known = self.known.changed(rows, remove=remove)
         whole = mirrored(known.matrix.copy(order="F"))
-        values = np.linalg.eigvalsh(whole)
-        if values[0] < -ROUNDING * values[-1]:
+        try:
+            absorbed = self.set_covariance(whole, known.scale, known.temperature)
+        except np.linalg.LinAlgError as error:
             raise BlipError(
                 "what is left after these rows were removed is no sum of rows: they are not those that were added",
                 field="frames",
                 remedy="make rows at the mean, with the labels, the projections and the number of the fit",
-            )
-        absorbed = self.set_covariance(whole, known.scale, known.temperature)
+            ) from error
         self.known = known
         return {
             "n_train_rows": self.known.rows,
@@ -370,8 +373,10 @@ class SketchPosterior(ClosedFormPosterior):
 
 def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
     with as_many_threads_as_torch():
-        values: np.ndarray = np.linalg.eigvalsh(matrix).clip(min=0)
-    return values
+        values: np.ndarray = np.linalg.eigvalsh(matrix)
+    if values[0] < -ROUNDING * values[-1]:
+        raise np.linalg.LinAlgError("negative eigenvalue")
+    return values.clip(min=0)
 
 
 def _as_triangle(module: SketchPosterior, state: dict[str, Any], prefix: str, metadata: Any) -> None:
