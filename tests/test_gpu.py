@@ -407,6 +407,7 @@ def test_the_linearised_model_beside_draws(runs: dict[str, Path]) -> None:
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "pathwise": {"posterior": {"family": "pathwise", "projections": "all", "start": 0.5}},
+    "sketch": {"posterior": {"family": "sketch", "buckets": 128, "start": 0.5}},
     "adaptive": {"posterior": {"family": "adaptive"}},
     "adaptive, local, dropout prior": {
         "posterior": {"family": "adaptive", "mode": "local", "prior": "dropout"},

@@ -375,6 +375,10 @@ class TestUpdates:
             with pytest.raises(BlipError, match=match) as caught:
                 change(wrong)
             assert caught.value.remedy
+        double = features(posterior, rows, [*range(32, 36), *range(32, 36)])
+        double.scored[[0, 4]] = False
+        with pytest.raises(BlipError, match="given twice"):
+            posterior.add(double)
         other = features(posterior, rows, slice(0, 4))
         other.gradients *= 3
         with pytest.raises(BlipError, match="not those that were added"):

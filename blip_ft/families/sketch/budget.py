@@ -18,7 +18,7 @@ FILE_BYTES = 10**7
 LEAST = 512
 #: of force components and energies in all up to which every one is a row
 ALL_ROWS = 2000
-#: fewest projections of each frame's forces beyond: with those of the first fit, half of 24 epochs of training
+#: fewest projections of each frame's forces beyond; a gradient costs .6 of a step of training of its frame
 PROJECTIONS = 8
 #: groups that are left out one at a time; further ones share
 FOLDS = 8
@@ -100,7 +100,7 @@ def fit_projections(
 ) -> int | Literal["all"]:
     """R of the last fit.
 
-    A gradient costs nearly a step of training of its frame, so that their share of the time is that of R in the epochs:
+    A gradient costs as long as some part of a step of training of its frame, so that R sets the share of the time:
     a fixed R for sets of any size, and more for small ones, whose error bars need them.
     """
     if wanted != "all":

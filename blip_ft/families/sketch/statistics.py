@@ -233,6 +233,14 @@ class Known:
             raise ValueError("rows of an update need the keys of their frames")
         train = rows.is_train
         mine = Counter(rows.keys[train].tolist())
+        energies = Counter(rows.keys[~rows.scored].tolist())  # every frame has one, with a label or without
+        twice = next((key for key, count in energies.items() if count > 1), None)
+        if twice is not None:
+            raise BlipError(
+                f"a frame (key {twice}) is given twice: it would count double",
+                field="frames",
+                remedy="give each frame once",
+            )
         for key, count in mine.items():
             known = self.frames.get(key, 0)
             if known and not remove:
