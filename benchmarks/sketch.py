@@ -32,8 +32,8 @@ from blip_ft.training.prepare import Prepared, prepare
 OUT = Path(__file__).parent / "results" / "sketch.json"
 SHOWN = ("force_crps_mev_per_ang", "force_nll", "coverage90", "energy_crps_mev_per_atom", "coverage90_energy")
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"{m} buckets": {"buckets": m} for m in (512, 4096)},
     **{f"R = {r}": {"projections": r} for r in (8, 16)},
+    **{f"{m} buckets": {"buckets": m} for m in (512, 4096)},
 }
 
 
