@@ -290,6 +290,18 @@ class TestSums:
         assert again["prior_scale"] == report["prior_scale"]
         torch.testing.assert_close(piecewise.factor, at_once.factor, rtol=1e-9, atol=1e-12)
 
+    def test_frames_without_labels_add_nothing(self) -> None:
+        rows, _ = problem(40)
+        statistics = make(64).collect(40)
+        rows.gradients = statistics.features(rows.gradients)
+        statistics.add(rows)
+        before = statistics.matrix(64)
+        rows.targets[:] = np.nan
+        statistics.add(rows)
+        np.testing.assert_array_equal(statistics.matrix(64), before)
+        assert (statistics.rows, statistics.labelled) == (80, 40)
+        assert sum(statistics.frames.values()) == 40
+
     def test_many_groups_share_a_bounded_number_of_sums(self) -> None:
         rows, x = problem(320, groups=40)
         statistics = make().collect(320)

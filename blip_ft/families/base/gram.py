@@ -54,6 +54,8 @@ def self_product(a: np.ndarray) -> np.ndarray:
 
 def added(total: np.ndarray, a: np.ndarray, sign: float = 1.0) -> np.ndarray:
     """The upper half of total + a a^T, or total - a a^T, in the memory of total, which lies by columns."""
+    if not a.shape[1]:
+        return total
     # BLAS reads columns: an array that lies by columns as it is, another one as its transpose
     turned = not a.flags.f_contiguous
     out: np.ndarray = dsyrk(

@@ -148,8 +148,7 @@ class Statistics(Collected):
     @staticmethod
     def _add_to(fold: _Fold, rows: Tensor, targets: np.ndarray, scored: np.ndarray) -> None:
         wide = rows.double().numpy()
-        if len(wide):
-            fold.matrix = added(fold.matrix, wide.T)
+        fold.matrix = added(fold.matrix, wide.T)
         fold.pulled += wide.T @ targets
         chosen = torch.from_numpy(scored)
         fold.scored.add(rows[chosen], targets[scored])
