@@ -30,6 +30,7 @@ from blip_ft.cli import (
     report,
     resume,
     runs,
+    select,
 )
 from blip_ft.errors import BlipError
 from blip_ft.system.signals import Stopped
@@ -41,6 +42,7 @@ COMMANDS: tuple[Any, ...] = (
     check,
     evaluate,
     predict,
+    select,
     inspect,
     doctor,
     recipes,
