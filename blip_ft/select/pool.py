@@ -6,6 +6,7 @@ whether the model can describe it. What follows reads the source again, a batch 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class Known:
         return cls(recipe, roles_by_key(folder / "splits.json"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a candidate stands: file, number in that file, and number in the whole source."""
 
@@ -96,6 +97,19 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def part(self, wanted: Sequence[int]) -> Pool:
+        """Some of the candidates, by their numbers in ascending order."""
+        return Pool(
+            self.source,
+            [self.places[i] for i in wanted],
+            self.keys[list(wanted)],
+            self.sizes[list(wanted)],
+            [self.groups[i] for i in wanted],
+            self.excluded,
+            self.left_out,
+            self.seen,
+        )
 
     def frames(self, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, Atoms]]:
         """Number and structure of every candidate, or of some, in the order of the source.
@@ -167,7 +181,7 @@ def look(
             excluded.append((number, place, f"equals a frame of the run ({role})"))
             continue
         key = atoms_key(atoms)
-        mine = (_group(raw, names), raw.source, raw.frame, number, len(atoms))
+        mine = (_group(raw, names), sys.intern(raw.source), raw.frame, number, len(atoms))
         if (other := found.get(key)) is not None:
             mine, other = sorted((mine, other))
             excluded.append((other[3], _place(other), f"equals the candidate {_place(mine)}"))
@@ -225,8 +239,8 @@ def _group(raw: RawFrame, names: Sequence[str]) -> str:
     for name in names:
         value = raw.values.get(name)
         if value is not None and np.ndim(value) == 0 and str(value):
-            return str(value)
-    return raw.source
+            return sys.intern(str(value))
+    return sys.intern(raw.source)
 
 
 def _place(row: tuple[str, str, int, int, int]) -> str:
