@@ -32,6 +32,7 @@ from blip_ft.cli import (
     report,
     resume,
     runs,
+    select,
     verify,
 )
 from blip_ft.errors import BlipError
@@ -47,6 +48,7 @@ COMMANDS: tuple[Any, ...] = (
     lammps,
     md,
     verify,
+    select,
     inspect,
     doctor,
     recipes,

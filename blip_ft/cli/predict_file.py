@@ -29,6 +29,7 @@ from blip_ft.data.batch.frame_count import count_frames
 from blip_ft.data.read.plan import plan
 from blip_ft.data.read.raw import RawFrame, check_geometry
 from blip_ft.data.read.sources import unchecked_frames
+from blip_ft.data.read.structure import structure
 from blip_ft.data.write.extxyz import write_frame
 from blip_ft.errors import DataError
 from blip_ft.files import check_target
@@ -247,24 +248,6 @@ def _not_a_number(prediction: Mapping[str, Any]) -> DataError | None:
     return None
 
 
-def structure(raw: RawFrame) -> Atoms:
-    """The structure of a frame with whatever else it has: columns of a table become info and arrays."""
-    if raw.atoms is not None:
-        return raw.atoms
-    atoms = Atoms(numbers=raw.numbers, positions=raw.positions, cell=raw.cell, pbc=raw.pbc)
-    for name, value in raw.values.items():
-        array = np.asarray(value) if isinstance(value, list | np.ndarray) and _is_even(value) else None
-        if array is not None and _per_atom(array, len(atoms)) and name not in atoms.arrays:
-            atoms.new_array(name, array)
-        elif value is not None:
-            atoms.info[name] = value
-    return atoms
-
-
-def _per_atom(array: np.ndarray, n: int) -> bool:
-    return array.ndim in (1, 2) and len(array) == n and array.dtype.kind in "biufU"
-
-
 def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
     """A copy of ``atoms`` that carries a prediction of :func:`predict_atoms`; see the module's table."""
     out = atoms.copy()
@@ -280,14 +263,6 @@ def annotate(atoms: Atoms, prediction: Mapping[str, Any]) -> Atoms:
         if prediction.get(key) is not None:
             out.new_array(key, prediction[key])
     return cast("Atoms", out)
-
-
-def _is_even(value: Any) -> bool:
-    try:
-        np.asarray(value)
-    except ValueError:  # rows of different lengths
-        return False
-    return True
 
 
 def _forget(mapping: dict[str, Any], keys: Iterable[str]) -> None:

@@ -88,6 +88,28 @@ class FeatureDistance:
                 out[atoms] = self._distance(i, x[atoms]) / self.scale[i].double()
         return out
 
+    def coordinates(self, features: Tensor, numbers: Tensor) -> Tensor:
+        """Place of every atom beside the training atoms of its element, (n, f) float64 on the CPU: the features,
+        whitened by S_z and over d_z, so that its length is the score. NaN for elements without training atoms.
+
+        Args:
+            features: (n, f) invariant features.
+            numbers: (n,) atomic numbers.
+        """
+        x, numbers = features.detach().double().cpu(), numbers.cpu()
+        out = torch.full_like(x, torch.nan)
+        for i, z in enumerate(self.numbers.tolist()):
+            atoms = numbers == z
+            off, axes, variances = (
+                x[atoms] - self.mean[i].double(),
+                self.directions[i].double(),
+                self.variances[i].double(),
+            )
+            along = off @ axes.T
+            rest = (off - along @ axes) / variances[-1].sqrt()
+            out[atoms] = (rest + (along / variances[:-1].sqrt()) @ axes) / self.scale[i].double()
+        return out
+
     def _distance(self, i: int, x: Tensor) -> Tensor:
         """(n,) d of atoms of element number ``i``."""
         off, axes = x - self.mean[i].double(), self.directions[i].double()

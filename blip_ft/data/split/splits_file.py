@@ -50,18 +50,30 @@ def to_json(roles: Mapping[str, datasets.Dataset], rule: str, dropped: Sequence[
 
 def keys(frames: datasets.Dataset) -> list[tuple[str, str, str]]:
     """Three hashes of every frame: fine, and coarse on two grids."""
-    found = []
-    for row in frames.select_columns([*KEY_COLUMNS, *electrons.KEYS]):
-        numbers, state = row["numbers"], electrons.state_bytes(row.get("charge"), row.get("spin"))
-        geometry = np.concatenate([np.asarray(row[k], dtype=float) for k in ("positions", "cell")])
-        found.append(
-            (
-                f"{row_key(row):016x}",
-                _hash(numbers, grid(geometry, _COARSE), state),
-                _hash(numbers, grid(geometry + _COARSE / 2, _COARSE), state),
-            )
-        )
-    return found
+    return [frame_keys(row) for row in frames.select_columns([*KEY_COLUMNS, *electrons.KEYS])]
+
+
+def frame_keys(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The three hashes of one row of the schema."""
+    numbers, state = row["numbers"], electrons.state_bytes(row.get("charge"), row.get("spin"))
+    geometry = np.concatenate([np.asarray(row[k], dtype=float) for k in ("positions", "cell")])
+    return (
+        f"{row_key(row):016x}",
+        _hash(numbers, grid(geometry, _COARSE), state),
+        _hash(numbers, grid(geometry + _COARSE / 2, _COARSE), state),
+    )
+
+
+def roles_by_key(path: str | Path) -> dict[str, str]:
+    """The role that a written division gives to every key of :func:`frame_keys`.
+
+    Args:
+        path: ``splits.json``.
+
+    Raises:
+        DataError: no such file, or not a division.
+    """
+    return {key: role for key, (role, _) in _owners(_read(str(path))).items()}
 
 
 def _hash(numbers: Sequence[int], cells: Any, state: bytes) -> str:
