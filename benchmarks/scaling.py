@@ -121,10 +121,11 @@ def write_frames(point: dict[str, Any], model: dict[str, Any], folder: Path) -> 
 
     quartz = crystal(
         ["Si", "O"],
-        [(0.4697, 0, 0), (0.4135, 0.2669, 0.1191)],
+        [(0.4697, 0, 1 / 3), (0.4133, 0.2672, 0.2142)],
         spacegroup=152,
         cellpar=[4.916, 4.916, 5.405, 90, 90, 120],
     )
+    assert len(quartz) == 9
     k = point["atoms"] // len(quartz)
     times = [1, 1, 1]
     while math.prod(times) < k:
