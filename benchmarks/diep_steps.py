@@ -2,7 +2,7 @@
 
     python benchmarks/diep_steps.py
 
-Three atoms with a side of 2 Å and one that grows through 2 Å, 100 degrees between; and quartz (9 atoms, rattled, seed 1)
+Three atoms with a side of 2 Å and one that grows through 2 Å, 100 degrees between; quartz (9 atoms, rattled, seed 1)
 along a straight path of 0.1 Å rms in a random direction (seed 0), in 200 pieces. A step is what the energy has moved
 beyond the work of the forces.
 Model fold1, as it is shipped, in float64.
