@@ -1,6 +1,6 @@
 """What converted models cost, as ratios to the untouched backbone, side by side in one run.
 
-    python benchmarks/cost.py [--backends sevennet chgnet mace uma orb] [--rounds 15] [--sizes 1 16] [--device cpu]
+    python benchmarks/cost.py [--backends sevennet chgnet diep mace uma orb] [--rounds 15] [--sizes 1 16] [--device cpu]
     python benchmarks/cost.py --fit [--device cpu]     # the shipped recipe's posterior against 24 epochs, once
     python benchmarks/cost.py --md [--sizes 1 8]       # steps of dynamics with error bars against those without
 
@@ -63,6 +63,7 @@ class Model:
 BACKENDS = {
     "sevennet": Model("sevennet", "7net-0"),
     "chgnet": Model("chgnet", "0.3.0"),
+    "diep": Model("diep", "fold1"),
     "mace": Model("mace", str(STAND_INS / "sio2_mace.model")),
     "uma": Model("fairchem", str(STAND_INS / "sio2_uma.pt"), {"task": "omat"}),
     "orb": Model("orb", str(STAND_INS / "sio2_orb.ckpt"), {"architecture": "orb-v3-conservative-inf-omat"}),

@@ -1,6 +1,6 @@
 """Errors of lower precisions against float64, per backbone: energies, forces, and the gradient that training needs.
 
-    python benchmarks/precision.py [--backends sevennet chgnet mace uma orb] [--frames 16]
+    python benchmarks/precision.py [--backends sevennet chgnet diep mace uma orb] [--frames 16]
 
 Frames are spread over the shipped SiO2 polymorphs. Reference is the backbone in float64. ``float32`` is the
 backbone cast to it.

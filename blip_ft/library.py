@@ -55,7 +55,8 @@ def load_backbone(
     """A pretrained model behind the protocol that all adapters fulfil.
 
     Args:
-        adapter: ``sevennet``, ``chgnet``, ``mace``, ``fairchem``, ``orb``, or that of another package.
+        adapter: ``sevennet``, ``chgnet``, ``diep``, ``mace``, ``fairchem``, ``orb``, or that of
+            another package.
         checkpoint: the vendor's name of the model, or a file in its format.
         dtype: ``float32`` or ``float64``.
         trust: open a pickled file that is no published release; it can run code.

@@ -140,7 +140,7 @@ def step_at(model: DIEPBackbone, symbols: str) -> float:
 
 
 def test_the_energy_steps_where_sides_of_different_elements_cross(fold1: DIEPBackbone) -> None:
-    """The vendor's, and kept; forces do not see it. Equal elements have none, and the bond frame has none at all."""
+    """The vendor's, and kept. Equal elements have none, and the bond frame has none at all."""
     assert step_at(fold1, "OIrW") == pytest.approx(-0.52e-3, abs=0.01e-3)
     assert step_at(fold1, "OSiH") == pytest.approx(-15.1e-3, abs=0.1e-3)
     assert abs(step_at(fold1, "OSiSi")) < 1e-6
