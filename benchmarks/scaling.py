@@ -189,7 +189,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         watch.watch(fitting, "evaluate", "predictions")
         watch.watch(loop, "train", "training")
         watch.watch(ClosedFormFitter, "fit", "posterior")
-        watch.watch(GradientRows, "rows", "gradient rows")
+        watch.watch(GradientRows, "_fill", "gradient rows")
         fitting.fit(recipe, Console(quiet=True))
         watch.lap()
         from blip_ft import load
