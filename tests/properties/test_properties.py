@@ -273,6 +273,17 @@ def test_without_forces_it_is_the_std_of_predictions() -> None:
     assert doubled.source != members_of(potential, 2).source
 
 
+def test_at_a_minimum_the_energy_has_the_std_of_its_gradient() -> None:
+    """To first order a minimum's energy moves as if the atoms stayed where they are."""
+    potential, crystal = pathwise(), bulk("SiO", "rocksalt", 4.6)
+    crystal.rattle(0.05, seed=0)
+    found = relax(potential, crystal, cell=False, n_draws=4, console=QUIET)
+    still = moments_of_draws(potential, potential.backbone.batch([found.atoms]), 4, stress=False)
+    assert still.energy_std is not None
+    assert found.energy.std == pytest.approx(float(still.energy_std[0]), rel=1e-2)
+    assert np.abs(found.positions.std).max() > 1e-5
+
+
 def test_a_model_in_single_precision_is_evaluated_in_double_and_left_as_it_is() -> None:
     potential = pathwise().to_dtype("float32")
     members = members_of(potential)
