@@ -217,8 +217,8 @@ def test_a_barrier_that_is_linear_in_the_weights_is_exact() -> None:
     assert found.reverse.mean == pytest.approx(0.3, abs=1e-5)
     assert found.forward.std == pytest.approx(SCALE * 0.05 * np.sqrt(np.mean(z**2)), rel=1e-3)
     assert len(found.images) == 5
-    assert found.path.mean[2] == found.forward.mean
-    assert found.path.std[0] == 0
+    assert found.path[2] == pytest.approx(found.forward.mean)
+    assert found.path[0] == 0
 
 
 def test_estimates_of_other_draws_are_not_mixed() -> None:
