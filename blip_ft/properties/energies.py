@@ -169,13 +169,14 @@ class Barrier:
     Attributes:
         forward: from the initial minimum to the saddle point, eV.
         reverse: from the final minimum, eV.
-        path: (images,) energies above the initial minimum, eV.
+        path: (images,) energies of the mean model above the initial minimum, eV. Where an image lies between two
+            stationary points is a matter of springs, so it has no error bar.
         images: of the mean model, without calculators.
     """
 
     forward: Estimate
     reverse: Estimate
-    path: Estimate
+    path: Floats
     images: Sequence[Atoms]
 
 
@@ -220,7 +221,8 @@ def barrier(
         raise DataError("a path needs an image between its ends", field="images", remedy="images=5")
 
     def work(calculator: Calculator, start: list[Atoms] | None) -> tuple[dict[str, Any], list[Atoms]]:
-        precision = fmax if start is None else fmax * members.amplitude
+        # a stationary energy is off by the square of the force, and differences are divided by the amplitude
+        precision = fmax if start is None else fmax * np.sqrt(members.amplitude)
         first, last = (
             minimum(members, calculator, a, cell=False, fmax=min(FMAX, fmax), draw=start)
             for a in (ends if start is None else (start[0], start[-1]))
@@ -249,14 +251,14 @@ def barrier(
             )
         energies = np.array([a.get_potential_energy() for a in path])
         top = energies.max()
-        above = energies - energies[0]
-        return {"forward": top - energies[0], "reverse": top - energies[-1], "path": above}, path
+        return {"forward": top - energies[0], "reverse": top - energies[-1]}, path
 
-    names = dict.fromkeys(("forward", "reverse", "path"), "eV")
+    names = dict.fromkeys(("forward", "reverse"), "eV")
     found, path = over_draws(members, work, names, "barrier", console)
+    energies = np.array([a.get_potential_energy() for a in path])
     for atoms in path:
         atoms.calc = None
-    return Barrier(images=path, **found)
+    return Barrier(path=energies - energies[0], images=path, **found)
 
 
 def _names(names: Sequence[str]) -> list[str]:

@@ -80,7 +80,7 @@ def phonons(
             numbers=best.numbers, cell=best.cell.array, scaled_positions=best.get_scaled_positions()
         )
         # symmetry of a minimum that is converged to a force is not exact: every atom is moved for all draws alike
-        model = Phonopy(cell, np.diag(supercell), primitive_matrix="P", is_symmetry=False)
+        model: Any = Phonopy(cell, np.diag(supercell), primitive_matrix="P", is_symmetry=False)
         model.generate_displacements(distance=displacement, is_plusminus=True)
         forces = []
         for moved in model.supercells_with_displacements:

@@ -217,8 +217,8 @@ def test_a_barrier_that_is_linear_in_the_weights_is_exact() -> None:
     assert found.reverse.mean == pytest.approx(0.3, abs=1e-5)
     assert found.forward.std == pytest.approx(SCALE * 0.05 * np.sqrt(np.mean(z**2)), rel=1e-3)
     assert len(found.images) == 5
-    assert found.path.mean[2] == found.forward.mean
-    assert found.path.std[0] == 0
+    assert found.path[2] == pytest.approx(found.forward.mean)
+    assert found.path[0] == 0
 
 
 def test_estimates_of_other_draws_are_not_mixed() -> None:
@@ -271,6 +271,17 @@ def test_without_forces_it_is_the_std_of_predictions() -> None:
     doubled = members_of(potential, 4)
     assert doubled.source == members_of(potential, 4).source
     assert doubled.source != members_of(potential, 2).source
+
+
+def test_at_a_minimum_the_energy_has_the_std_of_its_gradient() -> None:
+    """To first order a minimum's energy moves as if the atoms stayed where they are."""
+    potential, crystal = pathwise(), bulk("SiO", "rocksalt", 4.6)
+    crystal.rattle(0.05, seed=0)
+    found = relax(potential, crystal, cell=False, n_draws=4, console=QUIET)
+    still = moments_of_draws(potential, potential.backbone.batch([found.atoms]), 4, stress=False)
+    assert still.energy_std is not None
+    assert found.energy.std == pytest.approx(float(still.energy_std[0]), rel=1e-2)
+    assert np.abs(found.positions.std).max() > 1e-5
 
 
 def test_a_model_in_single_precision_is_evaluated_in_double_and_left_as_it_is() -> None:
