@@ -23,7 +23,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ from blip_ft.data.batch.dataset import collate
 from blip_ft.families.registry import without_foreign_keys
 from blip_ft.objectives import Likelihood
 from blip_ft.potential.bayesian import BayesianPotential
+from blip_ft.simulate.forces import Forces
 from blip_ft.simulate.guard import Limits
 from blip_ft.simulate.options import Dynamics
-from blip_ft.simulate.run import simulate
+from blip_ft.simulate.output import Output
+from blip_ft.simulate.run import Run
 from blip_ft.training.fit import prepare
 from blip_ft.uncertainty.predict import Method, predict_batch
 from blip_ft.variational.noise import OFF, Noise
@@ -268,14 +271,20 @@ def measure_md(
     (cell,) = quartz(1)
     start = cell * {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}[size]
     console.print(f"{name}, {len(start)} atoms: dynamics")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
         def run(every: int, draws: int | None) -> Callable[[], object]:
             options = Dynamics("nve", 20, temperature=300.0, every=every, draws=draws)
-            target = Path(folder) / "out.extxyz"
-            return lambda: simulate(
-                potential, start, target, options, Limits(), thin_cell=True, overwrite=True
-            )
+            output = Output(Path(folder) / f"{every}-{draws}.extxyz", {}, resume=False, overwrite=False)
+            stack.callback(output.close)
+            one = Run(start, options, Limits(), Forces(potential, stress=False), output)
+            one.begin("quartz")
+
+            def twenty_steps() -> None:
+                one.dynamics = replace(options, steps=one.step + 20)
+                one.go_on(None)
+
+            return twenty_steps
 
         found: dict[str, list[float]] = {}
         for every in (10, 20):

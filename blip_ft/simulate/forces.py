@@ -12,7 +12,7 @@ Each error bar takes other draws than the one before, so that what few draws get
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ from blip_ft.uncertainty.moments import to_double
 from blip_ft.variational.noise import OFF, Noise
 
 Floats = NDArray[np.float64]
+#: atoms up to which draws are evaluated in one call on a CPU: 4 draws of SevenNet-0 take 3.6 calls of the mean model
+#: together and 4.3 apart for 9 atoms, 6.1 and 4.3 for 36
+TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,11 @@ class Forces(Calculator):
         stride = 2 if posterior.paired else 1
         of = max(self.potential.n_draws, stride * n_draws)
         numbers = [(stride * ((turn * n_draws + k) % (of // stride))) for k in range(n_draws)]
+        batch = self._batch
+        if self.potential.backbone.device.type == "cpu" and batch.numbers.numel() > TOGETHER:
+            batch = replace(batch, copies=None)
         with drawing(self.potential, of):
-            draws = evaluate_draws(self.potential, self._batch, of, stress=False, chosen=numbers)
+            draws = evaluate_draws(self.potential, batch, of, stress=False, chosen=numbers)
         amplitude, calibration = self.potential.amplitude, self._calibration
         off = np.stack([_numpy(d.forces) - self.results["forces"] for d in draws]) / amplitude
         scale, noise = calibration.forces.scale, calibration.forces.aleatoric

@@ -116,7 +116,7 @@ def simulate(
     }
     output = Output(Path(target), header, resume=resume, overwrite=overwrite)
     try:
-        run = _Run(start, dynamics, limits, forces, output)
+        run = Run(start, dynamics, limits, forces, output)
         run.begin(file)
         run.go_on(progress)
         return run.outcome()
@@ -124,7 +124,7 @@ def simulate(
         output.close()
 
 
-class _Run:
+class Run:
     """A run on its way."""
 
     def __init__(

@@ -55,7 +55,7 @@ def test_it_goes_on_and_is_said_to(call: Any, pathwise: Path, start: Path, tmp_p
 
     options = ("--steps", "20", "--ensemble", "nve", *QUICK, *FREE)
     call("md", pathwise, start, "-o", tmp_path / "whole.extxyz", *options)
-    look, seen = module._Run._look, 0
+    look, seen = module.Run._look, 0
 
     def stopped(self: Any, **more: Any) -> None:
         nonlocal seen
@@ -65,7 +65,7 @@ def test_it_goes_on_and_is_said_to(call: Any, pathwise: Path, start: Path, tmp_p
         look(self, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_look", stopped)
+        patch.setattr(module.Run, "_look", stopped)
         code, _, err = call("md", pathwise, start, "-o", tmp_path / "out.extxyz", *options)
     assert code == 143
     assert "--resume goes on" in err

@@ -78,6 +78,15 @@ def _other(family: str) -> BayesianPotential:
     ).eval()
 
 
+def test_draws_of_large_structures_are_those_of_small_ones(
+    potential: BayesianPotential, monkeypatch: pytest.MonkeyPatch
+):
+    forces = evaluated(potential, structure())
+    together = forces.error_bars(4, 0)
+    monkeypatch.setattr("blip_ft.simulate.forces.TOGETHER", 0)
+    np.testing.assert_allclose(forces.error_bars(4, 0).forces_std, together.forces_std, rtol=1e-6)
+
+
 def test_a_draw_has_its_own_forces(potential: BayesianPotential):
     atoms = structure()
     mean = evaluated(potential, atoms).results["forces"]

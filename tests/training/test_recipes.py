@@ -94,6 +94,18 @@ def predict(folder: Path) -> None:
     assert a.info["stress_std"].shape == (6,)
 
 
+def simulate(folder: Path) -> None:
+    """The guard lets a crystal be that even this small model knows, and not one at 4000 K."""
+    frame = load_source("sio2_polymorphs@train")[0]
+    write(folder / "start.extxyz", to_atoms(frame), write_results=False)
+    command = ["md", str(folder / "small"), str(folder / "start.extxyz"), "--thin-cell", "--every", "10"]
+    for temperature, steps, saved in (("300", "60", False), ("4000", "200", True)):
+        target = folder / f"{temperature}.extxyz"
+        options = ["-o", str(target), "--temperature", temperature, "--steps", steps]
+        assert main([*command, *options]) in ((0, 3) if saved else (0,))
+        assert (folder / f"{temperature}.saved.extxyz").exists() == saved
+
+
 #: for a user's own system, with the settings of a recipe that is tested here
 OWN = {
     "sevennet": "sio2_sevennet",
@@ -129,6 +141,7 @@ def test_recipes_for_a_users_system_have_the_tested_settings(name: str) -> None:
 def test_sio2_sevennet(tmp_path: Path) -> None:
     run("sio2_sevennet", tmp_path)
     predict(tmp_path)
+    simulate(tmp_path)
 
 
 #: the other families on real weights: noise in the readout and the first radial layers, a few frames
