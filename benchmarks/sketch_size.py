@@ -1,6 +1,6 @@
 """Memory and time of the sketched posterior against the number of frames.
 
-    python benchmarks/sketch_size.py SiO2_zeo_EDI.extxyz.gz --frames 36 150 600
+    python benchmarks/sketch_size.py SiO2_zeo_EDI.extxyz.gz --frames 36 150 600 [--projections R]
 
 SevenNet-0 as it comes; frames are evenly spread over the file (origin and licence: docs/data.md). Each number has a
 process of its own: shown are its peak resident memory before and after the fit, and CPU seconds of the rows and of the
@@ -38,7 +38,7 @@ OUT = Path(__file__).parent / "results" / "sketch_size.json"
 EPOCHS, STEPS, BATCH = 24, 16, 4
 
 
-def measure(path: str, frames: int) -> dict[str, Any]:
+def measure(path: str, frames: int, wanted: int | None) -> dict[str, Any]:
     """One size."""
     torch.set_num_threads(1)
     every = load_source(path)
@@ -55,9 +55,9 @@ def measure(path: str, frames: int) -> dict[str, Any]:
     step = seconds_of_a_step(potential, train)
     before = peak_bytes(cpu)
     rows = GradientRows(recipe.objective, potential, train, seed=0, orthonormal=True)
-    projections = options.projections_of_fit(last=True)
+    projections = wanted or options.projections_of_fit(last=True)
     started = time.process_time()
-    collected = posterior.collect(rows.count(projections))
+    collected = posterior.collect()
     for part in rows.features(collected.features, collected.width, projections):
         collected.add(part)
     made = time.process_time()
@@ -102,14 +102,19 @@ def main() -> None:
     )
     parser.add_argument("path")
     parser.add_argument("--frames", type=int, nargs="+", default=[36, 150, 600])
+    parser.add_argument(
+        "--projections", type=int, help="of each frame's forces; by default as a fit takes them"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.path, given.frames[0])))
+        print(json.dumps(measure(given.path, given.frames[0], given.projections)))
         return
     rows = []
     for frames in given.frames:
         command = [sys.executable, __file__, given.path, "--one", "--frames", str(frames)]
+        if given.projections is not None:
+            command += ["--projections", str(given.projections)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
