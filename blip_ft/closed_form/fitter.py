@@ -145,7 +145,7 @@ class ClosedFormFitter:
     def _make_rows(self, number: int, *, final: bool) -> LinearizedModel | Collected:
         frames = len(self.rows.labelled) + len(self.rows.context)  # made only where they are used
         projections = self.options.projections_of_fit(last=final)
-        collected = self.posterior.collect(self.rows.count(projections))
+        collected = self.posterior.collect()
         with progress(self.console, "gradients for the posterior", frames, bar=final) as advance:
             if collected is None:
                 return self.rows.rows(

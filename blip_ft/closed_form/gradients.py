@@ -105,14 +105,6 @@ class GradientRows:
         """Make no rows of some training frames from here on."""
         self.groups = [self.groups[i] for i in self.labelled.leave_out(keys)]
 
-    def count(self, projections: int | None) -> int:
-        """Rows of the training frames.
-
-        Args:
-            projections: R per frame; ``None`` for every force component.
-        """
-        return int(self._counts(np.array(self.labelled.sizes), projections).sum())
-
     def _counts(self, sizes: np.ndarray, projections: int | None) -> np.ndarray:
         """Rows of frames of so many atoms."""
         if projections is None:

@@ -273,7 +273,7 @@ class TestSums:
         rows, _ = problem(200)
         at_once, piecewise = (make(64) for _ in range(2))
         report = at_once.fit(ClosedFormData(rows))
-        statistics = piecewise.collect(200)
+        statistics = piecewise.collect()
         for start in range(0, 200, 12):
             part = slice(start, start + 12)
             statistics.add(
@@ -292,7 +292,7 @@ class TestSums:
 
     def test_frames_without_labels_add_nothing(self) -> None:
         rows, _ = problem(40)
-        statistics = make(64).collect(40)
+        statistics = make(64).collect()
         rows.gradients = statistics.features(rows.gradients)
         statistics.add(rows)
         before = statistics.matrix(64)
@@ -304,7 +304,7 @@ class TestSums:
 
     def test_many_groups_share_a_bounded_number_of_sums(self) -> None:
         rows, x = problem(320, groups=40)
-        statistics = make().collect(320)
+        statistics = make().collect()
         statistics.add(rows)
         assert len(statistics._folds) == FOLDS
         assert len(set(rows.groups)) == 40

@@ -220,13 +220,8 @@ class ClosedFormPosterior(Posterior):
             ``n_train_rows``.
         """
 
-    def collect(self, rows: int) -> Collected | None:
-        """What gradient rows are added to as they are made; ``None`` where they are held.
-
-        Args:
-            rows: how many will be made, about.
-        """
-        del rows
+    def collect(self) -> Collected | None:
+        """What gradient rows are added to as they are made; ``None`` where they are held."""
         return None
 
     def statistics(self) -> dict[str, Tensor]:

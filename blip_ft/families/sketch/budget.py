@@ -18,12 +18,12 @@ FILE_BYTES = 10**7
 LEAST = 512
 #: of force components and energies in all up to which every one is a row
 ALL_ROWS = 2000
-#: fewest projections of each frame's forces beyond; a gradient costs .6 of a step of training of its frame
+#: fewest projections of each frame's forces beyond; a gradient costs .6 to .8 of a step of training of its frame
 PROJECTIONS = 8
 #: groups that are left out one at a time; further ones share
 FOLDS = 8
-#: buckets in which groups are left out, for few rows and for many (:func:`scoring_width`)
-SCORING = (1024, 2048)
+#: most buckets in which groups are left out
+SCORING = 2048
 
 
 class Wanted(Protocol):
@@ -118,10 +118,9 @@ def fit_projections(
     return found
 
 
-def scoring_width(buckets: int, rows: int) -> int:
+def scoring_width(buckets: int) -> int:
     """Buckets in which groups are left out, which takes a decomposition for each: a divisor of m."""
-    most = SCORING[rows > SCORING[-1]]
-    while buckets > most and buckets % 2 == 0:
+    while buckets > SCORING and buckets % 2 == 0:
         buckets //= 2
     return buckets
 
@@ -129,6 +128,6 @@ def scoring_width(buckets: int, rows: int) -> int:
 def algebra(options: Wanted, rows: float, weights: int, number: int) -> tuple[float, float]:
     """Products of numbers, and bytes, of a fit: sums of rows, left-out groups, the factor."""
     m = float(most_buckets(options, weights, number) or least_buckets(weights))
-    width = float(scoring_width(int(m), int(rows)))
+    width = float(scoring_width(int(m)))
     products = rows * (m * m + width * width) / 2 + 10 * FOLDS * width**3 + 4 * m**3
     return products, 8 * (5 * m * m + (FOLDS + 4) * width * width)

@@ -114,7 +114,7 @@ class SketchPosterior(ClosedFormPosterior):
         return len(self.factor)
 
     # ---- closed form -------------------------------------------------------------------------
-    def collect(self, rows: int) -> Statistics:
+    def collect(self) -> Statistics:
         """See the base class: sums in as many buckets as the bound allows, of which a fit takes as many as it needs."""
         size = self.prior_std.element_size()
         most = most_buckets(self.wanted, self.n_weights, size) or least_buckets(self.n_weights)
@@ -123,7 +123,7 @@ class SketchPosterior(ClosedFormPosterior):
         def reduce(gradients: Tensor) -> Tensor:
             return to_buckets(gradients, place, most)
 
-        return Statistics(reduce, most, rows, exact=most == self.n_weights)
+        return Statistics(reduce, most, exact=most == self.n_weights)
 
     def fit(self, data: ClosedFormData) -> dict[str, Any]:
         """Set s, m and the covariance from the gradient rows of the training frames.
@@ -157,7 +157,7 @@ class SketchPosterior(ClosedFormPosterior):
 
     def _collected(self, rows: LinearizedModel | Collected) -> Statistics:
         assert isinstance(rows, LinearizedModel)
-        out = self.collect(len(rows.gradients))
+        out = self.collect()
         features = out.features(rows.gradients)
         out.add(LinearizedModel(features, rows.targets, rows.groups, rows.scored, rows.errors, rows.keys))
         return out

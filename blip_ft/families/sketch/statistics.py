@@ -94,7 +94,6 @@ class Statistics(Collected):
     Args:
         reduce: (B, P) gradients -> (B, width) features.
         buckets: of the features.
-        rows: how many will come, about.
         exact: the sketch is the identity.
     """
 
@@ -102,13 +101,12 @@ class Statistics(Collected):
         self,
         reduce: Callable[[Tensor], Tensor],
         buckets: int,
-        rows: int,
         *,
         exact: bool,
     ) -> None:
         self._reduce, self.width, self.exact = reduce, buckets, exact
         self._total = np.zeros((buckets, buckets), order="F")
-        self._scoring = buckets if exact else scoring_width(buckets, rows)
+        self._scoring = buckets if exact else scoring_width(buckets)
         self._folds: list[_Fold] = []
         self._fold_of: dict[str, int] = {}
         self.frames: Counter[int] = Counter()
