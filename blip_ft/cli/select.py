@@ -117,20 +117,19 @@ def run(args: argparse.Namespace) -> int:
 
     from blip_ft.data.batch.frame_count import count_frames
     from blip_ft.data.read.plan import plan
-    from blip_ft.select.choose import Wish, check, choose
+    from blip_ft.select.choose import Wish, check, check_method, choose
     from blip_ft.select.pool import Known, look
     from blip_ft.select.write import write_choices
     from blip_ft.system.progress import progress
 
     console = Console(stderr=True)
     known = Known.of_run(args.model)
+    check_method(potential, args.method)
     total = count_frames(plan(args.source, labels=False, digest=False))
     with progress(console, "reading", total or 0) as advance:
         pool = look(
             args.source, potential, known, skip_bad=args.skip_bad, progress=advance if total else _nothing
         )
-    for place, reason in pool.left_out:
-        announce(f"left out: {place}: {reason}")
     for place, reason in pool.excluded:
         announce(f"excluded: {place}: {reason}")
     wish = Wish(
@@ -154,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
         scratch=Path(target).parent,
         progress=lambda what, n: progress(console, what, n),
     )
+    for place, reason in pool.left_out:
+        announce(f"left out: {place}: {reason}")
     write_choices(pool, choices, target, overwrite=args.overwrite)
     _print(args, pool, choices)
     return EXIT_LEFT_OUT if pool.left_out else 0
