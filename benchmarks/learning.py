@@ -96,10 +96,13 @@ def main() -> None:
     known, potential = Known.of_run(given.run), load_model(given.run, dtype=given.dtype)
     whitening, objective = Whitening(potential), known.recipe.objective
     everything = load_frames(given.file)
-    drawn = np.random.default_rng(0).permutation(len(everything))[: given.pool + given.test]
-    frames = everything.select(np.sort(drawn[: given.pool]))
+    # frames that the run was only tested on are candidates here
+    known = Known(known.recipe, {k: role for k, role in known.roles.items() if not role.startswith("test")})
     candidates = look(str(given.file), potential, known)
     where = {p.frame: i for i, p in enumerate(candidates.places)}
+    everything = everything.select([i for i, f in enumerate(everything["frame"]) if f in where])
+    drawn = np.random.default_rng(0).permutation(len(everything))[: given.pool + given.test]
+    frames = everything.select(np.sort(drawn[: given.pool]))
     of_pool = [where[f] for f in frames["frame"]]
     rows, errors = rows_of(known, potential, whitening, frames, console)
     test_rows, test_errors = rows_of(

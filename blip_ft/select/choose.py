@@ -168,6 +168,20 @@ def check_method(potential: BayesianPotential, method: Method) -> None:
         check_ready(potential)
 
 
+def caution(potential: BayesianPotential, wish: Wish) -> str:
+    """What a batch is too large for, in words; empty where there is nothing to say."""
+    if wish.method not in ("covariance", "energy") or wish.frames is None:
+        return ""
+    whitening = Whitening(potential)
+    labels = wish.frames * (1 if wish.method == "energy" else 1 + wish.projections)
+    if whitening.of_features or labels <= whitening.width:
+        return ""
+    return (
+        f"the posterior '{potential.posterior.family}' is held in {whitening.width} numbers, which the {labels} labels "
+        "of the batch use up: the last choices say little; choose fewer frames, or train with posterior.family=sketch"
+    )
+
+
 def check(pool: Pool, wish: Wish) -> None:
     """Refuse what cannot be done, before any candidate is evaluated.
 

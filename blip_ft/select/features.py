@@ -75,7 +75,7 @@ class Whitening:
 
     Attributes:
         width: numbers of a row.
-        source: what the covariance is made of, in words.
+        of_features: it is that of a covariance in features, not of samples or directions of the weights.
 
     Raises:
         BlipError: its posterior has no such coordinates.
@@ -89,10 +89,10 @@ class Whitening:
         )
         check_ready(potential)
         self._factor: Tensor | None = None
+        self.of_features = isinstance(posterior, Factored)
         if isinstance(posterior, Factored):
             self._factor = posterior.factor
             self.width = len(posterior.factor)
-            self.source = f"the covariance of {self.width} buckets"
             return
         self.width = posterior.latent_numel
         if posterior.factorised or not posterior.draws_are_weights or self.width > MOST_LATENT:
@@ -102,7 +102,6 @@ class Whitening:
                 remedy=remedy,
                 field="method",
             )
-        self.source = f"the covariance of {self.width} samples or directions"
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """(B, P) gradients, weights in units of rms(w0) -> (B, width)."""

@@ -346,6 +346,26 @@ class TestFamilies:
         )
 
 
+class TestCaution:
+    def test_more_labels_than_samples(self, call: Call, run: Path, pathwise: Path, pool: Path) -> None:
+        """32 samples hold what three frames of nine labels leave open; a sketch has no such bound."""
+        out = pool.parent / "out.extxyz"
+        for model, n, warned in ((pathwise, 3, False), (pathwise, 4, True), (run, 4, False)):
+            code, _, error = call(model, pool, "-n", n, "-o", out, "--overwrite")
+            assert code == 0
+            assert ("32 numbers" in error) is warned
+
+    def test_long_lists_are_cut(self, call: Call, run: Path, pool: Path) -> None:
+        train = frames_of(run.parent.parent / "train.extxyz")
+        write(pool, [*train, *frames_of(pool)[:2]])
+        out = pool.parent / "out.extxyz"
+        code, _, error = call(run, pool, "-n", 2, "-o", out, "--method", "random")
+        assert code == 0
+        assert error.count("excluded:") == 21
+        assert "4 more" in error
+        assert len(chosen(call, run, pool, out, "-n", 2, "--overwrite")["excluded"]) == 24
+
+
 class TestLeftOut:
     @pytest.mark.parametrize(
         ("value", "says"), [(np.nan, "not finite"), (MemoryError("no"), "do not fit into memory")]
