@@ -96,10 +96,13 @@ def main() -> None:
     known, potential = Known.of_run(given.run), load_model(given.run, dtype=given.dtype)
     whitening, objective = Whitening(potential), known.recipe.objective
     everything = load_frames(given.file)
-    drawn = np.random.default_rng(0).permutation(len(everything))[: given.pool + given.test]
-    frames = everything.select(np.sort(drawn[: given.pool]))
+    # frames that the run was only tested on are candidates here
+    known = Known(known.recipe, {k: role for k, role in known.roles.items() if not role.startswith("test")})
     candidates = look(str(given.file), potential, known)
     where = {p.frame: i for i, p in enumerate(candidates.places)}
+    everything = everything.select([i for i, f in enumerate(everything["frame"]) if f in where])
+    drawn = np.random.default_rng(0).permutation(len(everything))[: given.pool + given.test]
+    frames = everything.select(np.sort(drawn[: given.pool]))
     of_pool = [where[f] for f in frames["frame"]]
     rows, errors = rows_of(known, potential, whitening, frames, console)
     test_rows, test_errors = rows_of(
@@ -124,13 +127,14 @@ def main() -> None:
         )
         return float(scale * np.abs(left).mean())
 
+    numbers = [n for n in (0, *NUMBERS) if n <= 2 * len(rows) // 3]
     for seed in range(given.seeds):
         rng = np.random.default_rng(100 + seed)
         some = np.sort(rng.permutation(len(rows))[: 2 * len(rows) // 3])
         keys, sizes = narrow.keys[some], narrow.sizes[some]
 
         def budget(sizes: NDArray[np.int64] = sizes) -> Budget:
-            return Budget(sizes, [""] * len(sizes), frames=max(NUMBERS))
+            return Budget(sizes, [""] * len(sizes), frames=max(numbers))
 
         held = Held([seen[i] for i in some])
         information = Information(whitening.width, objective.kl_temperature)
@@ -138,12 +142,12 @@ def main() -> None:
         stds = np.array([np.sqrt(np.square(r[1:]).mean()) for r in held.rows])
         orders = {
             "covariance": [i for i, _ in most_informative(held, gains, keys, budget(), information)],
-            "random": rng.permutation(len(some))[: max(NUMBERS)].tolist(),
+            "random": rng.permutation(len(some))[: max(numbers)].tolist(),
             "farthest": [i for i, _ in farthest(Held([found[i] for i in some]), keys, budget())],
             "top": list(largest(stds, keys, budget())),
         }
         for method, order in orders.items():
-            for n in (0, *NUMBERS):
+            for n in numbers:
                 table.append(
                     {
                         "dataset": name,
@@ -158,10 +162,10 @@ def main() -> None:
     kept = [row for row in kept if (row["dataset"], row["model"]) != (name, "linearised")]
     with whole_file(OUT) as file:
         json.dump(kept + table, file, indent=1)
-    shown = Table("method", *map(str, (0, *NUMBERS)), title=f"{name}: force MAE, meV/Å (std over seeds)")
+    shown = Table("method", *map(str, numbers), title=f"{name}: force MAE, meV/Å (std over seeds)")
     for method in ("random", "covariance", "farthest", "top"):
         cells = []
-        for n in (0, *NUMBERS):
+        for n in numbers:
             values = [r["force_mae_mev_per_ang"] for r in table if (r["method"], r["n_train"]) == (method, n)]
             cells.append(f"{np.mean(values):.2f} ({np.std(values):.2f})")
         shown.add_row(method, *cells)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: an output that is whole but for candidates that the model cannot describe
 EXIT_LEFT_OUT = 3
+#: frames that are named of those that are excluded or left out
+MOST_LISTED = 20
 #: what `blip-finetune --help` says
 HELP = "choose what to label next from candidates"
 
@@ -117,22 +119,20 @@ def run(args: argparse.Namespace) -> int:
 
     from blip_ft.data.batch.frame_count import count_frames
     from blip_ft.data.read.plan import plan
-    from blip_ft.select.choose import Wish, check, choose
+    from blip_ft.select.choose import Wish, caution, check, check_method, choose
     from blip_ft.select.pool import Known, look
     from blip_ft.select.write import write_choices
     from blip_ft.system.progress import progress
 
     console = Console(stderr=True)
     known = Known.of_run(args.model)
+    check_method(potential, args.method)
     total = count_frames(plan(args.source, labels=False, digest=False))
     with progress(console, "reading", total or 0) as advance:
         pool = look(
             args.source, potential, known, skip_bad=args.skip_bad, progress=advance if total else _nothing
         )
-    for place, reason in pool.left_out:
-        announce(f"left out: {place}: {reason}")
-    for place, reason in pool.excluded:
-        announce(f"excluded: {place}: {reason}")
+    _list("excluded", pool.excluded)
     wish = Wish(
         method=args.method,
         frames=args.n,
@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.storage,
     )
     check(pool, wish)
+    announce(caution(potential, wish))
     choices = choose(
         potential,
         known,
@@ -154,9 +155,18 @@ def run(args: argparse.Namespace) -> int:
         scratch=Path(target).parent,
         progress=lambda what, n: progress(console, what, n),
     )
+    _list("left out", pool.left_out)
     write_choices(pool, choices, target, overwrite=args.overwrite)
     _print(args, pool, choices)
     return EXIT_LEFT_OUT if pool.left_out else 0
+
+
+def _list(what: str, frames: Sequence[tuple[str, str]]) -> None:
+    """The first of them; ``--json`` has all."""
+    for place, reason in frames[:MOST_LISTED]:
+        announce(f"{what}: {place}: {reason}")
+    if len(frames) > MOST_LISTED:
+        announce(f"{what}: {len(frames) - MOST_LISTED} more (--json lists all)")
 
 
 def _nothing(n: int) -> None:

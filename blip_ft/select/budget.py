@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Budget:
         if self.atoms is not None:
             out &= self.sizes <= self.atoms
         return out
+
+    def close(self, numbers: Iterable[int]) -> None:
+        """Never take some of them."""
+        self._free[list(numbers)] = False
 
     def take(self, i: int) -> None:
         """Take one."""

@@ -22,6 +22,8 @@ from blip_ft.select.features import (
     Precision,
     RowFile,
     Whitening,
+    check_ready,
+    distance,
     energy_rows,
     force_stds,
     label_rows,
@@ -144,31 +146,40 @@ def choose(
         BlipError: more is asked for than there is, the model's family does not suit the method, or there is no space.
     """
     check(pool, wish)
-    drawn = _uniform(pool.keys, wish.seed)
-    budget = Budget(pool.sizes, pool.groups, frames=wish.frames, atoms=wish.atoms, per_group=wish.per_group)
-    audits = _audits(pool, wish, budget, drawn)
     found: list[Choice] = []
-
-    def note(i: int, method: str, **numbers: float | None) -> None:
-        place = pool.places[i]
-        found.append(
-            Choice(
-                len(found) + 1,
-                i,
-                place.source,
-                place.frame,
-                pool.groups[i],
-                int(pool.sizes[i]),
-                method,
-                **numbers,
-            )
-        )
-
-    for i, score, gain, alone in _by_method(
-        potential, known, pool, wish, budget, audits, drawn, scratch, progress
-    ):
-        note(i, AUDIT if i in audits else wish.method, score=score, gain=gain, alone=alone)
+    for method, i, score, gain, alone in _by_method(potential, known, pool, wish, scratch, progress):
+        place, order = pool.places[i], len(found) + 1
+        size, group = int(pool.sizes[i]), pool.groups[i]
+        found.append(Choice(order, i, place.source, place.frame, group, size, method, score, gain, alone))
     return found
+
+
+def check_method(potential: BayesianPotential, method: Method) -> None:
+    """Refuse a method that the model has not what it takes for, before candidates are read.
+
+    Raises:
+        BlipError: of its family, its features, or without a posterior.
+    """
+    if method in ("covariance", "energy"):
+        Whitening(potential)
+    elif method in ("farthest", "ood"):
+        distance(potential)
+    elif method == "top":
+        check_ready(potential)
+
+
+def caution(potential: BayesianPotential, wish: Wish) -> str:
+    """What a batch is too large for, in words; empty where there is nothing to say."""
+    if wish.method not in ("covariance", "energy") or wish.frames is None:
+        return ""
+    whitening = Whitening(potential)
+    labels = wish.frames * (1 if wish.method == "energy" else 1 + wish.projections)
+    if whitening.of_features or labels <= whitening.width:
+        return ""
+    return (
+        f"the posterior '{potential.posterior.family}' is held in {whitening.width} numbers, which the {labels} labels "
+        "of the batch use up: the last choices say little; choose fewer frames, or train with posterior.family=sketch"
+    )
 
 
 def check(pool: Pool, wish: Wish) -> None:
@@ -206,24 +217,34 @@ def check(pool: Pool, wish: Wish) -> None:
         )
 
 
-def _audits(pool: Pool, wish: Wish, budget: Budget, drawn: NDArray[np.float64]) -> list[int]:
-    """Take the share that is drawn at random, within the limits that hold for all."""
-    if not wish.audit:
-        return []
-    share = Budget(
-        pool.sizes,
-        pool.groups,
-        frames=None if wish.frames is None else round(wish.audit * wish.frames),
-        atoms=None if wish.atoms is None else int(wish.audit * wish.atoms),
-        per_group=wish.per_group,
-    )
-    chosen = list(largest(drawn, pool.keys, share))
-    for i in chosen:
-        budget.take(i)
-    return chosen
+class _Draw:
+    """What may be chosen, once it is known which candidates are of use; audits are drawn first."""
+
+    def __init__(self, pool: Pool, wish: Wish) -> None:
+        self.keys, self.wish = pool.keys, wish
+        self.uniform = _uniform(pool.keys, wish.seed)
+        self.budget = self._budget(pool, wish.frames, wish.atoms)
+        self.audits: list[int] = []
+        if wish.audit:
+            frames = None if wish.frames is None else round(wish.audit * wish.frames)
+            atoms = None if wish.atoms is None else int(wish.audit * wish.atoms)
+            self.audits = list(largest(self.uniform, pool.keys, self._budget(pool, frames, atoms)))
+        for i in self.audits:
+            self.budget.take(i)
+
+    def _budget(self, pool: Pool, frames: int | None, atoms: int | None) -> Budget:
+        per_group = self.wish.per_group
+        budget = Budget(pool.sizes, pool.groups, frames=frames, atoms=atoms, per_group=per_group)
+        budget.close(pool.lost)
+        return budget
+
+    def by(self, scores: NDArray[np.float64]) -> Iterator[tuple[str, int]]:
+        """Method and number of each, audits first, then the largest scores."""
+        yield from ((AUDIT, i) for i in self.audits)
+        yield from ((self.wish.method, i) for i in largest(scores, self.keys, self.budget))
 
 
-_Found = Iterator[tuple[int, float | None, float | None, float | None]]
+_Found = Iterator[tuple[str, int, float | None, float | None, float | None]]
 
 
 def _by_method(
@@ -231,34 +252,41 @@ def _by_method(
     known: Known,
     pool: Pool,
     wish: Wish,
-    budget: Budget,
-    audits: list[int],
-    drawn: NDArray[np.float64],
     scratch: Path,
     progress: Progress,
 ) -> _Found:
-    """Number, score, gain, and gain alone of every chosen candidate, audits first."""
+    """Method, number, score, gain, and gain alone of every chosen candidate, audits first."""
     if wish.method in ("covariance", "energy"):
-        yield from _informative(potential, known, pool, wish, budget, audits, scratch, progress)
+        yield from _informative(potential, known, pool, wish, scratch, progress)
         return
     if wish.method == "random":
-        yield from ((i, None, None, None) for i in (*audits, *largest(drawn, pool.keys, budget)))
+        draw = _Draw(pool, wish)
+        yield from ((method, i, None, None, None) for method, i in draw.by(draw.uniform))
         return
+    if wish.method == "farthest":
+        yield from _farthest(potential, pool, wish, scratch, progress)
+        return
+    by = ood_scores if wish.method == "ood" else force_stds
     with progress("candidates", len(pool)) as advance:
         calls = Calls(wish.structures, wish.batch_atoms, advance)
-        if wish.method == "farthest":
-            found, width = places(pool, potential, calls)
-            with closing(RowFile(scratch, width, wish.precision, len(pool))) as rows:
-                for _, row in found:
-                    rows.append(row)
-                yield from ((i, None, None, None) for i in audits)
-                for i, distance in farthest(rows, pool.keys, budget, audits):
-                    yield i, None, distance, None
-            return
-        by = ood_scores if wish.method == "ood" else force_stds
-        scores = np.array([score for _, score in by(pool, potential, calls)])
-    for i in (*audits, *largest(scores, pool.keys, budget)):
-        yield i, float(scores[i]), None, None
+        scores = np.array([0.0 if s is None else s for _, s in by(pool, potential, calls)])
+    for method, i in _Draw(pool, wish).by(scores):
+        yield method, i, float(scores[i]), None, None
+
+
+def _farthest(
+    potential: BayesianPotential, pool: Pool, wish: Wish, scratch: Path, progress: Progress
+) -> _Found:
+    with progress("candidates", len(pool)) as advance:
+        found, width = places(pool, potential, Calls(wish.structures, wish.batch_atoms, advance))
+        rows = RowFile(scratch, width, wish.precision, len(pool))
+        with closing(rows):
+            for _, row in found:
+                rows.append(row)
+            draw = _Draw(pool, wish)
+            yield from ((AUDIT, i, None, None, None) for i in draw.audits)
+            for i, distance in farthest(rows, pool.keys, draw.budget, draw.audits):
+                yield wish.method, i, None, distance, None
 
 
 def _informative(
@@ -266,8 +294,6 @@ def _informative(
     known: Known,
     pool: Pool,
     wish: Wish,
-    budget: Budget,
-    audits: list[int],
     scratch: Path,
     progress: Progress,
 ) -> _Found:
@@ -290,16 +316,21 @@ def _informative(
             )
             for i, mine in made:
                 rows.append(mine)
-                # as they are read again: rounded
-                alone[i] = information.gains([rows[i]])[0]
-                scores[i] = prior_std(mine, int(pool.sizes[i]), wish.method, objective, potential.calibration)
-        for i in audits:
+                if mine is not None:
+                    # as they are read again: rounded
+                    alone[i] = information.gains([rows[i]])[0]
+                    scores[i] = prior_std(
+                        mine, int(pool.sizes[i]), wish.method, objective, potential.calibration
+                    )
+        draw = _Draw(pool, wish)
+        for i in draw.audits:
             gain = float(information.gains([rows[i]])[0])
             information.take(rows[i])
-            yield i, float(scores[i]), gain, float(alone[i])
-        with progress("choosing", budget.frames or len(pool)) as advance:
+            yield AUDIT, i, float(scores[i]), gain, float(alone[i])
+        budget = draw.budget
+        with progress("choosing", len(pool) if budget.frames is None else budget.frames) as advance:
             for i, gain in most_informative(rows, alone, pool.keys, budget, information, progress=advance):
-                yield i, float(scores[i]), gain, float(alone[i])
+                yield wish.method, i, float(scores[i]), gain, float(alone[i])
 
 
 def _uniform(keys: NDArray[np.int64], seed: int) -> NDArray[np.float64]:

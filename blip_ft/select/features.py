@@ -23,14 +23,14 @@ from torch import Tensor
 
 from blip_ft.backbones.protocol import Batch
 from blip_ft.config import ObjectiveConfig
-from blip_ft.errors import BlipError, DataError
+from blip_ft.errors import BlipError
 from blip_ft.files import remedy_of
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.calibration import Calibration
 from blip_ft.potential.checkpoint import require_space
 from blip_ft.potential.distance import FeatureDistance
 from blip_ft.select.pool import Pool
-from blip_ft.system.out_of_memory import by_halves
+from blip_ft.system.out_of_memory import by_halves, is_out_of_memory
 from blip_ft.uncertainty import batch_limits
 from blip_ft.uncertainty.jacobian import output_gradients, random_orthonormal
 from blip_ft.uncertainty.linearized import energy_gradients
@@ -75,7 +75,7 @@ class Whitening:
 
     Attributes:
         width: numbers of a row.
-        source: what the covariance is made of, in words.
+        of_features: it is that of a covariance in features, not of samples or directions of the weights.
 
     Raises:
         BlipError: its posterior has no such coordinates.
@@ -87,15 +87,12 @@ class Whitening:
             "train with posterior.family=sketch (or pathwise, subspace), or choose by --method top, ood, farthest or "
             "random"
         )
-        if not posterior.ready:
-            raise BlipError(
-                "the model has no posterior: no weight of it carries noise", remedy=remedy, field="method"
-            )
+        check_ready(potential)
         self._factor: Tensor | None = None
+        self.of_features = isinstance(posterior, Factored)
         if isinstance(posterior, Factored):
             self._factor = posterior.factor
             self.width = len(posterior.factor)
-            self.source = f"the covariance of {self.width} buckets"
             return
         self.width = posterior.latent_numel
         if posterior.factorised or not posterior.draws_are_weights or self.width > MOST_LATENT:
@@ -105,7 +102,6 @@ class Whitening:
                 remedy=remedy,
                 field="method",
             )
-        self.source = f"the covariance of {self.width} samples or directions"
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """(B, P) gradients, weights in units of rms(w0) -> (B, width)."""
@@ -146,12 +142,13 @@ class RowFile:
         self._counts: list[int] = []
         self._starts: list[int] = [0]
 
-    def append(self, rows: Floats) -> None:
-        """The (k, width) rows of the next candidate.
+    def append(self, rows: Floats | None) -> None:
+        """The (k, width) rows of the next candidate; ``None`` stands for one row of zeros.
 
         Raises:
             BlipError: they cannot be written.
         """
+        rows = np.zeros((1, self.width)) if rows is None else rows
         largest = float(np.finfo(self._type).max)
         try:
             self._file.seek(0, os.SEEK_END)
@@ -214,7 +211,13 @@ def _each(
     calls: Calls,
     work: Callable[[Sequence[int], Sequence[Atoms]], list[Any]],
 ) -> Iterator[tuple[int, Any]]:
-    """Number of every candidate and what ``work`` makes of it, in order; by halves where memory runs out."""
+    """Number of every candidate and what ``work`` makes of it, in order; by halves where memory runs out.
+
+    ``None`` for a candidate of which the model says nothing, where the pool may leave it out.
+
+    Raises:
+        DataError: where it may not.
+    """
     limit = batch_limits.default_atoms(potential.backbone.device) if calls.atoms is None else calls.atoms
     frames = pool.frames()
     for batch in batch_limits.bounded(
@@ -223,23 +226,30 @@ def _each(
         numbers, atoms = [i for i, _ in batch], [a for _, a in batch]
 
         def some(part: range, numbers: list[int] = numbers, atoms: list[Atoms] = atoms) -> list[Any]:
-            return work(numbers[part.start : part.stop], atoms[part.start : part.stop])
+            try:
+                return work(numbers[part.start : part.stop], atoms[part.start : part.stop])
+            except Exception as error:
+                if len(part) > 1 or not is_out_of_memory(error):
+                    raise
+                return [None]
 
         done = by_halves(some, range(len(batch)), [len(a) for a in atoms], what="features of candidates")
         for i, value in zip(numbers, chain.from_iterable(done), strict=True):
-            _check_finite(value, pool, i)
+            if value is None:
+                pool.leave_out(
+                    i,
+                    f"{pool.sizes[i]} atoms do not fit into memory",
+                    "take a device with more memory, --dtype float32, or a method that needs less (energy, ood)",
+                )
+            elif not np.isfinite(value).all():
+                pool.leave_out(
+                    i,
+                    "what the model says of this structure is not finite",
+                    "it is far from all that the model knows (atoms on top of each other?): remove it",
+                )
+                value = None
             yield i, value
         calls.progress(len(batch))
-
-
-def _check_finite(value: Any, pool: Pool, i: int) -> None:
-    if not np.isfinite(value).all():
-        raise DataError(
-            "what the model says of this structure is not finite",
-            file=pool.places[i].source,
-            frame=pool.places[i].frame,
-            remedy="remove it: it is far from all that the model knows (atoms on top of each other?)",
-        )
 
 
 def label_rows(
@@ -251,7 +261,7 @@ def label_rows(
     *,
     projections: int = PROJECTIONS,
     seed: int = 0,
-) -> Iterator[tuple[int, Floats]]:
+) -> Iterator[tuple[int, Floats | None]]:
     """Whitened rows of the labels of every candidate: its energy, then projections of its forces.
 
     Args:
@@ -288,7 +298,7 @@ def energy_rows(
     objective: ObjectiveConfig,
     whitening: Whitening,
     calls: Calls,
-) -> Iterator[tuple[int, Floats]]:
+) -> Iterator[tuple[int, Floats | None]]:
     """The (1, width) row of the energy of every candidate, from the call that gives its forces."""
     sites = potential.posterior.sites
 
@@ -305,33 +315,33 @@ def energy_rows(
 
 def places(
     pool: Pool, potential: BayesianPotential, calls: Calls
-) -> tuple[Iterator[tuple[int, Floats]], int]:
+) -> tuple[Iterator[tuple[int, Floats | None]], int]:
     """(1, f) place of every candidate beside the training atoms: the mean of ``FeatureDistance.coordinates``; and f."""
-    distance = _distance(potential)
+    known = distance(potential)
 
     def work(numbers: Sequence[int], atoms: Sequence[Atoms]) -> list[Floats]:
         del numbers
         features, batch = _node_features(potential, atoms)
-        found = distance.coordinates(features, batch.numbers).split(batch.n_atoms.tolist())
+        found = known.coordinates(features, batch.numbers).split(batch.n_atoms.tolist())
         return [part.mean(dim=0, keepdim=True).numpy() for part in found]
 
-    return _each(pool, potential, calls, work), distance.mean.shape[1]
+    return _each(pool, potential, calls, work), known.mean.shape[1]
 
 
-def ood_scores(pool: Pool, potential: BayesianPotential, calls: Calls) -> Iterator[tuple[int, float]]:
+def ood_scores(pool: Pool, potential: BayesianPotential, calls: Calls) -> Iterator[tuple[int, float | None]]:
     """Largest out-of-distribution score of the atoms of every candidate."""
-    distance = _distance(potential)
+    known = distance(potential)
 
     def work(numbers: Sequence[int], atoms: Sequence[Atoms]) -> list[float]:
         del numbers
         features, batch = _node_features(potential, atoms)
-        parts = distance.score(features, batch.numbers).split(batch.n_atoms.tolist())
+        parts = known.score(features, batch.numbers).split(batch.n_atoms.tolist())
         return [float(part.max()) for part in parts]
 
     return _each(pool, potential, calls, work)
 
 
-def force_stds(pool: Pool, potential: BayesianPotential, calls: Calls) -> Iterator[tuple[int, float]]:
+def force_stds(pool: Pool, potential: BayesianPotential, calls: Calls) -> Iterator[tuple[int, float | None]]:
     """Root mean square std of the force components of every candidate, eV/Å, from the model's draws."""
 
     def work(numbers: Sequence[int], atoms: Sequence[Atoms]) -> list[float]:
@@ -343,13 +353,22 @@ def force_stds(pool: Pool, potential: BayesianPotential, calls: Calls) -> Iterat
             )
         ]
 
+    check_ready(potential)
+    return _each(pool, potential, calls, work)
+
+
+def check_ready(potential: BayesianPotential) -> None:
+    """Refuse a model without error bars.
+
+    Raises:
+        BlipError: it has none.
+    """
     if not potential.posterior.ready:
         raise BlipError(
             "the model has no posterior: no weight of it carries noise",
-            remedy="choose by --method ood, farthest or random",
+            remedy="choose by --method ood, farthest or random, or train with noise (model.noise)",
             field="method",
         )
-    return _each(pool, potential, calls, work)
 
 
 def prior_std(
@@ -383,7 +402,12 @@ def _node_features(potential: BayesianPotential, atoms: Sequence[Atoms]) -> tupl
     return out.node_features, batch
 
 
-def _distance(potential: BayesianPotential) -> FeatureDistance:
+def distance(potential: BayesianPotential) -> FeatureDistance:
+    """Where its training atoms are.
+
+    Raises:
+        BlipError: it does not know.
+    """
     if potential.ood is None:
         raise BlipError(
             "the model does not know where its training atoms are in feature space",

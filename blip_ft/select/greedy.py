@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 
 #: gains, distances and scores within this, relative, are ties: rounding of features made in other batches
 TIE = 1e-6
-#: candidates whose gain is computed anew together
-AT_ONCE = 32
+#: candidates whose gain is computed anew together, at first and at most
+AT_ONCE, MOST_AT_ONCE = 32, 256
 
 
 class Rows(Protocol):
@@ -101,14 +101,16 @@ def most_informative(
     bounds, exact = gains / cost, np.zeros(len(gains), dtype=bool)
     while (free := budget.open()).any():
         exact[:] = False
+        at_once = AT_ONCE
         while True:
             best = bounds[free & exact].max(initial=-np.inf)
             stale = np.flatnonzero(free & ~exact & (bounds >= best * (1 - TIE)))
             if not len(stale):
                 break
-            some = stale[np.lexsort((keys[stale], -bounds[stale]))][:AT_ONCE]
+            some = stale[np.lexsort((keys[stale], -bounds[stale]))][:at_once]
             bounds[some] = information.gains([rows[i] for i in some]) / cost[some]
             exact[some] = True
+            at_once = min(2 * at_once, MOST_AT_ONCE)
         i = first_of_best(bounds, keys, free & exact)
         gain = float(bounds[i] * cost[i])
         budget.take(i)

@@ -84,6 +84,8 @@ class Pool:
         excluded: place and reason of frames that may not be chosen.
         left_out: place and reason of frames that the model cannot describe.
         seen: frames of the source.
+        skip_bad: frames that the model cannot describe may be left out.
+        lost: numbers of candidates that were left out when they were evaluated.
     """
 
     source: str
@@ -94,9 +96,24 @@ class Pool:
     excluded: list[tuple[str, str]]
     left_out: list[tuple[str, str]] = field(default_factory=list)
     seen: int = 0
+    skip_bad: bool = False
+    lost: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def leave_out(self, i: int, problem: str, remedy: str) -> None:
+        """A candidate has turned out to be of no use.
+
+        Raises:
+            DataError: it may not be left out.
+        """
+        place = self.places[i]
+        if not self.skip_bad:
+            remedy = f"{remedy}; --skip-bad leaves it out"
+            raise DataError(problem, file=place.source, frame=place.frame, remedy=remedy)
+        self.lost.add(i)
+        self.left_out.append((str(place), problem))
 
     def part(self, wanted: Sequence[int]) -> Pool:
         """Some of the candidates, by their numbers in ascending order."""
@@ -109,6 +126,7 @@ class Pool:
             self.excluded,
             self.left_out,
             self.seen,
+            self.skip_bad,
         )
 
     def frames(self, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, Atoms]]:
@@ -196,6 +214,7 @@ def look(
         excluded=[(place, reason) for _, place, reason in sorted(excluded)],
         left_out=left_out,
         seen=number + 1,
+        skip_bad=skip_bad,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ase import Atoms
 from ase.io import read, write
 
+from blip_ft.cli import select as command
 from blip_ft.closed_form.gradients import GradientRows
 from blip_ft.closed_form.statistics_file import read_statistics
 from blip_ft.data.batch.dataset import FrameDataset
@@ -342,6 +344,80 @@ class TestFamilies:
         torch.testing.assert_close(
             where.norm(dim=1), potential.ood.score(features, batch.numbers), rtol=1e-5, atol=0
         )
+
+
+class TestCaution:
+    def test_more_labels_than_samples(self, call: Call, run: Path, pathwise: Path, pool: Path) -> None:
+        """32 samples hold what three frames of nine labels leave open; a sketch has no such bound."""
+        out = pool.parent / "out.extxyz"
+        for model, n, warned in ((pathwise, 3, False), (pathwise, 4, True), (run, 4, False)):
+            code, _, error = call(model, pool, "-n", n, "-o", out, "--overwrite")
+            assert code == 0
+            assert ("32 numbers" in error) is warned
+
+    def test_long_lists_are_cut(self, call: Call, run: Path, pool: Path) -> None:
+        train = frames_of(run.parent.parent / "train.extxyz")
+        write(pool, [*train, *frames_of(pool)[:2]])
+        out = pool.parent / "out.extxyz"
+        code, _, error = call(run, pool, "-n", 2, "-o", out, "--method", "random")
+        assert code == 0
+        assert error.count("excluded:") == 21
+        assert "4 more" in error
+        assert len(chosen(call, run, pool, out, "-n", 2, "--overwrite")["excluded"]) == 24
+
+
+class TestLeftOut:
+    @pytest.mark.parametrize(
+        ("value", "says"), [(np.nan, "not finite"), (MemoryError("no"), "do not fit into memory")]
+    )
+    def test_when_it_is_evaluated(
+        self,
+        call: Call,
+        run: Path,
+        pool: Path,
+        value: Any,
+        says: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Refused, or left out and listed; all others are chosen as if it were not there."""
+
+        def stds(potential: Any, atoms: list[Atoms], **options: Any) -> list[dict[str, Any]]:
+            for a in atoms:
+                if len(a) == 6 and isinstance(value, Exception):
+                    raise value
+            return [
+                {"forces_std": np.full((len(a), 3), value if len(a) == 6 else a.positions[1, 0])}
+                for a in atoms
+            ]
+
+        monkeypatch.setattr("blip_ft.select.features.predict_atoms", stds)
+        out = pool.parent / "out.extxyz"
+        options = ("-n", 20, "--method", "top", "--json", "--audit", 0.2)
+        code, _, error = call(run, pool, "-o", out, *options)
+        assert code == 2
+        assert says in error
+        assert "frame 0" in error
+        assert "--skip-bad" in error
+        assert not out.exists()
+        code, text, _ = call(run, pool, "-o", out, *options, "--skip-bad")
+        assert code == 3
+        found = json.loads(text)
+        assert len(found["left_out"]) == 10
+        assert {c["atoms"] for c in found["chosen"]} == {3}
+        assert len(found["chosen"]) == len(frames_of(out)) == 20
+
+
+def test_defaults_of_the_command_are_those_of_the_library() -> None:
+    """They are written twice, so that ``--help`` imports nothing."""
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    given = parser.parse_args(["run", "pool", "-o", "out", "-n", "3"])
+    wish = Wish(frames=3)
+    assert (given.method, given.audit, given.seed) == (wish.method, wish.audit, wish.seed)
+    assert (given.projections, given.batch_size) == (wish.projections, wish.structures)
+    assert (given.storage, given.batch_atoms) == (wish.precision, wish.batch_atoms)
+    (methods,) = (a.choices for a in parser._actions if a.dest == "method")
+    assert tuple(methods) == METHODS
 
 
 class TestSource:
