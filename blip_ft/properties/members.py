@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator
 from rich.console import Console
 
-from blip_ft.backbones import electrons
+from blip_ft.backbones.calculator import ModelCalculator, results_of
 from blip_ft.data.neighbours import contact
 from blip_ft.errors import BlipError, DataError
 from blip_ft.families.model import drawing
@@ -108,7 +108,7 @@ def members_of(potential: BayesianPotential | Members, n_draws: int | None = Non
     )
 
 
-class DrawCalculator(Calculator):
+class DrawCalculator(ModelCalculator):
     """Energy (eV), forces (eV/Å) and, where the model has one and the structure is periodic, stress (eV/Å^3) of a draw.
 
     Args:
@@ -118,8 +118,6 @@ class DrawCalculator(Calculator):
         amplitude: width of the draws.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
-
     def __init__(
         self, potential: BayesianPotential, draw: int | None, n_draws: int, amplitude: float
     ) -> None:
@@ -127,32 +125,14 @@ class DrawCalculator(Calculator):
         self.potential, self.n_draws, self.amplitude = potential, n_draws, amplitude
         self.noise = OFF if draw is None else Noise.of_draw(draw)
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """As in ASE, and charge and spin in ``atoms.info`` count."""
-        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
-
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: list[str] | None = None,
-        system_changes: list[str] = all_changes,
-    ) -> None:
-        """Evaluate ``atoms``."""
-        super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
+    def evaluated(self, atoms: Atoms) -> dict[str, Any]:
+        """``results`` of a structure."""
         backbone = self.potential.backbone
-        stress = backbone.has_stress and bool(self.atoms.pbc.all())
-        batch = backbone.batch([self.atoms]).to(backbone.device)
+        stress = backbone.has_stress and bool(atoms.pbc.all())
+        batch = backbone.batch([atoms]).to(backbone.device)
         with torch.no_grad(), drawing(self.potential, self.n_draws, self.amplitude):
             found = self.potential(batch, self.noise, stress=stress)
-        energy = float(found.energy)
-        self.results: dict[str, Any] = {
-            "energy": energy,
-            "free_energy": energy,
-            "forces": found.forces.cpu().numpy(),
-        }
-        if stress:
-            self.results["stress"] = found.stress[0].cpu().numpy()
+        return results_of(found, stress=stress)
 
 
 def over_draws(

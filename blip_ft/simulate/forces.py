@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
 from numpy.typing import NDArray
 
-from blip_ft.backbones import electrons
+from blip_ft.backbones.calculator import ModelCalculator, results_of
 from blip_ft.backbones.protocol import Batch, Prediction
 from blip_ft.families.model import drawing
 from blip_ft.potential.bayesian import BayesianPotential
@@ -56,7 +55,7 @@ class ErrorBars:
     sampling_error: float
 
 
-class Forces(Calculator):
+class Forces(ModelCalculator):
     """Energy (eV), forces (eV/Å) and, where asked for, stress (eV/Å^3) of one set of weights; scores of the atoms.
 
     Args:
@@ -68,8 +67,6 @@ class Forces(Calculator):
         with_energy_std: the next evaluation also gives ``energy_std``, from the same backward call.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
-
     def __init__(
         self, potential: BayesianPotential, *, stress: bool, draw: tuple[int, int, float] | None = None
     ) -> None:
@@ -77,10 +74,6 @@ class Forces(Calculator):
         self.potential, self.stress, self.draw = potential, stress, draw
         self.with_energy_std = False
         self._batch: Batch | None = None
-
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """As in ASE, and charge and spin in ``atoms.info`` count."""
-        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
 
     @property
     def linear(self) -> bool:
@@ -91,28 +84,20 @@ class Forces(Calculator):
             and self.potential.posterior.draws_are_weights
         )
 
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: list[str] | None = None,
-        system_changes: list[str] = all_changes,
-    ) -> None:
-        """Evaluate ``atoms``."""
-        super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
+    def evaluated(self, atoms: Atoms) -> dict[str, Any]:
+        """``results`` of a structure."""
         backbone = self.potential.backbone
-        backbone.check(self.atoms)
-        batch = self._batch = backbone.batch([self.atoms]).to(backbone.device)
+        backbone.check(atoms)
+        batch = self._batch = backbone.batch([atoms]).to(backbone.device)
         if self.with_energy_std and self.linear:
             moments = predict_linearized(self.potential, batch, method="energy", stress=self.stress)
-            self.results = self._read(moments.mean, batch)
             assert moments.energy_std is not None
-            self.results["energy_std"] = self._calibration.energy.scale * float(moments.energy_std[0])
-            return
+            std = self._calibration.energy.scale * float(moments.energy_std[0])
+            return self._read(moments.mean, batch) | {"energy_std": std}
         with torch.no_grad():  # the backbone switches autograd on for its own forces
-            self.results = self._read(to_double(self._evaluated(batch)), batch)
+            return self._read(to_double(self._of_weights(batch)), batch)
 
-    def _evaluated(self, batch: Batch) -> Prediction:
+    def _of_weights(self, batch: Batch) -> Prediction:
         out: Prediction
         if self.draw is None:
             out = self.potential(batch, OFF, stress=self.stress)
@@ -123,11 +108,7 @@ class Forces(Calculator):
         return out
 
     def _read(self, out: Prediction, batch: Batch) -> dict[str, Any]:
-        assert out.forces is not None
-        energy = float(out.energy[0])
-        results: dict[str, Any] = {"energy": energy, "free_energy": energy, "forces": _numpy(out.forces)}
-        if self.stress and out.stress is not None:
-            results["stress"] = _numpy(out.stress[0])
+        results = results_of(out, stress=self.stress)
         if self.potential.ood is not None and out.node_features is not None:
             results["ood_score"] = _numpy(self.potential.ood.score(out.node_features, batch.numbers))
         return results

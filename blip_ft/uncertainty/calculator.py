@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from blip_ft.backbones import electrons
+from blip_ft.backbones.calculator import ModelCalculator
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.uncertainty.outputs import OURS, STANDARD
 from blip_ft.uncertainty.predict import Method, predict_atoms
 
 
-class BlipCalculator(Calculator):
+class BlipCalculator(ModelCalculator):
     """Energy, forces and stress of the mean weights (``pathwise``) or as the mean over draws, with stds.
 
     Either way forces are the gradient of the energy: every draw is conservative. ``*_std`` are
@@ -53,10 +53,6 @@ class BlipCalculator(Calculator):
         super().__init__(**kwargs)
         self.potential, self.n_draws, self.method = potential, n_draws, method
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """As in ASE, and charge and spin in ``atoms.info`` count."""
-        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
-
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -65,13 +61,15 @@ class BlipCalculator(Calculator):
     ) -> None:
         """Evaluate all draws on ``atoms``."""
         super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
-        (item,) = predict_atoms(self.potential, [self.atoms], n_draws=self.n_draws, method=self.method)
-        self.results = {k: v for k, v in item.items() if v is not None}
-        self.results["free_energy"] = self.results["energy"]
         missing = [p for p in properties or [] if p not in self.results]
         if missing:
             raise PropertyNotImplementedError(
                 f"{', '.join(missing)}: no stress without periodicity in all directions, no std that the calculator's "
                 "method does not give, no aleatoric or total std of what no calibration frame had a label of"
             )
+
+    def evaluated(self, atoms: Atoms) -> dict[str, Any]:
+        """``results`` of a structure."""
+        (item,) = predict_atoms(self.potential, [atoms], n_draws=self.n_draws, method=self.method)
+        results = {k: v for k, v in item.items() if v is not None}
+        return results | {"free_energy": results["energy"]}

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from blip_ft.backbones import electrons
+from blip_ft.backbones.calculator import ModelCalculator, results_of
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import member
@@ -107,43 +107,23 @@ def relaxed(model: Verified, atoms: Atoms, steps: int = 100) -> Atoms:
     return moving
 
 
-class BackboneCalculator(Calculator):
+class BackboneCalculator(ModelCalculator):
     """Energy (eV), forces (eV/Å) and, where the model has one and the structure is periodic, stress (eV/Å^3).
 
     Args:
         backbone: in the precision that is wanted.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
-
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """As in ASE, and charge and spin in ``atoms.info`` count."""
-        return electrons.changes(self.atoms, atoms, super().check_state(atoms, tol))
-
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: list[str] | None = None,
-        system_changes: list[str] = all_changes,
-    ) -> None:
-        """Evaluate ``atoms``."""
-        super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
-        stress = self.backbone.has_stress and bool(self.atoms.pbc.all())
+    def evaluated(self, atoms: Atoms) -> dict[str, Any]:
+        """``results`` of a structure."""
+        stress = self.backbone.has_stress and bool(atoms.pbc.all())
         with torch.no_grad():  # the backbone switches autograd on for its own forces
-            found = self.backbone(self.backbone.batch([self.atoms]), forces=True, stress=stress)
-        energy = float(found.energy)
-        self.results: dict[str, Any] = {
-            "energy": energy,
-            "free_energy": energy,
-            "forces": found.forces.double().numpy(),
-        }
-        if stress:
-            self.results["stress"] = found.stress[0].double().numpy()
+            found = self.backbone(self.backbone.batch([atoms]), forces=True, stress=stress)
+        return results_of(found, stress=stress)
 
 
 def _energies(backbone: Backbone, frames: Sequence[Atoms]) -> Floats:
