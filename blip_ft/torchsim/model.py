@@ -82,8 +82,8 @@ class TorchSimModel(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """An instance that is also a ``ModelInterface``, which is first imported here."""
-        out: Self = object.__new__(with_interface(cls))
-        return out
+        both: type[Self] = with_interface(cls)  # type: ignore[arg-type]  # mypy: a class with __hash__ is none
+        return object.__new__(both)
 
     def __init__(
         self,
