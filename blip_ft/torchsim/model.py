@@ -82,7 +82,7 @@ class TorchSimModel(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """An instance that is also a ``ModelInterface``, which is first imported here."""
-        both: type[Self] = with_interface(cls)  # type: ignore[arg-type]  # mypy: a class with __hash__ is none
+        both: type[Self] = with_interface(cls)  # type: ignore[arg-type]  # mypy takes a class with __hash__ for not hashable
         return object.__new__(both)
 
     def __init__(
