@@ -25,7 +25,7 @@ from blip_ft.torchsim.package import torch_sim, with_interface
 from blip_ft.uncertainty.moments import BatchMoments
 from blip_ft.uncertainty.predict import Method, predict_batch
 
-_NO_STRESS = "structures that are not periodic in all directions have no stress"
+_NO_STRESS = "no stress: structures are not periodic in all directions, or compute_stress is off"
 
 
 class Results(dict[str, Tensor]):
@@ -36,7 +36,7 @@ class Results(dict[str, Tensor]):
             raise BlipError(
                 _NO_STRESS,
                 field="stress",
-                remedy="integrators and optimisers of fixed cells; or structures with pbc=True",
+                remedy="integrators and optimisers of fixed cells; or structures with pbc=True, compute_stress=True",
             )
         raise KeyError(key)
 
@@ -224,10 +224,12 @@ class TorchSimModel(nn.Module):
             found["forces"] = mean.forces
         if self.compute_stress and periodic and mean.stress is not None:
             found["stress"] = torch.as_tensor(voigt_6_to_full_3x3_stress(_numpy(mean.stress)))
+        broken = (~torch.isfinite(mean.energy)).nonzero().flatten().tolist()
         for name, value in found.items():
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise BlipError(
                     "the model's prediction is not finite",
+                    frame=broken[0] if broken else None,
                     field=name,
                     remedy="the structure is far from all that the model knows: look at the start and the time step",
                 )

@@ -310,6 +310,17 @@ def test_what_the_model_cannot_describe_is_named(potential: BayesianPotential):
         model(broken)
 
 
+def test_a_prediction_that_is_not_finite_names_its_structure():
+    potential = potential_of()
+    model = TorchSimModel(potential, n_draws=0)
+    state = model.state([bulk("Si"), bulk("C"), bulk("Si")])
+    with torch.no_grad():
+        potential.backbone.model.references[1] = torch.nan  # of carbon
+    with pytest.raises(BlipError, match="not finite") as raised:
+        model(state)
+    assert (raised.value.frame, raised.value.field) == (1, "energy")
+
+
 def test_charge_and_spin_are_of_all_structures():
     potential = potential_of("charged")
     one, other = (TorchSimModel(potential, n_draws=0, charge=charge) for charge in (0, 1))
