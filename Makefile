@@ -13,7 +13,7 @@ ARGS ?=
 
 # Backends of the two families of environments that cannot share an e3nn (docs/decisions.md).
 BACKENDS_a := chgnet,mace,lora,phonopy
-BACKENDS_b := sevennet,chgnet,fairchem,diep,lora,lammps,phonopy$(shell $(PYTHON) -c 'import sys; sys.version_info < (3, 13) and print(",orb")')
+BACKENDS_b := sevennet,chgnet,fairchem,diep,lora,lammps,phonopy,torchsim$(shell $(PYTHON) -c 'import sys; sys.version_info < (3, 13) and print(",orb")')
 EXTRAS_a := $(BACKENDS_a),test
 EXTRAS_b := $(BACKENDS_b),test,lint
 

@@ -11,8 +11,8 @@
 ``pytest_collection_modifyitems`` gives every test the mark of its ring.
 
 **Backends.** A test marked ``@pytest.mark.backend("NAME")`` needs the real package of that adapter, or peft if it
-is named ``lora``, or LAMMPS. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says which
-ones this environment must have: a marked test of a listed backend fails if the package is absent, others are
+is named ``lora``, or LAMMPS, or TorchSim. The environment variable ``BLIP_FT_BACKENDS`` (names, comma-separated) says
+which ones this environment must have: a marked test of a listed backend fails if the package is absent, others are
 skipped. Without the variable, tests run on the packages that are installed.
 
 What touches no vendor's code is the same in both families of environments. Tests that need no backend get the mark
@@ -57,6 +57,7 @@ PACKAGES = {
     "lora": "peft",  # no adapters, but extras that are treated like one
     "lammps": "lammps",
     "phonopy": "phonopy",
+    "torchsim": "torch_sim",
 }
 
 #: all tests of a session, also those that an expression leaves out

@@ -106,6 +106,24 @@ def test_python_of_the_page_on_simulations_runs(tmp_path: Path, monkeypatch: pyt
     assert scope["outcome"].steps == 40 or scope["outcome"].reason
 
 
+@pytest.mark.backend("torchsim")
+def test_python_of_the_page_on_torchsim_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    potential = BayesianPotential(
+        FakeBackbone.load("tiny"),
+        ModelConfig(adapter="fake", checkpoint="tiny"),
+        PosteriorConfig(family="weight", prior_scale=0.1),
+        n_draws=2,
+    )
+    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    write(tmp_path / "start.cif", bulk("Si", cubic=True))
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "torchsim.md", "python")
+    (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
+    scope = runpy.run_path(str(tmp_path / "snippet.py"))
+    assert scope["final"]["forces_std_norm"].shape == (24,)
+    assert (tmp_path / "1.h5").stat().st_size
+
+
 def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     potential = BayesianPotential(

