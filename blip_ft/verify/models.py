@@ -19,6 +19,7 @@ from blip_ft.backbones.calculator import ModelCalculator, results_of
 from blip_ft.backbones.protocol import Backbone
 from blip_ft.potential.bayesian import BayesianPotential
 from blip_ft.potential.export import member
+from blip_ft.system.out_of_memory import by_halves
 from blip_ft.uncertainty import batch_limits
 from blip_ft.variational.convert import unload
 
@@ -127,13 +128,16 @@ class BackboneCalculator(ModelCalculator):
 
 
 def _energies(backbone: Backbone, frames: Sequence[Atoms]) -> Floats:
-    """(B,) eV, several structures in one call."""
-    out: list[Floats] = []
-    limit = batch_limits.default_atoms(backbone.device)
-    for some in batch_limits.ranges(
-        [len(a) for a in frames], structures=batch_limits.STRUCTURES, atoms=limit
-    ):
+    """(B,) eV, several structures in one call, by halves where they do not fit into memory."""
+    sizes, out = [len(a) for a in frames], list[Floats]()
+
+    def work(some: range) -> Floats:
         batch = backbone.batch(frames[some.start : some.stop])
         with torch.no_grad():
-            out.append(backbone(batch, forces=False, stress=False).energy.double().numpy())
+            found: Floats = backbone(batch, forces=False, stress=False).energy.double().numpy()
+        return found
+
+    limit = batch_limits.default_atoms(backbone.device)
+    for some in batch_limits.ranges(sizes, structures=batch_limits.STRUCTURES, atoms=limit):
+        out += by_halves(work, some, sizes[some.start : some.stop], what="verifying")
     return np.concatenate(out)
