@@ -193,7 +193,7 @@ class TestKeys:
     @pytest.mark.parametrize(
         ("posterior", "parts"),
         [
-            ({"family": "toy", "rank": 3}, ["posterior.rank", "pathwise, subspace", "not to 'toy'"]),
+            ({"family": "toy", "rank": 3}, ["posterior.rank", "pathwise, sketch, subspace", "not to 'toy'"]),
             ({"family": "weight", "width": 0.1}, ["posterior.width", "posterior.family=toy"]),
             ({"family": "toy", "widht": 0.1}, ["posterior.widht", "did you mean 'width'?"]),
             ({"family": "toy", "width": -1}, ["posterior.width", "greater than 0"]),
