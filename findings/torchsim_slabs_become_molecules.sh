@@ -7,7 +7,7 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q --disable-pip-version-check torch-sim-atomistic==0.3.0 vesin==0.6.2 vesin-torch==0.6.2 ase==3.29.0
+"$folder/env/bin/pip" install -q --disable-pip-version-check torch-sim-atomistic==0.3.0 vesin==0.6.2 vesin-torch==0.6.2 ase==3.29.0 torch==2.13.0
 cd "$folder"; env/bin/python -W ignore - <<'PYTHON'
 import warnings
 from importlib.metadata import version
