@@ -138,6 +138,11 @@ def _energies(backbone: Backbone, frames: Sequence[Atoms]) -> Floats:
         return found
 
     limit = batch_limits.default_atoms(backbone.device)
-    for some in batch_limits.ranges(sizes, structures=batch_limits.STRUCTURES, atoms=limit):
-        out += by_halves(work, some, sizes[some.start : some.stop], what="verifying")
+    while (start := sum(map(len, out))) < len(frames):
+        first = batch_limits.ranges(sizes[start:], structures=batch_limits.STRUCTURES, atoms=limit)[0]
+        some = range(start, start + first.stop)
+        parts = by_halves(work, some, sizes[some.start : some.stop], what="verifying")
+        if len(parts) > 1:  # the next ones would not fit either
+            limit = max(1, sum(sizes[some.start : some.stop]) // len(parts))
+        out += parts
     return np.concatenate(out)

@@ -45,6 +45,7 @@ def recipe_of(folder: Path, **posterior: Any) -> dict[str, Any]:
         "objective": {"temperature": 1e-3} if "family" in posterior else {},
         "uncertainty": {"n_draws": 4, "linearity_frames": 0},
         "plain": {"enabled": True},
+        "verify": {"enabled": False},  # many small calls; tests/verify has them by halves
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
     }
 
