@@ -251,6 +251,32 @@ def in_use(folder: Path, who: Mapping[str, str | int] | None = None) -> BlipErro
     )
 
 
+def hold(file: IO[bytes], path: Path) -> None:
+    """Keep an open file for this program, where there are locks, until it is closed.
+
+    Raises:
+        BlipError: another one, on this machine, holds it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise in_use(path) from error
+    except OSError:  # a file system without locks
+        return
+
+
+def cannot_write(path: Path, error: OSError, *, kept: bool = True) -> BlipError:
+    """The error for an output that ``--resume`` goes on with, or, where nothing is kept, for any."""
+    remedy = remedy_of(error)
+    return BlipError(
+        f"cannot write: {error.strerror or error}",
+        file=path,
+        remedy=f"{remedy}; what is done is kept, --resume goes on with it" if kept else remedy,
+    )
+
+
 def move_into_place(new: Path, target: Path, *, overwrite: bool) -> None:
     """Give a complete file or folder its name, at once.
 

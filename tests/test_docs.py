@@ -74,14 +74,19 @@ def test_the_readme_is_read_at_all():
     assert "blip-finetune predict" in "".join(blocks(ROOT / "README.md"))
 
 
-def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def save_fake(folder: Path) -> None:
+    """The model of a run."""
     potential = BayesianPotential(
         FakeBackbone.load("tiny"),
         ModelConfig(adapter="fake", checkpoint="tiny"),
         PosteriorConfig(family="weight", prior_scale=0.1),
         n_draws=2,
     )
-    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    save_model(potential, folder)
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_fake(tmp_path / "runs" / "mine" / "model")
     write(tmp_path / "start.cif", bulk("Si"))
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "README.md", "python")
@@ -91,13 +96,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_python_of_the_page_on_simulations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family="weight", prior_scale=0.1),
-        n_draws=2,
-    )
-    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    save_fake(tmp_path / "runs" / "mine" / "model")
     write(tmp_path / "start.cif", bulk("Si", cubic=True))
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "docs" / "simulate.md", "python")
@@ -108,13 +107,7 @@ def test_python_of_the_page_on_simulations_runs(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.backend("torchsim")
 def test_python_of_the_page_on_torchsim_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family="weight", prior_scale=0.1),
-        n_draws=2,
-    )
-    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    save_fake(tmp_path / "runs" / "mine" / "model")
     write(tmp_path / "start.cif", bulk("Si", cubic=True))
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "docs" / "torchsim.md", "python")
@@ -126,13 +119,7 @@ def test_python_of_the_page_on_torchsim_runs(tmp_path: Path, monkeypatch: pytest
 
 def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    potential = BayesianPotential(
-        FakeBackbone.load("tiny"),
-        ModelConfig(adapter="fake", checkpoint="tiny"),
-        PosteriorConfig(family="weight", prior_scale=0.1),
-        n_draws=2,
-    )
-    save_model(potential, tmp_path / "runs" / "mine" / "model")
+    save_fake(tmp_path / "runs" / "mine" / "model")
     for name, count in (("train", 12), ("calibration", 8), ("held_out", 4)):
         frames = []
         for _ in range(count):

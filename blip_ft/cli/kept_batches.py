@@ -23,12 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from blip_ft.errors import BlipError
-from blip_ft.files import in_use, move_into_place, remedy_of
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from blip_ft.files import cannot_write, hold, move_into_place
 
 FORMAT = "blip_ft prediction, unfinished"
 VERSION = 1
@@ -105,7 +100,7 @@ class KeptBatches:
             self._open_journal().write(json.dumps(line) + "\n")
             self._open_journal().flush()
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            raise cannot_write(self.target, error) from error
         now.read, now.size = now.read + read, now.size + len(data)
         now.left_out += left_out
 
@@ -119,7 +114,7 @@ class KeptBatches:
             self._body.close()
             move_into_place(part_of(self.target), self.target, overwrite=overwrite)
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            raise cannot_write(self.target, error) from error
         self._close_journal()
         journal_of(self.target).unlink(missing_ok=True)
 
@@ -189,9 +184,9 @@ def keep_batches(
         # not truncated: it may be another program's
         body = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     except OSError as error:
-        raise _cannot_write(target, error, kept=False) from error
+        raise cannot_write(target, error, kept=False) from error
     with body:
-        _lock(body, part)
+        hold(body, part)
         progress, end = Progress(), 0
         given = dict(header)
         if found and resume:
@@ -210,7 +205,7 @@ def keep_batches(
             body.truncate(progress.size)
             body.seek(progress.size)
         except OSError as error:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         kept = KeptBatches(target, given, progress, body)
         try:
             yield kept
@@ -277,28 +272,3 @@ def _how_far(part: Path, journal: Path) -> str:
         return f" ({_read(journal, part)[1].read} structures are done)"
     except _DamagedError:
         return ""
-
-
-def _lock(body: IO[bytes], part: Path) -> None:
-    """Hold the file for this program.
-
-    Raises:
-        BlipError: another one, on this machine, holds it.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(body, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise in_use(part) from error
-    except OSError:  # a file system without locks
-        return
-
-
-def _cannot_write(target: Path, error: OSError, *, kept: bool = True) -> BlipError:
-    remedy = remedy_of(error)
-    return BlipError(
-        f"cannot write: {error.strerror or error}",
-        file=target,
-        remedy=f"{remedy}; what is done is kept, --resume goes on with it" if kept else remedy,
-    )

@@ -27,12 +27,7 @@ from ase import Atoms
 
 from blip_ft.data.write.extxyz import write_frame
 from blip_ft.errors import BlipError
-from blip_ft.files import check_target, in_use, remedy_of, whole_path
-
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None  # type: ignore[assignment]
+from blip_ft.files import cannot_write, check_target, hold, whole_path
 
 FORMAT, VERSION = "blip_ft simulation", 1
 KINDS = ("trajectory", "log", "saved")
@@ -113,13 +108,13 @@ class Output:
             for file in self._files.values():
                 file.close()
             if isinstance(error, OSError):
-                raise _cannot_write(target, error) from error
+                raise cannot_write(target, error) from error
             raise
 
     def _open(self, *, found: bool) -> None:
         target = self.paths["trajectory"]
         self._files["trajectory"] = _opened(target)
-        _lock(self._files["trajectory"], target)
+        hold(self._files["trajectory"], target)
         for part in target.parent.glob(f".*.part.{self.paths['state'].name}"):
             part.unlink()  # of a program that was killed while it wrote
         self.sizes = dict.fromkeys(KINDS, 0) | (self.meta["sizes"] if found else {})
@@ -189,7 +184,7 @@ class Output:
             self._files[kind].write(data)
             self._files[kind].flush()
         except OSError as error:
-            raise _cannot_write(self.paths[kind], error) from error
+            raise cannot_write(self.paths[kind], error) from error
         self.sizes[kind] += len(data)
         if kind == "trajectory":
             self._digest.update(data)
@@ -261,22 +256,3 @@ def _same(header: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> N
 def _opened(path: Path) -> IO[bytes]:
     """For reading and writing, not truncated: it may be another program's."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise in_use(path) from error
-    except OSError:  # a file system without locks
-        return
-
-
-def _cannot_write(path: Path, error: OSError) -> BlipError:
-    return BlipError(
-        f"cannot write: {error.strerror or error}",
-        file=path,
-        remedy=f"{remedy_of(error)}; what is done is kept, --resume goes on with it",
-    )
